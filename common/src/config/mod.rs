@@ -1,0 +1,29 @@
+//! cluster.toml: what the file says ([`raw`]) and what the program uses ([`cluster`]).
+//!
+//! Layers, later ones win: the file, `cluster.local.toml` beside it, environment variables `TANDEM__SECTION__KEY`
+//! (scalars only). Lists replace each other whole. Unknown keys are refused, and all mistakes come in one list, each
+//! with its file and line.
+
+mod cluster;
+mod raw;
+mod reader;
+#[cfg(test)]
+mod tests;
+
+pub use cluster::*;
+pub use reader::{ConfigError, Mistake};
+
+use std::path::Path;
+
+/// Reads, layers and checks a configuration.
+///
+/// # Errors
+/// [`ConfigError`] lists every mistake.
+pub fn load(path: &Path) -> Result<Cluster, ConfigError> {
+    let layers = reader::Layers::read(path)?;
+    let mut reader = layers.reader();
+    let raw = raw::Raw::read(&mut reader);
+    let root = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let cluster = cluster::check(raw, root, &mut reader);
+    reader.finish(cluster)
+}

@@ -1,0 +1,334 @@
+//! The door between the HTTP layer and the actors: what may be asked of the cluster, and what it answers.
+//!
+//! Owns types only. HTTP parses bodies into these and turns them into JSON; actors never see JSON, handlers never see
+//! actors. Tests put a fake [`Gateway`] behind the HTTP layer.
+
+use std::time::Instant;
+
+use common::model_ref::ModelRef;
+use common::request::{Delta, End, Generate, TokenLogprob};
+use futures::future::BoxFuture;
+use serde::{Deserialize, Serialize};
+
+/// Why something asked for cannot be done. The status codes are in `http::error`.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct ApiError {
+    /// What kind, by what the caller can do.
+    pub kind: ErrorKind,
+    /// What was asked and what would help.
+    pub message: String,
+    /// When to come again, for `Overloaded` and `Unavailable`.
+    pub retry_after_s: Option<u64>,
+}
+
+/// Kinds of [`ApiError`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// A control-plane field is wrong.
+    InvalidParameter,
+    /// An invocation's body or parameters are wrong, or the prompt does not fit.
+    BadRequest,
+    /// The body is not JSON.
+    Malformed,
+    /// No such endpoint, model or version.
+    NotFound,
+    /// The name is taken.
+    AlreadyExists,
+    /// Not now, because of what else is going on (update during update).
+    Conflict,
+    /// The queue is full.
+    Overloaded,
+    /// Not ready, or no replica: try again.
+    Unavailable,
+    /// The request's time is up.
+    Deadline,
+    /// A fault of ours.
+    Internal,
+}
+
+impl ApiError {
+    /// An error of this kind.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        ApiError { kind, message: message.into(), retry_after_s: None }
+    }
+
+    /// The same, with a time to come again.
+    pub fn retry_after(mut self, seconds: u64) -> Self {
+        self.retry_after_s = Some(seconds);
+        self
+    }
+}
+
+/// How many requests a served entity admits at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum WorkloadSize {
+    /// 4.
+    Small,
+    /// 16.
+    Medium,
+    /// 64.
+    Large,
+}
+
+/// A served entity as asked for.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EntitySpec {
+    /// Unique in the endpoint; the model's last name and version unless given.
+    pub name: String,
+    /// The model.
+    pub model: ModelRef,
+    /// Its workload type's name.
+    pub workload_type: String,
+    /// Its size.
+    pub workload_size: WorkloadSize,
+    /// Only CPU types may.
+    pub scale_to_zero: bool,
+    /// Echoed to clients.
+    pub environment_vars: Vec<(String, String)>,
+}
+
+/// A share of the traffic.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Route {
+    /// The served entity's name.
+    pub entity: String,
+    /// 0 to 100; all routes sum to 100.
+    pub percentage: u32,
+}
+
+/// What an endpoint shall serve.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ConfigSpec {
+    /// At least one, at most ten.
+    pub entities: Vec<EntitySpec>,
+    /// One per entity that gets traffic.
+    pub routes: Vec<Route>,
+}
+
+/// An endpoint to create.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CreateEndpoint {
+    /// Its name.
+    pub name: String,
+    /// What it shall serve.
+    pub config: ConfigSpec,
+    /// Free labels, key and value.
+    pub tags: Vec<(String, String)>,
+    /// For people.
+    pub description: Option<String>,
+}
+
+/// An endpoint as clients see it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EndpointView {
+    /// Its name.
+    pub name: String,
+    /// 32 hexadecimal digits.
+    pub id: String,
+    /// Who made it.
+    pub creator: String,
+    /// When, in milliseconds since 1970.
+    pub created_ms: u64,
+    /// When its configuration last changed.
+    pub updated_ms: u64,
+    /// All served entities of the active configuration are up.
+    pub ready: bool,
+    /// How the last change stands.
+    pub update: UpdateState,
+    /// What serves.
+    pub active: Option<ConfigView>,
+    /// What is being deployed, or failed to be.
+    pub pending: Option<ConfigView>,
+    /// The models' task, when known.
+    pub task: Option<String>,
+    /// Free labels.
+    pub tags: Vec<(String, String)>,
+    /// For people.
+    pub description: Option<String>,
+}
+
+/// How the last change of a configuration stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum UpdateState {
+    /// Nothing is going on.
+    NotUpdating,
+    /// A configuration is being deployed.
+    InProgress,
+    /// The last one could not be deployed.
+    Failed,
+    /// The last one was given up.
+    Cancelled,
+}
+
+/// A configuration and how its entities stand.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ConfigView {
+    /// Counts from 1.
+    pub version: u64,
+    /// When its deployment began, in milliseconds since 1970.
+    pub started_ms: u64,
+    /// The served entities.
+    pub entities: Vec<EntityView>,
+    /// The traffic.
+    pub routes: Vec<Route>,
+}
+
+/// A served entity and how it stands.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EntityView {
+    /// As asked for.
+    pub spec: EntitySpec,
+    /// Who asked.
+    pub creator: String,
+    /// When, in milliseconds since 1970.
+    pub created_ms: u64,
+    /// How it stands.
+    pub state: DeploymentState,
+    /// The same in words: progress, what stands in, why it failed.
+    pub message: String,
+}
+
+/// Life of a served entity.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DeploymentState {
+    /// Being brought up for the first time.
+    Creating,
+    /// Serving.
+    Ready,
+    /// Was ready, is being brought back.
+    Recovering,
+    /// Could not be brought up.
+    Failed,
+    /// Given up for a newer configuration.
+    Aborted,
+}
+
+/// What HTTP may ask of the cluster.
+pub trait Gateway: Send + Sync + 'static {
+    /// Creates an endpoint; answers as soon as the wish is stored.
+    fn create(&self, user: String, endpoint: CreateEndpoint) -> BoxFuture<'_, Result<EndpointView, ApiError>>;
+
+    /// One endpoint.
+    fn get(&self, name: String) -> BoxFuture<'_, Result<EndpointView, ApiError>>;
+
+    /// All endpoints, by name.
+    fn list(&self) -> BoxFuture<'_, Result<Vec<EndpointView>, ApiError>>;
+
+    /// Deploys another configuration; the active one serves until it is ready.
+    fn update(&self, user: String, name: String, config: ConfigSpec) -> BoxFuture<'_, Result<EndpointView, ApiError>>;
+
+    /// Deletes an endpoint; requests in flight end as unavailable.
+    fn delete(&self, name: String) -> BoxFuture<'_, Result<(), ApiError>>;
+
+    /// Gives prompts to one served entity of the endpoint. Answers when a worker has accepted all of them.
+    fn generate(&self, call: Call) -> BoxFuture<'_, Result<Answer, ApiError>>;
+
+    /// The workload types that are mapped, for messages.
+    fn workload_types(&self) -> Vec<String>;
+
+    /// What the process can do now, for `/health`.
+    fn health(&self) -> BoxFuture<'_, ClusterHealth>;
+}
+
+/// Prompts for an endpoint.
+#[derive(Debug, Clone)]
+pub struct Call {
+    /// The endpoint's name.
+    pub endpoint: String,
+    /// The client's id of the call, for logs.
+    pub request_id: String,
+    /// The prompts; one generation each.
+    pub prompts: Vec<Generate>,
+    /// When the call's time is up.
+    pub deadline: Instant,
+}
+
+/// The accepted call.
+#[derive(Debug)]
+pub struct Answer {
+    /// Which served entity answers.
+    pub served_entity: String,
+    /// One per prompt, in order.
+    pub generations: Vec<Generation>,
+}
+
+/// One prompt's answer, arriving. Dropping it cancels the generation and frees its blocks.
+#[derive(Debug)]
+pub struct Generation {
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// The events; bounded by the most tokens the request may give, so that a slow reader never stalls a link.
+    pub events: tokio::sync::mpsc::Receiver<GenerationEvent>,
+    /// Cancels on drop.
+    pub guard: CancelGuard,
+}
+
+/// Calls its function when dropped: a caller that leaves frees what it took.
+pub struct CancelGuard(Option<Box<dyn FnOnce() + Send>>);
+
+impl CancelGuard {
+    /// Calls `cancel` on drop. Cancelling what is over must do nothing.
+    pub fn new(cancel: impl FnOnce() + Send + 'static) -> Self {
+        CancelGuard(Some(Box::new(cancel)))
+    }
+}
+
+impl Drop for CancelGuard {
+    fn drop(&mut self) {
+        if let Some(cancel) = self.0.take() {
+            cancel();
+        }
+    }
+}
+
+impl std::fmt::Debug for CancelGuard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("CancelGuard")
+    }
+}
+
+/// A part of a prompt's answer. After the last candidate's end the channel closes; a channel that closes before is a
+/// fault.
+#[derive(Debug, Clone, PartialEq)]
+pub enum GenerationEvent {
+    /// The prompt's text and log-probabilities, when asked for; first.
+    Prompt {
+        /// The prompt as the tokenizer gives it back.
+        text: String,
+        /// One per token.
+        tokens: Vec<TokenLogprob>,
+    },
+    /// New output.
+    Delta(Delta),
+    /// A candidate is over.
+    End {
+        /// Which.
+        candidate: u32,
+        /// Its output tokens in all.
+        output_tokens: u32,
+        /// Prompt tokens that came from the prefix cache.
+        cached_tokens: u32,
+        /// Why.
+        end: End,
+    },
+}
+
+/// What `/health` shows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ClusterHealth {
+    /// The process answers.
+    pub live: bool,
+    /// The store is open and workers can join.
+    pub ready: bool,
+    /// Workers with a link.
+    pub workers: u32,
+    /// Workers that cluster.toml names.
+    pub workers_expected: u32,
+    /// Endpoints that are ready.
+    pub endpoints_ready: u32,
+    /// Endpoints in all.
+    pub endpoints: u32,
+    /// Replicas whose engine has work but makes no progress.
+    pub stalled: u32,
+}
