@@ -66,7 +66,9 @@ pub enum PlanError {
         left: u64,
     },
     /// The first word is not [`LAYOUT`].
-    #[error("the plan has layout {0}; this rank reads layout {LAYOUT}: run one version on all ranks")]
+    #[error(
+        "the plan has layout {0}; this rank reads layout {LAYOUT}: run one version on all ranks"
+    )]
     Layout(u32),
     /// The words contradict each other or the model's sizes.
     #[error("the plan is malformed: {0}")]
@@ -135,21 +137,43 @@ impl StepPlan {
             spans.push(words.span()?);
         }
         if !words.left.is_empty() {
-            return Err(malformed(format!("{} bytes follow its end", words.left.len())));
+            return Err(malformed(format!(
+                "{} bytes follow its end",
+                words.left.len()
+            )));
         }
-        let planned: u64 = spans.iter().map(|span| u64::from(span.len)).sum();
-        if planned != tokens.len() as u64 {
-            return Err(malformed(format!("its spans hold {planned} tokens and {} are given", tokens.len())));
-        }
-        Ok(StepPlan { step, generation, tokens, spans })
+        let plan = StepPlan {
+            step,
+            generation,
+            tokens,
+            spans,
+        };
+        plan.check_shape()?;
+        Ok(plan)
     }
 
-    /// Checks the plan against a model's sizes, so that whoever executes it may index without fear.
+    /// Counts and lengths agree with each other.
+    fn check_shape(&self) -> Result<(), PlanError> {
+        let planned: u64 = self.spans.iter().map(|span| u64::from(span.len)).sum();
+        if planned != self.tokens.len() as u64 {
+            return Err(malformed(format!(
+                "its spans hold {planned} tokens and {} are given",
+                self.tokens.len()
+            )));
+        }
+        self.spans.iter().try_for_each(Span::check_shape)
+    }
+
+    /// Checks the plan, decoded or made by hand, in itself and against a model's sizes: whoever executes it may then
+    /// index without fear.
     ///
     /// # Errors
-    /// [`PlanError::Malformed`] names the first size that is exceeded or the first visible position without a block.
+    /// [`PlanError::Malformed`] names the first contradiction, size exceeded or visible position without a block.
     pub fn check(&self, geometry: &Geometry) -> Result<(), PlanError> {
-        if self.tokens.len() > geometry.step_tokens_max as usize || self.spans.len() > geometry.spans_max as usize {
+        self.check_shape()?;
+        if self.tokens.len() > geometry.step_tokens_max as usize
+            || self.spans.len() > geometry.spans_max as usize
+        {
             return Err(malformed(format!(
                 "{} tokens in {} spans; this model's step takes {} in {}",
                 self.tokens.len(),
@@ -160,7 +184,10 @@ impl StepPlan {
         }
         let known = |&token: &u32| token < geometry.vocab || token & DEVICE_SLOT != 0;
         if let Some(token) = self.tokens.iter().find(|token| !known(token)) {
-            return Err(malformed(format!("token {token} is outside the vocabulary of {}", geometry.vocab)));
+            return Err(malformed(format!(
+                "token {token} is outside the vocabulary of {}",
+                geometry.vocab
+            )));
         }
         self.spans.iter().try_for_each(|span| span.check(geometry))
     }
@@ -169,20 +196,47 @@ impl StepPlan {
 impl Span {
     /// Position after the span's last token.
     pub fn end(&self) -> u32 {
-        self.position + self.len
+        self.position.saturating_add(self.len)
+    }
+
+    fn check_shape(&self) -> Result<(), PlanError> {
+        let Span {
+            position,
+            len,
+            blocks,
+            ..
+        } = self;
+        let end = u64::from(*position) + u64::from(*len);
+        if *len == 0 || end > (blocks.len() * BLOCK_TOKENS) as u64 {
+            return Err(malformed(format!(
+                "a span of {len} tokens at position {position} in {} blocks",
+                blocks.len()
+            )));
+        }
+        Ok(())
     }
 
     fn check(&self, geometry: &Geometry) -> Result<(), PlanError> {
         if self.end() > geometry.context_max {
-            return Err(malformed(format!("position {} is beyond the context of {}", self.end(), geometry.context_max)));
+            return Err(malformed(format!(
+                "position {} is beyond the context of {}",
+                self.end(),
+                geometry.context_max
+            )));
         }
         if let Some(block) = self.blocks.iter().find(|&&block| block >= geometry.blocks) {
-            return Err(malformed(format!("block {block} is outside the pool of {}", geometry.blocks)));
+            return Err(malformed(format!(
+                "block {block} is outside the pool of {}",
+                geometry.blocks
+            )));
         }
         let visible = first_visible_block(self.position as usize, geometry.window);
         let used = &self.blocks[visible..(self.end() as usize).div_ceil(BLOCK_TOKENS)];
         if used.contains(&NULL_BLOCK) {
-            return Err(malformed(format!("a position that token {} sees has no block", self.position)));
+            return Err(malformed(format!(
+                "a position that token {} sees has no block",
+                self.position
+            )));
         }
         Ok(())
     }
@@ -210,13 +264,20 @@ impl<'a> Words<'a> {
     fn new(bytes: &'a [u8]) -> Result<Self, PlanError> {
         match bytes.len() % 4 {
             0 => Ok(Words { left: bytes }),
-            _ => Err(malformed(format!("{} bytes are no whole number of words", bytes.len()))),
+            _ => Err(malformed(format!(
+                "{} bytes are no whole number of words",
+                bytes.len()
+            ))),
         }
     }
 
     fn expect_left(&self, asked: u64) -> Result<(), PlanError> {
         let left = (self.left.len() / 4) as u64;
-        if asked > left { Err(PlanError::Truncated { asked, left }) } else { Ok(()) }
+        if asked > left {
+            Err(PlanError::Truncated { asked, left })
+        } else {
+            Ok(())
+        }
     }
 
     fn one(&mut self) -> Result<u32, PlanError> {
@@ -252,13 +313,12 @@ impl<'a> Words<'a> {
         };
         let block_count = self.one()? as usize;
         let blocks = self.many(block_count)?;
-        let Some(end) = position.checked_add(len) else {
-            return Err(malformed(format!("a span of {len} tokens at position {position}")));
-        };
-        if len == 0 || (end as usize).div_ceil(BLOCK_TOKENS) > blocks.len() {
-            return Err(malformed(format!("a span of {len} tokens up to position {end} in {} blocks", blocks.len())));
-        }
-        Ok(Span { position, len, logits, blocks })
+        Ok(Span {
+            position,
+            len,
+            logits,
+            blocks,
+        })
     }
 }
 
@@ -268,23 +328,35 @@ mod tests {
     use proptest::prelude::*;
 
     fn a_span() -> impl Strategy<Value = Span> {
-        (0u32..100, 1u32..40, 0usize..3, 0usize..3).prop_flat_map(|(position, len, logits, spare)| {
-            let count = ((position + len) as usize).div_ceil(BLOCK_TOKENS) + spare;
-            prop::collection::vec(any::<u32>(), count).prop_map(move |blocks| Span {
-                position,
-                len,
-                logits: [Logits::None, Logits::Last, Logits::All][logits],
-                blocks,
-            })
-        })
+        (0u32..100, 1u32..40, 0usize..3, 0usize..3).prop_flat_map(
+            |(position, len, logits, spare)| {
+                let count = ((position + len) as usize).div_ceil(BLOCK_TOKENS) + spare;
+                prop::collection::vec(any::<u32>(), count).prop_map(move |blocks| Span {
+                    position,
+                    len,
+                    logits: [Logits::None, Logits::Last, Logits::All][logits],
+                    blocks,
+                })
+            },
+        )
     }
 
     fn a_plan() -> impl Strategy<Value = StepPlan> {
-        (any::<u64>(), any::<u64>(), prop::collection::vec(a_span(), 0..5)).prop_map(|(step, generation, spans)| {
-            let count: u32 = spans.iter().map(|span| span.len).sum();
-            let tokens = (0..count).map(|i| i.wrapping_mul(2_654_435_761)).collect();
-            StepPlan { step, generation, tokens, spans }
-        })
+        (
+            any::<u64>(),
+            any::<u64>(),
+            prop::collection::vec(a_span(), 0..5),
+        )
+            .prop_map(|(step, generation, spans)| {
+                let count: u32 = spans.iter().map(|span| span.len).sum();
+                let tokens = (0..count).map(|i| i.wrapping_mul(2_654_435_761)).collect();
+                StepPlan {
+                    step,
+                    generation,
+                    tokens,
+                    spans,
+                }
+            })
     }
 
     proptest! {
@@ -321,22 +393,52 @@ mod tests {
         }
     }
 
-    const GEOMETRY: Geometry =
-        Geometry { blocks: 8, context_max: 64, vocab: 10, window: Some(20), step_tokens_max: 32, spans_max: 2 };
+    const GEOMETRY: Geometry = Geometry {
+        blocks: 8,
+        context_max: 64,
+        vocab: 10,
+        window: Some(20),
+        step_tokens_max: 32,
+        spans_max: 2,
+    };
 
     fn small_plan() -> StepPlan {
-        let span = Span { position: 36, len: 3, logits: Logits::Last, blocks: vec![NULL_BLOCK, 3, 4] };
-        StepPlan { step: 1, generation: 1, tokens: vec![1, 2, DEVICE_SLOT | 7], spans: vec![span] }
+        let span = Span {
+            position: 36,
+            len: 3,
+            logits: Logits::Last,
+            blocks: vec![NULL_BLOCK, 3, 4],
+        };
+        StepPlan {
+            step: 1,
+            generation: 1,
+            tokens: vec![1, 2, DEVICE_SLOT | 7],
+            spans: vec![span],
+        }
     }
 
     #[test]
     fn claimed_counts_do_not_allocate() {
         let mut words = vec![LAYOUT, 0, 0, 0, 0, u32::MAX, u32::MAX];
-        let bytes = |words: &[u32]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
-        assert_eq!(StepPlan::decode(&bytes(&words)), Err(PlanError::Truncated { asked: u64::from(u32::MAX), left: 0 }));
+        let bytes = |words: &[u32]| {
+            words
+                .iter()
+                .flat_map(|word| word.to_le_bytes())
+                .collect::<Vec<u8>>()
+        };
+        assert_eq!(
+            StepPlan::decode(&bytes(&words)),
+            Err(PlanError::Truncated {
+                asked: u64::from(u32::MAX),
+                left: 0
+            })
+        );
         words[5] = 0;
         let asked = u64::from(u32::MAX) * 4;
-        assert_eq!(StepPlan::decode(&bytes(&words)), Err(PlanError::Truncated { asked, left: 0 }));
+        assert_eq!(
+            StepPlan::decode(&bytes(&words)),
+            Err(PlanError::Truncated { asked, left: 0 })
+        );
     }
 
     #[test]
@@ -353,12 +455,33 @@ mod tests {
         let broken = |change: fn(&mut StepPlan)| {
             let mut plan = small_plan();
             change(&mut plan);
-            plan.check(&GEOMETRY).expect_err("the plan is broken").to_string()
+            plan.check(&GEOMETRY)
+                .expect_err("the plan is broken")
+                .to_string()
         };
         assert!(broken(|plan| plan.tokens[0] = 10).contains("vocabulary of 10"));
         assert!(broken(|plan| plan.spans[0].blocks[1] = 8).contains("pool of 8"));
         assert!(broken(|plan| plan.spans[0].blocks[1] = NULL_BLOCK).contains("has no block"));
-        assert!(broken(|plan| plan.spans[0].position = 62).contains("context of 64"));
-        assert!(broken(|plan| plan.tokens = vec![1; 33]).contains("step takes 32 in 2"));
+        assert!(broken(|plan| plan.spans[0].position = 46).contains("position 46 in 3 blocks"));
+        assert!(broken(|plan| plan.spans[0].position = u32::MAX).contains("in 3 blocks"));
+        let beyond = broken(|plan| {
+            plan.spans[0] = Span {
+                position: 62,
+                len: 3,
+                logits: Logits::Last,
+                blocks: vec![1; 5],
+            }
+        });
+        assert!(beyond.contains("context of 64"), "{beyond}");
+        assert!(broken(|plan| plan.tokens.push(1)).contains("hold 3 tokens and 4 are given"));
+        let wide = broken(|plan| {
+            plan.tokens = vec![1; 33];
+            plan.spans[0] = Span {
+                position: 0,
+                len: 33,
+                ..plan.spans[0].clone()
+            };
+        });
+        assert!(wide.contains("step takes 32 in 2"), "{wide}");
     }
 }

@@ -91,6 +91,9 @@ pub trait Runner: Send {
 
     /// The sizes the scheduler needs to know.
     fn geometry(&self) -> Geometry;
+
+    /// No step will follow, and none failed: a leader tells its followers. Does nothing by default.
+    fn close(&mut self) {}
 }
 
 /// What a scheduler must know of a model and its memory.

@@ -58,7 +58,9 @@ pub enum WeightsError {
         reason: String,
     },
     /// The folder has no safetensors.
-    #[error("{dir} has neither {SINGLE} nor {INDEX}; other formats must be converted to safetensors first")]
+    #[error(
+        "{dir} has neither {SINGLE} nor {INDEX}; other formats must be converted to safetensors first"
+    )]
     NoWeights {
         /// The folder.
         dir: String,
@@ -119,7 +121,10 @@ impl Weights {
     /// # Errors
     /// [`WeightsError`] naming the file.
     pub fn open(dir: &Path) -> Result<Weights, WeightsError> {
-        let mut weights = Weights { files: Vec::new(), tensors: BTreeMap::new() };
+        let mut weights = Weights {
+            files: Vec::new(),
+            tensors: BTreeMap::new(),
+        };
         if dir.join(SINGLE).exists() {
             weights.open_file(&dir.join(SINGLE), None)?;
         } else if dir.join(INDEX).exists() {
@@ -127,7 +132,9 @@ impl Weights {
                 weights.open_file(&dir.join(file), Some(&names))?;
             }
         } else {
-            return Err(WeightsError::NoWeights { dir: dir.display().to_string() });
+            return Err(WeightsError::NoWeights {
+                dir: dir.display().to_string(),
+            });
         }
         Ok(weights)
     }
@@ -140,18 +147,33 @@ impl Weights {
         let mut unused: BTreeSet<&str> = self.tensors.keys().map(String::as_str).collect();
         for Expected { name, shape } in expected {
             let Some(entry) = self.tensors.get(name) else {
-                return Err(WeightsError::Missing { name: name.clone(), shape: shape.clone() });
+                return Err(WeightsError::Missing {
+                    name: name.clone(),
+                    shape: shape.clone(),
+                });
             };
             if entry.shape != *shape {
-                return Err(WeightsError::Shape { name: name.clone(), found: entry.shape.clone(), expected: shape.clone() });
+                return Err(WeightsError::Shape {
+                    name: name.clone(),
+                    found: entry.shape.clone(),
+                    expected: shape.clone(),
+                });
             }
             if !matches!(entry.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32) {
-                return Err(WeightsError::Dtype { name: name.clone(), found: format!("{:?}", entry.dtype) });
+                return Err(WeightsError::Dtype {
+                    name: name.clone(),
+                    found: format!("{:?}", entry.dtype),
+                });
             }
             unused.remove(name.as_str());
         }
-        match unused.into_iter().find(|name| !IGNORED_SUFFIXES.iter().any(|suffix| name.ends_with(suffix))) {
-            Some(name) => Err(WeightsError::Unexpected { name: name.to_owned() }),
+        match unused
+            .into_iter()
+            .find(|name| !IGNORED_SUFFIXES.iter().any(|suffix| name.ends_with(suffix)))
+        {
+            Some(name) => Err(WeightsError::Unexpected {
+                name: name.to_owned(),
+            }),
             None => Ok(()),
         }
     }
@@ -167,29 +189,59 @@ impl Weights {
     /// # Errors
     /// [`WeightsError::Missing`] or [`WeightsError::Dtype`]; neither after [`Weights::check`] has passed.
     pub fn tensor(&self, name: &str) -> Result<Tensor<'_>, WeightsError> {
-        let missing = || WeightsError::Missing { name: name.to_owned(), shape: Vec::new() };
+        let missing = || WeightsError::Missing {
+            name: name.to_owned(),
+            shape: Vec::new(),
+        };
         let entry = self.tensors.get(name).ok_or_else(missing)?;
-        let bytes = self.files.get(entry.file).and_then(|(_, map)| map.get(entry.bytes.clone())).ok_or_else(missing)?;
+        let bytes = self
+            .files
+            .get(entry.file)
+            .and_then(|(_, map)| map.get(entry.bytes.clone()))
+            .ok_or_else(missing)?;
         match entry.dtype {
-            Dtype::BF16 | Dtype::F16 | Dtype::F32 => Ok(Tensor { dtype: entry.dtype, bytes }),
-            other => Err(WeightsError::Dtype { name: name.to_owned(), found: format!("{other:?}") }),
+            Dtype::BF16 | Dtype::F16 | Dtype::F32 => Ok(Tensor {
+                dtype: entry.dtype,
+                bytes,
+            }),
+            other => Err(WeightsError::Dtype {
+                name: name.to_owned(),
+                found: format!("{other:?}"),
+            }),
         }
     }
 
     /// Maps a file and takes the tensors named, or all.
     fn open_file(&mut self, path: &Path, names: Option<&[String]>) -> Result<(), WeightsError> {
         let shown = path.display().to_string();
-        let map = map(path).map_err(|error| WeightsError::File { path: shown.clone(), reason: error.to_string() })?;
-        let corrupt = |reason: String| WeightsError::Corrupt { path: shown.clone(), reason };
-        let (header_bytes, metadata) = SafeTensors::read_metadata(&map).map_err(|error| corrupt(error.to_string()))?;
+        let map = map(path).map_err(|error| WeightsError::File {
+            path: shown.clone(),
+            reason: error.to_string(),
+        })?;
+        let corrupt = |reason: String| WeightsError::Corrupt {
+            path: shown.clone(),
+            reason,
+        };
+        let (header_bytes, metadata) =
+            SafeTensors::read_metadata(&map).map_err(|error| corrupt(error.to_string()))?;
         // The header follows 8 bytes of its length; offsets count from its end.
         let data_start = 8 + header_bytes;
         let mut tensors = metadata.tensors();
-        let names: Vec<String> = names.map_or_else(|| tensors.keys().cloned().collect(), <[String]>::to_vec);
+        let names: Vec<String> =
+            names.map_or_else(|| tensors.keys().cloned().collect(), <[String]>::to_vec);
         for name in names {
-            let info = tensors.remove(&name).ok_or_else(|| corrupt(format!("{INDEX} places the tensor {name} here, the file has none")))?;
+            let info = tensors.remove(&name).ok_or_else(|| {
+                corrupt(format!(
+                    "{INDEX} places the tensor {name} here, the file has none"
+                ))
+            })?;
             let bytes = data_start + info.data_offsets.0..data_start + info.data_offsets.1;
-            let entry = Entry { file: self.files.len(), dtype: info.dtype, shape: info.shape.clone(), bytes };
+            let entry = Entry {
+                file: self.files.len(),
+                dtype: info.dtype,
+                shape: info.shape.clone(),
+                bytes,
+            };
             self.tensors.insert(name, entry);
         }
         self.files.push((path.to_owned(), map));
@@ -203,15 +255,25 @@ impl Tensor<'_> {
     /// # Panics
     /// Past the tensor's end; the shapes were checked by [`Weights::check`].
     pub fn read(&self, start: usize, out: &mut [f32]) {
-        fn each<const N: usize>(bytes: &[u8], start: usize, out: &mut [f32], widen: impl Fn([u8; N]) -> f32) {
+        fn each<const N: usize>(
+            bytes: &[u8],
+            start: usize,
+            out: &mut [f32],
+            widen: impl Fn([u8; N]) -> f32,
+        ) {
             let (numbers, _) = bytes.as_chunks::<N>();
-            for (out, number) in out.iter_mut().zip(&numbers[start..start + out.len()]) {
+            let numbers = &numbers[start..][..out.len()];
+            for (out, number) in out.iter_mut().zip(numbers) {
                 *out = widen(*number);
             }
         }
         match self.dtype {
-            Dtype::BF16 => each(self.bytes, start, out, |number| half::bf16::from_le_bytes(number).to_f32()),
-            Dtype::F16 => each(self.bytes, start, out, |number| half::f16::from_le_bytes(number).to_f32()),
+            Dtype::BF16 => each(self.bytes, start, out, |number| {
+                half::bf16::from_le_bytes(number).to_f32()
+            }),
+            Dtype::F16 => each(self.bytes, start, out, |number| {
+                half::f16::from_le_bytes(number).to_f32()
+            }),
             // `Weights::tensor` gives no other.
             _ => each(self.bytes, start, out, f32::from_le_bytes),
         }
@@ -220,7 +282,7 @@ impl Tensor<'_> {
     /// The whole tensor, widened.
     #[must_use]
     pub fn to_vec(&self) -> Vec<f32> {
-        let mut out = vec![0.0; self.bytes.len() / self.dtype.bitsize() * 8];
+        let mut out = vec![0.0; self.bytes.len() * 8 / self.dtype.bitsize()];
         self.read(0, &mut out);
         out
     }
@@ -231,10 +293,16 @@ impl Tensor<'_> {
 /// # Errors
 /// [`WeightsError::File`].
 pub fn read_text(path: &Path) -> Result<String, WeightsError> {
-    let failed = |reason: String| WeightsError::File { path: path.display().to_string(), reason };
+    let failed = |reason: String| WeightsError::File {
+        path: path.display().to_string(),
+        reason,
+    };
     let file = File::open(path).map_err(|error| failed(error.to_string()))?;
     let mut text = String::new();
-    let read = file.take(JSON_BYTES_MAX + 1).read_to_string(&mut text).map_err(|error| failed(error.to_string()))?;
+    let read = file
+        .take(JSON_BYTES_MAX + 1)
+        .read_to_string(&mut text)
+        .map_err(|error| failed(error.to_string()))?;
     if read as u64 > JSON_BYTES_MAX {
         return Err(failed(format!("longer than {JSON_BYTES_MAX} bytes")));
     }
@@ -247,13 +315,22 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, Vec<String>>, WeightsError
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
-    let refused = |reason: String| WeightsError::Index { path: path.display().to_string(), reason };
-    let index: Index = serde_json::from_str(&read_text(path)?).map_err(|error| refused(error.to_string()))?;
+    let refused = |reason: String| WeightsError::Index {
+        path: path.display().to_string(),
+        reason,
+    };
+    let index: Index =
+        serde_json::from_str(&read_text(path)?).map_err(|error| refused(error.to_string()))?;
     let mut files: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for (tensor, file) in index.weight_map {
         let mut parts = Path::new(&file).components();
-        if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
-            return Err(refused(format!("the tensor {tensor} lies in {file:?}, which is not the name of a file in this folder")));
+        if !matches!(
+            (parts.next(), parts.next()),
+            (Some(Component::Normal(_)), None)
+        ) {
+            return Err(refused(format!(
+                "the tensor {tensor} lies in {file:?}, which is not the name of a file in this folder"
+            )));
         }
         files.entry(file).or_default().push(tensor);
     }

@@ -14,9 +14,18 @@
 //! [`Backend::read`]. Ops may panic on shapes that do not fit together: the callers are the layers, which derive all
 //! shapes from a checked [`ModelSpec`](crate::models::spec::ModelSpec) and a checked plan.
 
-use std::ops::Range;
-
+#[cfg(test)]
+pub mod conformance;
+pub mod cpu;
 pub mod reference;
+
+mod batch;
+mod shapes;
+
+pub use batch::{Batch, BatchSpan};
+pub use shapes::{Heads, KvDtype, KvShape, LinearShape, Size, WeightDtype};
+
+use std::ops::Range;
 
 /// A device, its memory and its kernels.
 pub trait Backend: Send + 'static {
@@ -53,7 +62,12 @@ pub trait Backend: Send + 'static {
     ///
     /// # Errors
     /// [`DeviceError::OutOfMemory`].
-    fn pack(&mut self, shape: LinearShape, rows: &RowSource<'_>, bias: Option<&[f32]>) -> Result<Self::Linear, DeviceError>;
+    fn pack(
+        &mut self,
+        shape: LinearShape,
+        rows: &RowSource<'_>,
+        bias: Option<&[f32]>,
+    ) -> Result<Self::Linear, DeviceError>;
 
     /// Bytes that [`Backend::pack`] takes for a matrix of this shape, bias excluded.
     fn linear_bytes(shape: LinearShape) -> u64;
@@ -74,11 +88,24 @@ pub trait Backend: Send + 'static {
     fn embed(&mut self, batch: &Batch, table: &Self::Linear, first: u32, out: &mut Self::Buf);
 
     /// `out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight`, of `[rows, width]`; `weight` is `[width]`.
-    fn rms_norm(&mut self, size: Size, x: &Self::Buf, weight: &Self::Buf, eps: f32, out: &mut Self::Buf);
+    fn rms_norm(
+        &mut self,
+        size: Size,
+        x: &Self::Buf,
+        weight: &Self::Buf,
+        eps: f32,
+        out: &mut Self::Buf,
+    );
 
     /// `out[r] = (x[r] - mean(x[r])) / sqrt(var(x[r]) + eps) * weight + bias`, of `[rows, width]`, the variance
     /// being the biased one (divided by `width`); `weight` and `bias` are `[width]`.
-    fn layer_norm(&mut self, size: Size, x: &Self::Buf, norm: LayerNorm<'_, Self::Buf>, out: &mut Self::Buf);
+    fn layer_norm(
+        &mut self,
+        size: Size,
+        x: &Self::Buf,
+        norm: LayerNorm<'_, Self::Buf>,
+        out: &mut Self::Buf,
+    );
 
     /// `out = x W^T + b`: `out[r][i] = sum_j x[r][j] * W[i][j] + b[i]`, of `x [rows, k]` and `out [rows, n]`.
     fn linear(&mut self, rows: usize, x: &Self::Buf, weight: &Self::Linear, out: &mut Self::Buf);
@@ -93,19 +120,40 @@ pub trait Backend: Send + 'static {
     /// Rotates the first `heads` heads of each row of `x [rows, width]` in place, in half-split form. With `c` and `s`
     /// the two halves of `cos_sin[r]` (`[rows, d]`), for each head `h` and `i < d/2`:
     /// `h[i], h[i + d/2] = h[i] * c[i] - h[i + d/2] * s[i], h[i + d/2] * c[i] + h[i] * s[i]`.
-    fn rope(&mut self, size: Size, x: &mut Self::Buf, heads: usize, head_width: usize, cos_sin: &Self::Buf);
+    fn rope(
+        &mut self,
+        size: Size,
+        x: &mut Self::Buf,
+        heads: usize,
+        head_width: usize,
+        cos_sin: &Self::Buf,
+    );
 
     /// Rounds the K and V columns of `qkv [batch.len(), (q + 2 kv) * d]` to the cache's dtype (to nearest, ties to even)
     /// and writes them to the tokens' places in `layer`: the token at position `p` of a span lies in block
     /// `blocks[p / 16]`, slot `p % 16`.
-    fn write_kv(&mut self, batch: &Batch, heads: Heads, qkv: &Self::Buf, kv: &mut Self::Kv, layer: usize);
+    fn write_kv(
+        &mut self,
+        batch: &Batch,
+        heads: Heads,
+        qkv: &Self::Buf,
+        kv: &mut Self::Kv,
+        layer: usize,
+    );
 
     /// Causal attention of each span's queries over its sequence, reading K and V from the cache alone. For the token at
     /// position `p`, query head `h` and the KV head `h / (q / kv)`:
     /// `out[h] = sum_j softmax_j(scale * q[h] . k_j + slope[h] * (j - p)) * v_j` over
     /// `max(0, p + 1 - window) <= j <= p`. `out` is `[batch.len(), q * d]`; no slopes is slope 0.
     /// Blocks that lie wholly behind the window are not read.
-    fn attention(&mut self, batch: &Batch, attention: &Attention<'_, Self::Buf>, kv: &Self::Kv, layer: usize, out: &mut Self::Buf);
+    fn attention(
+        &mut self,
+        batch: &Batch,
+        attention: &Attention<'_, Self::Buf>,
+        kv: &Self::Kv,
+        layer: usize,
+        out: &mut Self::Buf,
+    );
 
     /// `x += y` over `[rows, width]`.
     fn add(&mut self, size: Size, x: &mut Self::Buf, y: &Self::Buf);
@@ -126,138 +174,6 @@ pub trait Backend: Send + 'static {
 
 /// Writes row `i` of a weight matrix to the slice.
 pub type RowSource<'a> = dyn Fn(usize, &mut [f32]) + Sync + 'a;
-
-/// The part of a buffer that an op works on: `[rows, width]` at its start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Size {
-    /// Rows: tokens, or rows of logits.
-    pub rows: usize,
-    /// Numbers per row.
-    pub width: usize,
-}
-
-/// Shape and number format of a weight matrix.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LinearShape {
-    /// Rows: outputs.
-    pub n: usize,
-    /// Columns: inputs.
-    pub k: usize,
-    /// How the weights are kept. Values are rounded to it (to nearest, ties to even).
-    pub dtype: WeightDtype,
-}
-
-/// How weights are kept in memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum WeightDtype {
-    /// 4 bytes.
-    F32,
-    /// 2 bytes.
-    Bf16,
-}
-
-/// How K and V are kept in memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum KvDtype {
-    /// 4 bytes: equal to a reference without rounding.
-    F32,
-    /// 2 bytes.
-    Bf16,
-}
-
-impl WeightDtype {
-    /// Bytes of one number.
-    #[must_use]
-    pub const fn bytes(self) -> usize {
-        match self {
-            WeightDtype::F32 => 4,
-            WeightDtype::Bf16 => 2,
-        }
-    }
-
-    /// Its name in configurations and the numerics id.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            WeightDtype::F32 => "f32",
-            WeightDtype::Bf16 => "bf16",
-        }
-    }
-}
-
-impl KvDtype {
-    /// Bytes of one number.
-    #[must_use]
-    pub const fn bytes(self) -> usize {
-        match self {
-            KvDtype::F32 => 4,
-            KvDtype::Bf16 => 2,
-        }
-    }
-
-    /// Its name in configurations and the numerics id.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            KvDtype::F32 => "f32",
-            KvDtype::Bf16 => "bf16",
-        }
-    }
-}
-
-/// One rank's heads.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Heads {
-    /// Query heads, a multiple of `kv`.
-    pub q: usize,
-    /// KV heads. A row of qkv holds `q` query heads, then `kv` key heads, then `kv` value heads.
-    pub kv: usize,
-    /// Numbers per head ("d").
-    pub width: usize,
-}
-
-impl Heads {
-    /// Width of a row of queries, and of attention's output.
-    #[must_use]
-    pub const fn q_width(self) -> usize {
-        self.q * self.width
-    }
-
-    /// Width of a row of keys, and of values.
-    #[must_use]
-    pub const fn kv_width(self) -> usize {
-        self.kv * self.width
-    }
-
-    /// Width of a row of the fused qkv.
-    #[must_use]
-    pub const fn qkv_width(self) -> usize {
-        self.q_width() + 2 * self.kv_width()
-    }
-}
-
-/// The sizes of one rank's KV pool.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct KvShape {
-    /// Layers of the model.
-    pub layers: usize,
-    /// Blocks, block 0 (never written or read) included.
-    pub blocks: usize,
-    /// KV heads of this rank.
-    pub heads: usize,
-    /// Numbers per head.
-    pub head_width: usize,
-    /// How K and V are kept.
-    pub dtype: KvDtype,
-}
-
-impl KvShape {
-    /// Bytes of one block over all layers.
-    #[must_use]
-    pub const fn block_bytes(self) -> u64 {
-        2 * (self.layers * crate::plan::BLOCK_TOKENS * self.heads * self.head_width * self.dtype.bytes()) as u64
-    }
-}
 
 /// What [`Backend::attention`] needs beside the cache.
 #[derive(Debug)]
@@ -294,51 +210,6 @@ pub struct Columns<Buf> {
     pub width: usize,
     /// Which columns.
     pub columns: Range<usize>,
-}
-
-/// The flat ragged batch of a step: the tokens of all spans, one after another, no padding. Checked against the cache
-/// and the vocabulary by the runner before a backend sees it.
-#[derive(Debug, Clone, Default)]
-pub struct Batch {
-    /// Input ids.
-    pub tokens: Vec<u32>,
-    /// Each token's position in its sequence.
-    pub positions: Vec<u32>,
-    /// Which tokens belong to which sequence; in the order of the tokens.
-    pub spans: Vec<BatchSpan>,
-    /// The block tables of all spans, one after another.
-    pub blocks: Vec<u32>,
-}
-
-/// Consecutive tokens of one sequence in a batch.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BatchSpan {
-    /// Its tokens, as rows of the batch.
-    pub rows: Range<usize>,
-    /// Position of its first token.
-    pub position: usize,
-    /// Its block table in [`Batch::blocks`]: entry `i` holds the positions `16 i .. 16 i + 16`.
-    pub blocks: Range<usize>,
-}
-
-impl Batch {
-    /// Tokens of the step.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.tokens.len()
-    }
-
-    /// Whether the step has no token.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.tokens.is_empty()
-    }
-
-    /// A span's block table.
-    #[must_use]
-    pub fn blocks_of(&self, span: &BatchSpan) -> &[u32] {
-        &self.blocks[span.blocks.clone()]
-    }
 }
 
 /// What can go wrong on a device.

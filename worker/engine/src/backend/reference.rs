@@ -4,8 +4,8 @@
 //! goldens of transformers.
 
 use super::{
-    Attention, Backend, Batch, Columns, DeviceError, Heads, KvDtype, KvShape, LayerNorm, LinearShape, RowSource, Size,
-    WeightDtype,
+    Attention, Backend, Batch, Columns, DeviceError, Heads, KvDtype, KvShape, LayerNorm,
+    LinearShape, RowSource, Size, WeightDtype,
 };
 use crate::plan::BLOCK_TOKENS;
 use half::bf16;
@@ -34,7 +34,8 @@ impl ReferenceKv {
     /// Start of one head's K (`side` 0) or V (`side` 1).
     fn at(&self, layer: usize, block: u32, side: usize, slot: usize, head: usize) -> usize {
         let block = layer * self.shape.blocks + block as usize;
-        (((block * 2 + side) * BLOCK_TOKENS + slot) * self.shape.heads + head) * self.shape.head_width
+        (((block * 2 + side) * BLOCK_TOKENS + slot) * self.shape.heads + head)
+            * self.shape.head_width
     }
 }
 
@@ -60,7 +61,12 @@ impl Backend for ReferenceBackend {
         Ok(())
     }
 
-    fn pack(&mut self, shape: LinearShape, rows: &RowSource<'_>, bias: Option<&[f32]>) -> Result<ReferenceLinear, DeviceError> {
+    fn pack(
+        &mut self,
+        shape: LinearShape,
+        rows: &RowSource<'_>,
+        bias: Option<&[f32]>,
+    ) -> Result<ReferenceLinear, DeviceError> {
         let LinearShape { n, k, dtype } = shape;
         let mut weight = zeros(n * k)?;
         for (i, row) in weight.chunks_exact_mut(k).enumerate() {
@@ -69,7 +75,12 @@ impl Backend for ReferenceBackend {
                 row.iter_mut().for_each(|value| *value = round_bf16(*value));
             }
         }
-        Ok(ReferenceLinear { n, k, weight, bias: bias.map(<[f32]>::to_vec) })
+        Ok(ReferenceLinear {
+            n,
+            k,
+            weight,
+            bias: bias.map(<[f32]>::to_vec),
+        })
     }
 
     fn linear_bytes(shape: LinearShape) -> u64 {
@@ -77,20 +88,32 @@ impl Backend for ReferenceBackend {
     }
 
     fn alloc_kv(&mut self, shape: KvShape) -> Result<ReferenceKv, DeviceError> {
-        let values = zeros(2 * shape.layers * shape.blocks * BLOCK_TOKENS * shape.heads * shape.head_width)?;
+        let values =
+            zeros(2 * shape.layers * shape.blocks * BLOCK_TOKENS * shape.heads * shape.head_width)?;
         Ok(ReferenceKv { shape, values })
     }
 
     fn embed(&mut self, batch: &Batch, table: &ReferenceLinear, first: u32, out: &mut Vec<f32>) {
         for (token, out) in batch.tokens.iter().zip(out.chunks_exact_mut(table.k)) {
-            match token.checked_sub(first).map(|row| row as usize).filter(|row| *row < table.n) {
+            match token
+                .checked_sub(first)
+                .map(|row| row as usize)
+                .filter(|row| *row < table.n)
+            {
                 Some(row) => out.copy_from_slice(&table.weight[row * table.k..][..table.k]),
                 None => out.fill(0.0),
             }
         }
     }
 
-    fn rms_norm(&mut self, size: Size, x: &Vec<f32>, weight: &Vec<f32>, eps: f32, out: &mut Vec<f32>) {
+    fn rms_norm(
+        &mut self,
+        size: Size,
+        x: &Vec<f32>,
+        weight: &Vec<f32>,
+        eps: f32,
+        out: &mut Vec<f32>,
+    ) {
         for (x, out) in rows(x, size).zip(rows_mut(out, size)) {
             let mean_square = x.iter().map(|x| x * x).sum::<f32>() / size.width as f32;
             let factor = 1.0 / (mean_square + eps).sqrt();
@@ -100,13 +123,21 @@ impl Backend for ReferenceBackend {
         }
     }
 
-    fn layer_norm(&mut self, size: Size, x: &Vec<f32>, norm: LayerNorm<'_, Vec<f32>>, out: &mut Vec<f32>) {
+    fn layer_norm(
+        &mut self,
+        size: Size,
+        x: &Vec<f32>,
+        norm: LayerNorm<'_, Vec<f32>>,
+        out: &mut Vec<f32>,
+    ) {
         for (x, out) in rows(x, size).zip(rows_mut(out, size)) {
             let mean = x.iter().sum::<f32>() / size.width as f32;
-            let variance = x.iter().map(|x| (x - mean) * (x - mean)).sum::<f32>() / size.width as f32;
+            let variance =
+                x.iter().map(|x| (x - mean) * (x - mean)).sum::<f32>() / size.width as f32;
             let factor = 1.0 / (variance + norm.eps).sqrt();
             for i in 0..size.width {
-                out[i] = (x[i] - mean) * factor * norm.weight[i] + norm.bias.map_or(0.0, |bias| bias[i]);
+                out[i] =
+                    (x[i] - mean) * factor * norm.weight[i] + norm.bias.map_or(0.0, |bias| bias[i]);
             }
         }
     }
@@ -121,7 +152,9 @@ impl Backend for ReferenceBackend {
     }
 
     fn clamp(&mut self, size: Size, x: &mut Vec<f32>, limit: f32) {
-        all_mut(x, size).iter_mut().for_each(|x| *x = x.clamp(-limit, limit));
+        all_mut(x, size)
+            .iter_mut()
+            .for_each(|x| *x = x.clamp(-limit, limit));
     }
 
     fn copy_columns(&mut self, rows: usize, from: Columns<&Vec<f32>>, to: Columns<&mut Vec<f32>>) {
@@ -131,7 +164,14 @@ impl Backend for ReferenceBackend {
         }
     }
 
-    fn rope(&mut self, size: Size, x: &mut Vec<f32>, heads: usize, head_width: usize, cos_sin: &Vec<f32>) {
+    fn rope(
+        &mut self,
+        size: Size,
+        x: &mut Vec<f32>,
+        heads: usize,
+        head_width: usize,
+        cos_sin: &Vec<f32>,
+    ) {
         let half = head_width / 2;
         for (row, angles) in rows_mut(x, size).zip(cos_sin.chunks_exact(head_width)) {
             let (cos, sin) = angles.split_at(half);
@@ -145,7 +185,14 @@ impl Backend for ReferenceBackend {
         }
     }
 
-    fn write_kv(&mut self, batch: &Batch, heads: Heads, qkv: &Vec<f32>, kv: &mut ReferenceKv, layer: usize) {
+    fn write_kv(
+        &mut self,
+        batch: &Batch,
+        heads: Heads,
+        qkv: &Vec<f32>,
+        kv: &mut ReferenceKv,
+        layer: usize,
+    ) {
         let d = heads.width;
         let round = |value: f32| match kv.shape.dtype {
             KvDtype::F32 => value,
@@ -156,7 +203,8 @@ impl Backend for ReferenceBackend {
             for (i, row) in span.rows.clone().enumerate() {
                 let position = span.position + i;
                 let (block, slot) = (blocks[position / BLOCK_TOKENS], position % BLOCK_TOKENS);
-                let keys_and_values = &qkv[row * heads.qkv_width()..][..heads.qkv_width()][heads.q_width()..];
+                let keys_and_values =
+                    &qkv[row * heads.qkv_width()..][..heads.qkv_width()][heads.q_width()..];
                 for (i, vector) in keys_and_values.chunks_exact(d).enumerate() {
                     let at = kv.at(layer, block, i / heads.kv, slot, i % heads.kv);
                     for (to, from) in kv.values[at..at + d].iter_mut().zip(vector) {
@@ -167,7 +215,14 @@ impl Backend for ReferenceBackend {
         }
     }
 
-    fn attention(&mut self, batch: &Batch, attention: &Attention<'_, Vec<f32>>, kv: &ReferenceKv, layer: usize, out: &mut Vec<f32>) {
+    fn attention(
+        &mut self,
+        batch: &Batch,
+        attention: &Attention<'_, Vec<f32>>,
+        kv: &ReferenceKv,
+        layer: usize,
+        out: &mut Vec<f32>,
+    ) {
         let heads = attention.heads;
         let d = heads.width;
         let mut scores = Vec::new();
@@ -175,18 +230,29 @@ impl Backend for ReferenceBackend {
             let blocks = batch.blocks_of(span);
             for (i, row) in span.rows.clone().enumerate() {
                 let position = span.position + i;
-                let first = attention.window.map_or(0, |window| (position + 1).saturating_sub(window));
+                let first = attention
+                    .window
+                    .map_or(0, |window| (position + 1).saturating_sub(window));
                 for head in 0..heads.q {
                     let kv_head = head / (heads.q / heads.kv);
                     let at = |key: usize, side: usize| {
-                        kv.at(layer, blocks[key / BLOCK_TOKENS], side, key % BLOCK_TOKENS, kv_head)
+                        kv.at(
+                            layer,
+                            blocks[key / BLOCK_TOKENS],
+                            side,
+                            key % BLOCK_TOKENS,
+                            kv_head,
+                        )
                     };
                     let query = &attention.qkv[row * heads.qkv_width() + head * d..][..d];
                     let slope = attention.slopes.map_or(0.0, |slopes| slopes[head]);
                     scores.clear();
                     for key in first..=position {
                         let distance = (position - key) as f32;
-                        scores.push(attention.scale * dot(query, &kv.values[at(key, 0)..][..d]) - slope * distance);
+                        scores.push(
+                            attention.scale * dot(query, &kv.values[at(key, 0)..][..d])
+                                - slope * distance,
+                        );
                     }
                     softmax(&mut scores);
                     let out = &mut out[row * heads.q_width() + head * d..][..d];
@@ -202,11 +268,20 @@ impl Backend for ReferenceBackend {
     }
 
     fn add(&mut self, size: Size, x: &mut Vec<f32>, y: &Vec<f32>) {
-        all_mut(x, size).iter_mut().zip(y).for_each(|(x, y)| *x += y);
+        all_mut(x, size)
+            .iter_mut()
+            .zip(y)
+            .for_each(|(x, y)| *x += y);
     }
 
     fn silu_mul(&mut self, size: Size, gate_up: &Vec<f32>, out: &mut Vec<f32>) {
-        let gate_up = rows(gate_up, Size { rows: size.rows, width: 2 * size.width });
+        let gate_up = rows(
+            gate_up,
+            Size {
+                rows: size.rows,
+                width: 2 * size.width,
+            },
+        );
         for (gate_up, out) in gate_up.zip(rows_mut(out, size)) {
             let (gate, up) = gate_up.split_at(size.width);
             for i in 0..size.width {
@@ -263,7 +338,12 @@ fn round_bf16(value: f32) -> f32 {
 fn dot(x: &[f32], y: &[f32]) -> f32 {
     let mut lanes = [0.0f32; 8];
     let (x, y) = (x.chunks_exact(8), y.chunks_exact(8));
-    let rest: f32 = x.remainder().iter().zip(y.remainder()).map(|(x, y)| x * y).sum();
+    let rest: f32 = x
+        .remainder()
+        .iter()
+        .zip(y.remainder())
+        .map(|(x, y)| x * y)
+        .sum();
     for (x, y) in x.zip(y) {
         for lane in 0..8 {
             lanes[lane] += x[lane] * y[lane];
@@ -274,7 +354,9 @@ fn dot(x: &[f32], y: &[f32]) -> f32 {
 
 fn softmax(scores: &mut [f32]) {
     let largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    scores.iter_mut().for_each(|score| *score = (*score - largest).exp());
+    scores
+        .iter_mut()
+        .for_each(|score| *score = (*score - largest).exp());
     let sum: f32 = scores.iter().sum();
     scores.iter_mut().for_each(|score| *score /= sum);
 }
@@ -294,7 +376,11 @@ fn all_mut(x: &mut [f32], size: Size) -> &mut [f32] {
 /// Zeros, with an error in place of an abort where memory is short.
 fn zeros(len: usize) -> Result<Vec<f32>, DeviceError> {
     let mut values = Vec::new();
-    values.try_reserve_exact(len).map_err(|_| DeviceError::OutOfMemory { bytes: 4 * len as u64 })?;
+    values
+        .try_reserve_exact(len)
+        .map_err(|_| DeviceError::OutOfMemory {
+            bytes: 4 * len as u64,
+        })?;
     values.resize(len, 0.0);
     Ok(values)
 }
@@ -305,8 +391,18 @@ mod tests {
 
     #[test]
     fn erf_equals_published_values() {
-        for (x, expected) in [(0.0, 0.0), (0.5, 0.520_499_877_813), (1.0, 0.842_700_792_950), (2.0, 0.995_322_265_019), (3.5, 0.999_999_256_902)] {
-            assert!((erf(x) - expected).abs() < 1e-9, "erf({x}) = {}, expected {expected}", erf(x));
+        for (x, expected) in [
+            (0.0, 0.0),
+            (0.5, 0.520_499_877_813),
+            (1.0, 0.842_700_792_950),
+            (2.0, 0.995_322_265_019),
+            (3.5, 0.999_999_256_902),
+        ] {
+            assert!(
+                (erf(x) - expected).abs() < 1e-9,
+                "erf({x}) = {}, expected {expected}",
+                erf(x)
+            );
             assert!((erf(-x) + expected).abs() < 1e-9);
         }
         assert_eq!(erf(9.0), 1.0);

@@ -1,6 +1,6 @@
 //! What the ranks of a shard group do together: sums, gathers and the plan stream.
 //!
-//! Owns the [`Collective`] trait and its error. [`solo`] is the group of one; `host` joins processes by shared memory
+//! Owns the [`Collective`] trait and its error. [`solo`] is the group of one; [`host`] joins processes by shared memory
 //! on one machine or TCP between machines. Knows no model and no schedule.
 //!
 //! All ranks make the same calls in the same order. A rank that fails is an error on every other rank, never a hang;
@@ -8,7 +8,11 @@
 
 use crate::runner::StepError;
 
+pub mod host;
 pub mod solo;
+
+#[cfg(test)]
+mod tests;
 
 /// One rank's end of a shard group, over buffers of type `Buf` (the backend's).
 pub trait Collective<Buf>: Send {

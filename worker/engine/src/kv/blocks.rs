@@ -29,7 +29,11 @@ struct Block {
 impl BlockManager {
     /// A manager of `count` blocks, the null block included. All are free and nameless.
     pub fn new(count: u32) -> Self {
-        let mut manager = BlockManager { blocks: vec![Block::default(); count.max(1) as usize], free: 0, named: HashMap::new() };
+        let mut manager = BlockManager {
+            blocks: vec![Block::default(); count.max(1) as usize],
+            free: 0,
+            named: HashMap::new(),
+        };
         for id in 1..count {
             manager.link_last(id);
         }
@@ -59,7 +63,10 @@ impl BlockManager {
     /// A block with this name; one in use before a free one, which would cost capacity.
     pub fn find(&self, name: &BlockHash) -> Option<u32> {
         let ids = self.named.get(name)?;
-        ids.iter().copied().find(|&id| self.refs(id) > 0).or(ids.first().copied())
+        ids.iter()
+            .copied()
+            .find(|&id| self.refs(id) > 0)
+            .or(ids.first().copied())
     }
 
     /// Takes one more reference to each block (null blocks are skipped). Do this to a prefix hit before
@@ -106,7 +113,10 @@ impl BlockManager {
     pub fn release(&mut self, ids: &[u32]) {
         for &id in ids.iter().rev().filter(|&&id| id != NULL_BLOCK) {
             let block = &mut self.blocks[id as usize];
-            debug_assert!(block.refs > 0, "block {id} is released by someone who holds it");
+            debug_assert!(
+                block.refs > 0,
+                "block {id} is released by someone who holds it"
+            );
             block.refs -= 1;
             match (block.refs, block.name) {
                 (0, Some(_)) => self.link_last(id),
@@ -117,7 +127,9 @@ impl BlockManager {
     }
 
     fn forget(&mut self, id: u32) {
-        let Some(name) = self.blocks[id as usize].name.take() else { return };
+        let Some(name) = self.blocks[id as usize].name.take() else {
+            return;
+        };
         if let Some(ids) = self.named.get_mut(&name) {
             ids.retain(|&other| other != id);
             if ids.is_empty() {
@@ -160,31 +172,51 @@ impl BlockManager {
             expected[id as usize] += 1;
         }
         let refs: Vec<u32> = self.blocks.iter().map(|block| block.refs).collect();
-        assert_eq!(refs, expected, "references are the tables' entries; the null block has none");
+        assert_eq!(
+            refs, expected,
+            "references are the tables' entries; the null block has none"
+        );
 
         let mut listed = vec![false; self.blocks.len()];
         let (mut at, mut count) = (NULL_BLOCK, 0);
         loop {
             let next = self.blocks[at as usize].next;
-            assert_eq!(self.blocks[next as usize].prev, at, "links agree in both directions");
+            assert_eq!(
+                self.blocks[next as usize].prev, at,
+                "links agree in both directions"
+            );
             if next == NULL_BLOCK {
                 break;
             }
-            assert!(!std::mem::replace(&mut listed[next as usize], true), "block {next} is free once");
+            assert!(
+                !std::mem::replace(&mut listed[next as usize], true),
+                "block {next} is free once"
+            );
             (at, count) = (next, count + 1);
         }
         assert_eq!(count, self.free, "the list holds the free blocks");
-        for id in 1..self.blocks.len() {
-            assert_eq!(listed[id], self.blocks[id].refs == 0, "block {id} is either free or referenced");
+        for (id, block) in self.blocks.iter().enumerate().skip(1) {
+            assert_eq!(
+                listed[id],
+                block.refs == 0,
+                "block {id} is either free or referenced"
+            );
         }
 
         let mut named = 0;
         for (name, ids) in &self.named {
             assert!(!ids.is_empty());
             named += ids.len();
-            ids.iter().for_each(|&id| assert_eq!(self.blocks[id as usize].name, Some(*name)));
+            ids.iter()
+                .for_each(|&id| assert_eq!(self.blocks[id as usize].name, Some(*name)));
         }
-        assert_eq!(named, self.blocks.iter().filter(|block| block.name.is_some()).count());
+        assert_eq!(
+            named,
+            self.blocks
+                .iter()
+                .filter(|block| block.name.is_some())
+                .count()
+        );
     }
 }
 
@@ -192,8 +224,7 @@ impl BlockManager {
 mod tests {
     use super::*;
     use crate::kv::prefix::PrefixHasher;
-    use proptest::test_runner::{RngAlgorithm, TestRng};
-    use proptest::prelude::RngCore;
+    use crate::scheduler::fake::Rng;
 
     fn name(n: u32) -> BlockHash {
         PrefixHasher::new(b"test").name(None, &[n; 16])
@@ -201,7 +232,9 @@ mod tests {
 
     fn named(manager: &mut BlockManager, names: std::ops::Range<u32>) -> Vec<u32> {
         let ids = manager.allocate(names.len()).expect("blocks are free");
-        ids.iter().zip(names).for_each(|(&id, n)| manager.commit(id, name(n)));
+        ids.iter()
+            .zip(names)
+            .for_each(|(&id, n)| manager.commit(id, name(n)));
         ids
     }
 
@@ -218,7 +251,9 @@ mod tests {
     #[test]
     fn the_null_block_is_never_given_out() {
         let mut manager = BlockManager::new(4);
-        let ids = manager.allocate(3).expect("three blocks beside the null block");
+        let ids = manager
+            .allocate(3)
+            .expect("three blocks beside the null block");
         assert!(!ids.contains(&NULL_BLOCK));
         manager.release(&[NULL_BLOCK, ids[0]]);
         manager.touch(&[NULL_BLOCK]);
@@ -231,7 +266,10 @@ mod tests {
         let ids = named(&mut manager, 0..3);
         manager.release(&ids);
         assert_eq!(manager.free_count(), 3);
-        assert_eq!((0..3).map(|n| manager.find(&name(n))).collect::<Vec<_>>(), ids.iter().map(|&id| Some(id)).collect::<Vec<_>>());
+        assert_eq!(
+            (0..3).map(|n| manager.find(&name(n))).collect::<Vec<_>>(),
+            ids.iter().map(|&id| Some(id)).collect::<Vec<_>>()
+        );
         assert_eq!(manager.allocate(1), Some(vec![ids[2]]));
         assert_eq!(manager.find(&name(2)), None);
         assert_eq!(manager.find(&name(0)), Some(ids[0]));
@@ -273,12 +311,12 @@ mod tests {
 
     #[test]
     fn random_steps_break_no_invariant() {
-        let mut rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
+        let mut rng = Rng(1);
         for blocks in 8..20 {
             let mut manager = BlockManager::new(blocks);
             let mut tables: Vec<Vec<u32>> = Vec::new();
             for _ in 0..4_000 {
-                let pick = rng.next_u32();
+                let pick = rng.next() as u32;
                 match pick % 4 {
                     0 => {
                         let count = (pick >> 8) as usize % 5;

@@ -23,7 +23,9 @@ impl PrefixHasher {
         // The salt is digested first, so that salts of any length give inputs of one length: no two can collide by
         // moving a border.
         let key = Sha256::digest(salt);
-        PrefixHasher { keyed: Sha256::new_with_prefix(key) }
+        PrefixHasher {
+            keyed: Sha256::new_with_prefix(key),
+        }
     }
 
     /// The name of the block that holds `tokens` after the block named `parent` (`None`: the sequence's first block).

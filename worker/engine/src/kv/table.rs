@@ -45,9 +45,20 @@ impl BlockTable {
         &self.blocks
     }
 
+    /// Blocks that the table holds, those behind the window left out.
+    pub fn held(&self) -> usize {
+        self.blocks.len() - self.slid
+    }
+
     /// Finds the longest prefix of `tokens` whose visible blocks are all cached. At least the last token is left to
     /// compute: its logits are wanted. With a sliding window, blocks that the next token does not see may be gone.
-    pub fn lookup(&mut self, manager: &BlockManager, hasher: &PrefixHasher, tokens: &[u32], window: Option<u32>) -> Hit {
+    pub fn lookup(
+        &mut self,
+        manager: &BlockManager,
+        hasher: &PrefixHasher,
+        tokens: &[u32],
+        window: Option<u32>,
+    ) -> Hit {
         hasher.extend(&mut self.names, tokens);
         let most = tokens.len().saturating_sub(1) / BLOCK_TOKENS;
         let mut found: Vec<u32> = Vec::with_capacity(most);
@@ -66,15 +77,25 @@ impl BlockTable {
         found.truncate(hit_len);
         let visible = first_visible_block(hit_len * BLOCK_TOKENS, window).min(hit_len);
         found[..visible].fill(NULL_BLOCK);
-        let free = found[visible..].iter().filter(|&&id| manager.refs(id) == 0).count();
-        Hit { blocks: found, free }
+        let free = found[visible..]
+            .iter()
+            .filter(|&&id| manager.refs(id) == 0)
+            .count();
+        Hit {
+            blocks: found,
+            free,
+        }
     }
 
     /// Starts an empty table with a hit, taking its references.
     pub fn adopt(&mut self, manager: &mut BlockManager, hit: Hit) {
         debug_assert!(self.blocks.is_empty(), "a hit starts a table");
         manager.touch(&hit.blocks);
-        self.slid = hit.blocks.iter().take_while(|&&id| id == NULL_BLOCK).count();
+        self.slid = hit
+            .blocks
+            .iter()
+            .take_while(|&&id| id == NULL_BLOCK)
+            .count();
         self.committed = hit.blocks.len();
         self.blocks = hit.blocks;
     }
@@ -82,7 +103,9 @@ impl BlockTable {
     /// Makes room for `tokens` tokens in all. False, and nothing changed, when too few blocks are free.
     #[must_use]
     pub fn grow(&mut self, manager: &mut BlockManager, tokens: usize) -> bool {
-        let missing = tokens.div_ceil(BLOCK_TOKENS).saturating_sub(self.blocks.len());
+        let missing = tokens
+            .div_ceil(BLOCK_TOKENS)
+            .saturating_sub(self.blocks.len());
         match manager.allocate(missing) {
             Some(ids) => {
                 self.blocks.extend(ids);
@@ -150,7 +173,13 @@ mod tests {
         assert_eq!(lookup(&manager, &tokens[..5], None), Hit::default());
         assert_eq!(lookup(&manager, &tokens, None).free, 0);
         table.clear(&mut manager);
-        assert_eq!(lookup(&manager, &tokens, None), Hit { blocks: vec![1, 2], free: 2 });
+        assert_eq!(
+            lookup(&manager, &tokens, None),
+            Hit {
+                blocks: vec![1, 2],
+                free: 2
+            }
+        );
     }
 
     #[test]
@@ -174,7 +203,11 @@ mod tests {
         let mut table = filled(&mut manager, &tokens);
         // The token at position 51 sees 32..=51 through a window of 20: blocks 0 and 1 are behind it.
         table.slide(&mut manager, 50, Some(20));
-        assert_eq!(table.blocks()[..3], [NULL_BLOCK, 2, 3], "position 31 is still seen from position 50");
+        assert_eq!(
+            table.blocks()[..3],
+            [NULL_BLOCK, 2, 3],
+            "position 31 is still seen from position 50"
+        );
         table.slide(&mut manager, 51, Some(20));
         assert_eq!(table.blocks()[..3], [NULL_BLOCK, NULL_BLOCK, 3]);
         assert_eq!(manager.free_count(), 6);
@@ -182,11 +215,23 @@ mod tests {
 
         let all_free = manager.allocate(6).expect("six are free");
         manager.release(&all_free);
-        assert_eq!(lookup(&manager, &tokens, None), Hit::default(), "blocks 0 and 1 were given out again");
+        assert_eq!(
+            lookup(&manager, &tokens, None),
+            Hit::default(),
+            "blocks 0 and 1 were given out again"
+        );
         let hit = lookup(&manager, &tokens, Some(20));
-        assert_eq!(hit.blocks, [NULL_BLOCK, NULL_BLOCK, 3, 4], "the window needs only the last two blocks");
+        assert_eq!(
+            hit.blocks,
+            [NULL_BLOCK, NULL_BLOCK, 3, 4],
+            "the window needs only the last two blocks"
+        );
         assert_eq!(hit.held(), 2);
         let hit = lookup(&manager, &tokens[..60], Some(20));
-        assert_eq!(hit, Hit::default(), "position 48 sees position 29, which is gone");
+        assert_eq!(
+            hit,
+            Hit::default(),
+            "position 48 sees position 29, which is gone"
+        );
     }
 }

@@ -20,9 +20,16 @@ impl Config {
     /// [`SpecError::NotJson`].
     pub fn parse(json: &str) -> Result<Config, SpecError> {
         match serde_json::from_str(json) {
-            Ok(Value::Object(values)) => Ok(Config { path: String::new(), values }),
-            Ok(_) => Err(SpecError::NotJson { reason: "it is not an object".to_owned() }),
-            Err(error) => Err(SpecError::NotJson { reason: error.to_string() }),
+            Ok(Value::Object(values)) => Ok(Config {
+                path: String::new(),
+                values,
+            }),
+            Ok(_) => Err(SpecError::NotJson {
+                reason: "it is not an object".to_owned(),
+            }),
+            Err(error) => Err(SpecError::NotJson {
+                reason: error.to_string(),
+            }),
         }
     }
 
@@ -31,7 +38,9 @@ impl Config {
     /// # Errors
     /// [`SpecError`]: missing, or not a list of one name.
     pub fn architecture(&self) -> Result<&str, SpecError> {
-        let value = self.get("architectures").ok_or_else(|| self.missing("architectures"))?;
+        let value = self
+            .get("architectures")
+            .ok_or_else(|| self.missing("architectures"))?;
         match value.as_array().map(Vec::as_slice) {
             Some([Value::String(name)]) => Ok(name),
             _ => Err(self.odd("architectures", value, "a list of one name")),
@@ -44,7 +53,11 @@ impl Config {
     /// [`SpecError::Field`].
     pub fn refuse_quantised(&self) -> Result<(), SpecError> {
         self.get("quantization_config").map_or(Ok(()), |value| {
-            Err(self.odd("quantization_config", value, "no quantisation: weights in bf16, f16 or f32"))
+            Err(self.odd(
+                "quantization_config",
+                value,
+                "no quantisation: weights in bf16, f16 or f32",
+            ))
         })
     }
 
@@ -52,8 +65,14 @@ impl Config {
     ///
     /// # Errors
     /// [`SpecError::Field`]: another kind of value or out of range.
-    pub fn count_or(&self, key: &str, range: RangeInclusive<usize>, default: usize) -> Result<usize, SpecError> {
-        self.get(key).map_or(Ok(default), |value| self.as_count(key, value, range))
+    pub fn count_or(
+        &self,
+        key: &str,
+        range: RangeInclusive<usize>,
+        default: usize,
+    ) -> Result<usize, SpecError> {
+        self.get(key)
+            .map_or(Ok(default), |value| self.as_count(key, value, range))
     }
 
     /// A whole number in a range that must be there.
@@ -70,10 +89,16 @@ impl Config {
     /// # Errors
     /// [`SpecError::Field`]: another kind of value or out of range.
     pub fn real(&self, key: &str, range: RangeInclusive<f64>) -> Result<Option<f64>, SpecError> {
-        let Some(value) = self.get(key) else { return Ok(None) };
+        let Some(value) = self.get(key) else {
+            return Ok(None);
+        };
         match value.as_f64().filter(|number| range.contains(number)) {
             Some(number) => Ok(Some(number)),
-            None => Err(self.odd(key, value, &format!("a number from {:e} to {:e}", range.start(), range.end()))),
+            None => Err(self.odd(
+                key,
+                value,
+                &format!("a number from {:e} to {:e}", range.start(), range.end()),
+            )),
         }
     }
 
@@ -82,7 +107,11 @@ impl Config {
     /// # Errors
     /// [`SpecError::Field`]: another kind of value.
     pub fn flag(&self, key: &str, default: bool) -> Result<bool, SpecError> {
-        self.get(key).map_or(Ok(default), |value| value.as_bool().ok_or_else(|| self.odd(key, value, "true or false")))
+        self.get(key).map_or(Ok(default), |value| {
+            value
+                .as_bool()
+                .ok_or_else(|| self.odd(key, value, "true or false"))
+        })
     }
 
     /// A text, if there is one.
@@ -90,7 +119,9 @@ impl Config {
     /// # Errors
     /// [`SpecError::Field`]: another kind of value.
     pub fn text(&self, key: &str) -> Result<Option<&str>, SpecError> {
-        self.get(key).map(|value| value.as_str().ok_or_else(|| self.odd(key, value, "a text"))).transpose()
+        self.get(key)
+            .map(|value| value.as_str().ok_or_else(|| self.odd(key, value, "a text")))
+            .transpose()
     }
 
     /// A text that, where it is given, must be one of these.
@@ -111,15 +142,26 @@ impl Config {
     /// # Errors
     /// [`SpecError::Field`]: another kind of value.
     pub fn object(&self, key: &str) -> Result<Option<Config>, SpecError> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        let values = value.as_object().ok_or_else(|| self.odd(key, value, "an object or null"))?.clone();
-        Ok(Some(Config { path: format!("{}{key}.", self.path), values }))
+        let Some(value) = self.get(key) else {
+            return Ok(None);
+        };
+        let values = value
+            .as_object()
+            .ok_or_else(|| self.odd(key, value, "an object or null"))?
+            .clone();
+        Ok(Some(Config {
+            path: format!("{}{key}.", self.path),
+            values,
+        }))
     }
 
     /// An object without keys, in place of one that is absent.
     #[must_use]
     pub fn empty(&self, key: &str) -> Config {
-        Config { path: format!("{}{key}.", self.path), values: Map::new() }
+        Config {
+            path: format!("{}{key}.", self.path),
+            values: Map::new(),
+        }
     }
 
     /// Features that must be off: absent, null or false.
@@ -150,7 +192,9 @@ impl Config {
     /// The error for a key that must be there.
     #[must_use]
     pub fn missing(&self, key: &str) -> SpecError {
-        SpecError::Missing { field: format!("{}{key}", self.path) }
+        SpecError::Missing {
+            field: format!("{}{key}", self.path),
+        }
     }
 
     /// The error for a value that is not supported.
@@ -161,11 +205,29 @@ impl Config {
             found.truncate(end);
             found.push_str("...");
         }
-        SpecError::Field { field: format!("{}{key}", self.path), found, supported: supported.to_owned() }
+        SpecError::Field {
+            field: format!("{}{key}", self.path),
+            found,
+            supported: supported.to_owned(),
+        }
     }
 
-    fn as_count(&self, key: &str, value: &Value, range: RangeInclusive<usize>) -> Result<usize, SpecError> {
-        let count = value.as_u64().and_then(|count| usize::try_from(count).ok()).filter(|count| range.contains(count));
-        count.ok_or_else(|| self.odd(key, value, &format!("a whole number from {} to {}", range.start(), range.end())))
+    fn as_count(
+        &self,
+        key: &str,
+        value: &Value,
+        range: RangeInclusive<usize>,
+    ) -> Result<usize, SpecError> {
+        let count = value
+            .as_u64()
+            .and_then(|count| usize::try_from(count).ok())
+            .filter(|count| range.contains(count));
+        count.ok_or_else(|| {
+            self.odd(
+                key,
+                value,
+                &format!("a whole number from {} to {}", range.start(), range.end()),
+            )
+        })
     }
 }

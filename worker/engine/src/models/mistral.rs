@@ -23,5 +23,11 @@ pub fn spec(config: &Config) -> Result<ModelSpec, SpecError> {
         true => llama.kv_heads,
         false => KV_HEADS,
     };
-    Ok(ModelSpec { family: Family::Mistral, kv_heads, window, bias: Biases::default(), ..llama })
+    Ok(ModelSpec {
+        family: Family::Mistral,
+        kv_heads,
+        window,
+        bias: Biases::default(),
+        ..llama
+    })
 }

@@ -3,6 +3,7 @@
 //! Owns [`spec`] (what a `config.json` asks for), one file per family (its config keys and weight names), [`tensors`]
 //! (the weights a spec needs) and [`partition`] (one rank's part). The forward pass is in [`crate::layers`].
 
+pub mod checkpoint;
 pub mod config;
 pub mod llama;
 pub mod mistral;
@@ -30,7 +31,10 @@ impl Family {
     pub fn roots(self) -> (&'static [&'static str], &'static str) {
         match self {
             Family::Llama | Family::Mistral => (&["model.", ""], llama::EMBEDDING),
-            Family::Mpt => (&["transformer.", "", "model.transformer.", "model."], mpt::EMBEDDING),
+            Family::Mpt => (
+                &["transformer.", "", "model.transformer.", "model."],
+                mpt::EMBEDDING,
+            ),
         }
     }
 }
@@ -47,7 +51,9 @@ impl ModelSpec {
             "LlamaForCausalLM" => llama::spec(&config),
             "MistralForCausalLM" => mistral::spec(&config),
             name @ ("MPTForCausalLM" | "MptForCausalLM") => mpt::spec(&config, name),
-            found => Err(SpecError::Architecture { found: found.to_owned() }),
+            found => Err(SpecError::Architecture {
+                found: found.to_owned(),
+            }),
         }?;
         spec.check()
     }

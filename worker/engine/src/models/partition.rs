@@ -39,15 +39,21 @@ impl Partition {
     pub fn new(spec: &ModelSpec, rank: usize, ranks: usize) -> Result<Partition, SpecError> {
         assert!(rank < ranks, "rank {rank} of {ranks}");
         let refuse = |what: String, needs: String| Err(SpecError::Ranks { what, ranks, needs });
-        if spec.heads % ranks != 0 {
-            return refuse(format!("{} attention heads", spec.heads), format!("a divisor of {}", spec.heads));
+        if !spec.heads.is_multiple_of(ranks) {
+            return refuse(
+                format!("{} attention heads", spec.heads),
+                format!("a divisor of {}", spec.heads),
+            );
         }
-        let shared = ranks > spec.kv_heads && ranks % spec.kv_heads == 0;
-        if spec.kv_heads % ranks != 0 && !shared {
+        let shared = ranks > spec.kv_heads && ranks.is_multiple_of(spec.kv_heads);
+        if !spec.kv_heads.is_multiple_of(ranks) && !shared {
             let needs = format!("a divisor or a multiple of {}", spec.kv_heads);
             return refuse(format!("{} KV heads", spec.kv_heads), needs);
         }
-        for (what, count) in [("columns of the MLP", spec.intermediate), ("rows of the vocabulary", spec.vocab)] {
+        for (what, count) in [
+            ("columns of the MLP", spec.intermediate),
+            ("rows of the vocabulary", spec.vocab),
+        ] {
             if count < ranks {
                 return refuse(format!("{count} {what}"), format!("at most {count} ranks"));
             }
@@ -61,7 +67,11 @@ impl Partition {
         Ok(Partition {
             rank,
             ranks,
-            heads: Heads { q: q_heads.len(), kv: kv_heads.len(), width: spec.head_width },
+            heads: Heads {
+                q: q_heads.len(),
+                kv: kv_heads.len(),
+                width: spec.head_width,
+            },
             q_heads,
             kv_heads,
             intermediate: cut(spec.intermediate, rank),
@@ -93,7 +103,7 @@ mod tests {
             let spec = spec(kv * per_kv, kv, intermediate, vocab);
             let parts: Result<Vec<_>, _> = (0..ranks).map(|rank| Partition::new(&spec, rank, ranks)).collect();
             let Ok(parts) = parts else {
-                prop_assert!(spec.heads % ranks != 0 || (kv % ranks != 0 && ranks % kv != 0));
+                prop_assert!(!spec.heads.is_multiple_of(ranks) || (!kv.is_multiple_of(ranks) && !ranks.is_multiple_of(kv)));
                 return Ok(());
             };
             let (mut q, mut middle, mut rows) = (0, 0, 0);
@@ -114,8 +124,18 @@ mod tests {
 
     #[test]
     fn ranks_that_do_not_divide_the_heads_are_refused_by_name() {
-        let message = |heads, kv, ranks| Partition::new(&spec(heads, kv, 64, 64), 0, ranks).unwrap_err().to_string();
-        assert_eq!(message(8, 4, 3), "8 attention heads cannot be divided among 3 ranks; it needs a divisor of 8");
-        assert_eq!(message(12, 3, 2), "3 KV heads cannot be divided among 2 ranks; it needs a divisor or a multiple of 3");
+        let message = |heads, kv, ranks| {
+            Partition::new(&spec(heads, kv, 64, 64), 0, ranks)
+                .unwrap_err()
+                .to_string()
+        };
+        assert_eq!(
+            message(8, 4, 3),
+            "8 attention heads cannot be divided among 3 ranks; it needs a divisor of 8"
+        );
+        assert_eq!(
+            message(12, 3, 2),
+            "3 KV heads cannot be divided among 2 ranks; it needs a divisor or a multiple of 3"
+        );
     }
 }

@@ -1,6 +1,6 @@
 //! What a model is, in numbers: everything the forward pass, the memory plan and the weights' shapes follow from.
 //!
-//! Owns the checked [`ModelSpec`]; a value of it has passed [`ModelSpec::check`], so products of its sizes do not
+//! Owns the checked [`ModelSpec`]; a value of it has passed its last check, so products of its sizes do not
 //! overflow and heads divide. How a family spells it in `config.json` is in the family's file.
 
 /// A checked description of a model.
@@ -198,15 +198,26 @@ pub enum SpecError {
 impl ModelSpec {
     /// The last check of a family's reading: the sizes fit together.
     pub(super) fn check(self) -> Result<ModelSpec, SpecError> {
-        let ModelSpec { heads, kv_heads, head_width, .. } = self;
-        if heads % kv_heads != 0 {
-            return Err(SpecError::Sizes(format!("{heads} attention heads are not a multiple of {kv_heads} KV heads")));
+        let ModelSpec {
+            heads,
+            kv_heads,
+            head_width,
+            ..
+        } = self;
+        if !heads.is_multiple_of(kv_heads) {
+            return Err(SpecError::Sizes(format!(
+                "{heads} attention heads are not a multiple of {kv_heads} KV heads"
+            )));
         }
-        if matches!(self.positions, Positions::Rope { .. }) && head_width % 2 != 0 {
-            return Err(SpecError::Sizes(format!("rotary positions need an even head width, it is {head_width}")));
+        if matches!(self.positions, Positions::Rope { .. }) && !head_width.is_multiple_of(2) {
+            return Err(SpecError::Sizes(format!(
+                "rotary positions need an even head width, it is {head_width}"
+            )));
         }
         if self.qk_norm && (kv_heads != heads || heads * head_width != self.hidden) {
-            return Err(SpecError::Sizes("qk_ln needs as many KV heads as heads, together as wide as the model".to_owned()));
+            return Err(SpecError::Sizes(
+                "qk_ln needs as many KV heads as heads, together as wide as the model".to_owned(),
+            ));
         }
         Ok(self)
     }

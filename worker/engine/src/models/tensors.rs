@@ -81,19 +81,11 @@ impl Stacked {
     /// A matrix that lies in the file as one tensor.
     #[must_use]
     pub fn one(name: String, rows: usize, columns: usize, bias: bool) -> Stacked {
-        Stacked { parts: vec![Part { name, rows }], columns, bias }
-    }
-
-    /// The part that holds a row, and the row within it; none past the end.
-    #[must_use]
-    pub fn locate(&self, mut row: usize) -> Option<(&Part, usize)> {
-        for part in &self.parts {
-            if row < part.rows {
-                return Some((part, row));
-            }
-            row -= part.rows;
+        Stacked {
+            parts: vec![Part { name, rows }],
+            columns,
+            bias,
         }
-        None
     }
 
     /// Rows of all parts.
@@ -104,9 +96,15 @@ impl Stacked {
 
     fn expect(&self, out: &mut Vec<Expected>) {
         for part in &self.parts {
-            out.push(Expected { name: format!("{}.weight", part.name), shape: vec![part.rows, self.columns] });
+            out.push(Expected {
+                name: format!("{}.weight", part.name),
+                shape: vec![part.rows, self.columns],
+            });
             if self.bias {
-                out.push(Expected { name: format!("{}.bias", part.name), shape: vec![part.rows] });
+                out.push(Expected {
+                    name: format!("{}.bias", part.name),
+                    shape: vec![part.rows],
+                });
             }
         }
     }
@@ -114,9 +112,15 @@ impl Stacked {
 
 impl NormTensor {
     fn expect(&self, out: &mut Vec<Expected>) {
-        out.push(Expected { name: format!("{}.weight", self.name), shape: vec![self.width] });
+        out.push(Expected {
+            name: format!("{}.weight", self.name),
+            shape: vec![self.width],
+        });
         if self.bias {
-            out.push(Expected { name: format!("{}.bias", self.name), shape: vec![self.width] });
+            out.push(Expected {
+                name: format!("{}.bias", self.name),
+                shape: vec![self.width],
+            });
         }
     }
 }
@@ -130,7 +134,11 @@ impl TensorNames {
         for layer in &self.layers {
             layer.attention_norm.expect(&mut out);
             layer.qkv.expect(&mut out);
-            layer.qk_norm.iter().flatten().for_each(|norm| norm.expect(&mut out));
+            layer
+                .qk_norm
+                .iter()
+                .flatten()
+                .for_each(|norm| norm.expect(&mut out));
             layer.attention_out.expect(&mut out);
             layer.mlp_norm.expect(&mut out);
             layer.mlp_in.expect(&mut out);

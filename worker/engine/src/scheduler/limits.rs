@@ -2,6 +2,7 @@
 //!
 //! Pure arithmetic over a request and the model's sizes.
 
+use super::SchedulerConfig;
 use crate::plan::BLOCK_TOKENS;
 use crate::request::{Request, Sampling, SequenceError};
 use crate::runner::Geometry;
@@ -9,6 +10,9 @@ use std::collections::HashSet;
 
 /// Most probable tokens reported per position, at most.
 pub const LOGPROBS_MAX: u32 = 128;
+
+/// Candidates of one request, at most.
+pub const CANDIDATES_MAX: usize = 128;
 
 /// Largest magnitude of a bias or penalty: beyond any sensible value, and far from overflowing a logit.
 const ADJUSTMENT_MAX: f32 = 1e6;
@@ -25,15 +29,25 @@ pub struct Backlog {
 impl Backlog {
     /// What a request adds. Its prompt counts once: the candidates share it.
     pub fn of(request: &Request) -> Self {
-        let emitted: usize = request.candidates.iter().map(|candidate| candidate.emitted.len()).sum();
-        Backlog { tokens: (request.prompt.len() + emitted) as u64, sequences: request.candidates.len() as u64 }
+        let emitted: usize = request
+            .candidates
+            .iter()
+            .map(|candidate| candidate.emitted.len())
+            .sum();
+        Backlog {
+            tokens: (request.prompt.len() + emitted) as u64,
+            sequences: request.candidates.len() as u64,
+        }
     }
 }
 
 impl std::ops::Add for Backlog {
     type Output = Backlog;
     fn add(self, other: Backlog) -> Backlog {
-        Backlog { tokens: self.tokens + other.tokens, sequences: self.sequences + other.sequences }
+        Backlog {
+            tokens: self.tokens + other.tokens,
+            sequences: self.sequences + other.sequences,
+        }
     }
 }
 
@@ -57,7 +71,11 @@ pub struct Full {
 pub fn check_backlog(limits: Backlog, waiting: Backlog, incoming: Backlog) -> Result<(), Full> {
     let sum = waiting + incoming;
     let fits = sum.tokens <= limits.tokens && sum.sequences <= limits.sequences;
-    if fits || waiting == Backlog::default() { Ok(()) } else { Err(Full { waiting, limits }) }
+    if fits || waiting == Backlog::default() {
+        Ok(())
+    } else {
+        Err(Full { waiting, limits })
+    }
 }
 
 /// Whether a request can run on a model of this size at all.
@@ -65,14 +83,25 @@ pub fn check_backlog(limits: Backlog, waiting: Backlog, incoming: Backlog) -> Re
 /// # Errors
 /// [`SequenceError::Invalid`] names the first mistake; [`SequenceError::NeverFits`] when a candidate at its longest
 /// needs more KV blocks than the pool has.
-pub fn check_request(geometry: &Geometry, chunk_tokens_max: u32, request: &Request) -> Result<(), SequenceError> {
-    let Geometry { vocab, context_max, .. } = *geometry;
+pub fn check_request(config: &SchedulerConfig, request: &Request) -> Result<(), SequenceError> {
+    let Geometry {
+        vocab,
+        context_max,
+        blocks,
+        ..
+    } = config.geometry;
     let invalid = |what: String| Err(SequenceError::Invalid(what));
     if request.prompt.is_empty() {
         return invalid("the prompt is empty; give at least one token".into());
     }
     if request.candidates.is_empty() {
         return invalid("no candidate is asked for; ask for at least one".into());
+    }
+    if request.candidates.len() > CANDIDATES_MAX {
+        return invalid(format!(
+            "{} candidates are asked for; at most {CANDIDATES_MAX}",
+            request.candidates.len()
+        ));
     }
     let mut indices = HashSet::new();
     let mut longest = 0;
@@ -82,21 +111,31 @@ pub fn check_request(geometry: &Geometry, chunk_tokens_max: u32, request: &Reque
         }
         let len = request.prompt.len() + candidate.emitted.len();
         if len > context_max as usize {
-            return invalid(format!("{len} tokens of prompt and output exceed the context of {context_max}"));
+            return invalid(format!(
+                "{len} tokens of prompt and output exceed the context of {context_max}"
+            ));
         }
         let end = (request.prompt.len() + request.tokens_max as usize).min(context_max as usize);
         longest = longest.max(len).max(end);
     }
-    let mut ids = request.prompt.iter().chain(request.candidates.iter().flat_map(|candidate| &candidate.emitted));
+    let mut ids = request.prompt.iter().chain(
+        request
+            .candidates
+            .iter()
+            .flat_map(|candidate| &candidate.emitted),
+    );
     if let Some(id) = ids.find(|&&id| id >= vocab) {
         return invalid(format!("token {id} is outside the vocabulary of {vocab}"));
     }
-    if request.prompt_logprobs.is_some_and(|top| top > LOGPROBS_MAX) {
+    if request
+        .prompt_logprobs
+        .is_some_and(|top| top > LOGPROBS_MAX)
+    {
         return invalid(format!("prompt_logprobs is at most {LOGPROBS_MAX}"));
     }
     check_sampling(&request.sampling, vocab).map_err(SequenceError::Invalid)?;
-    let needed = blocks_most(longest, chunk_tokens_max as usize, geometry.window) as u64;
-    let available = u64::from(geometry.blocks.saturating_sub(1));
+    let needed = config.blocks_most(longest) as u64;
+    let available = u64::from(blocks.saturating_sub(1));
     if needed > available {
         return Err(SequenceError::NeverFits { needed, available });
     }
@@ -107,25 +146,71 @@ pub fn check_request(geometry: &Geometry, chunk_tokens_max: u32, request: &Reque
 pub(super) fn blocks_most(len: usize, chunk: usize, window: Option<u32>) -> usize {
     let all = len.div_ceil(BLOCK_TOKENS);
     // A chunk of n tokens and the window - 1 tokens before it touch at most this many blocks, however they lie.
-    window.map_or(all, |window| all.min((window as usize + chunk).saturating_sub(2) / BLOCK_TOKENS + 2))
+    window.map_or(all, |window| {
+        all.min((window as usize + chunk).saturating_sub(2) / BLOCK_TOKENS + 2)
+    })
 }
 
 fn check_sampling(sampling: &Sampling, vocab: u32) -> Result<(), String> {
     let range = |name: &str, value: f32, fits: bool, range: &str| {
-        if fits { Ok(()) } else { Err(format!("{name} is {value}; give {range}")) }
+        if fits {
+            Ok(())
+        } else {
+            Err(format!("{name} is {value}; give {range}"))
+        }
     };
-    let Sampling { temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, .. } = *sampling;
-    range("temperature", temperature, (0.0..=1e6).contains(&temperature), "0 to 1e6")?;
-    range("top_p", top_p, top_p > 0.0 && top_p <= 1.0, "more than 0, at most 1")?;
+    let Sampling {
+        temperature,
+        top_p,
+        min_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        ..
+    } = *sampling;
+    range(
+        "temperature",
+        temperature,
+        (0.0..=1e6).contains(&temperature),
+        "0 to 1e6",
+    )?;
+    range(
+        "top_p",
+        top_p,
+        top_p > 0.0 && top_p <= 1.0,
+        "more than 0, at most 1",
+    )?;
     range("min_p", min_p, (0.0..=1.0).contains(&min_p), "0 to 1")?;
-    range("repetition_penalty", repetition_penalty, (1e-3..=1e3).contains(&repetition_penalty), "0.001 to 1000")?;
+    range(
+        "repetition_penalty",
+        repetition_penalty,
+        (1e-3..=1e3).contains(&repetition_penalty),
+        "0.001 to 1000",
+    )?;
     let adjustment = -ADJUSTMENT_MAX..=ADJUSTMENT_MAX;
-    range("presence_penalty", presence_penalty, adjustment.contains(&presence_penalty), "-1e6 to 1e6")?;
-    range("frequency_penalty", frequency_penalty, adjustment.contains(&frequency_penalty), "-1e6 to 1e6")?;
+    range(
+        "presence_penalty",
+        presence_penalty,
+        adjustment.contains(&presence_penalty),
+        "-1e6 to 1e6",
+    )?;
+    range(
+        "frequency_penalty",
+        frequency_penalty,
+        adjustment.contains(&frequency_penalty),
+        "-1e6 to 1e6",
+    )?;
     for &(id, bias) in &sampling.logit_bias {
-        range("logit_bias", bias, adjustment.contains(&bias), "-1e6 to 1e6")?;
+        range(
+            "logit_bias",
+            bias,
+            adjustment.contains(&bias),
+            "-1e6 to 1e6",
+        )?;
         if id >= vocab {
-            return Err(format!("logit_bias names token {id}, outside the vocabulary of {vocab}"));
+            return Err(format!(
+                "logit_bias names token {id}, outside the vocabulary of {vocab}"
+            ));
         }
     }
     if sampling.logprobs.is_some_and(|top| top > LOGPROBS_MAX) {
@@ -139,8 +224,18 @@ mod tests {
     use super::*;
     use crate::request::Candidate;
 
-    const GEOMETRY: Geometry =
-        Geometry { blocks: 5, context_max: 100, vocab: 10, window: None, step_tokens_max: 32, spans_max: 2 };
+    const GEOMETRY: Geometry = Geometry {
+        blocks: 5,
+        context_max: 100,
+        vocab: 10,
+        window: None,
+        step_tokens_max: 32,
+        spans_max: 2,
+    };
+
+    fn config() -> SchedulerConfig {
+        SchedulerConfig::new(GEOMETRY, 1, Vec::new(), 32)
+    }
 
     fn request(prompt: usize, tokens_max: u32) -> Request {
         Request {
@@ -158,7 +253,7 @@ mod tests {
     fn check(change: impl FnOnce(&mut Request)) -> Result<(), SequenceError> {
         let mut request = request(10, 10);
         change(&mut request);
-        check_request(&GEOMETRY, 32, &request)
+        check_request(&config(), &request)
     }
 
     #[test]
@@ -168,6 +263,9 @@ mod tests {
         assert!(message(|r| r.prompt.clear()).contains("prompt is empty"));
         assert!(message(|r| r.candidates.clear()).contains("no candidate"));
         assert!(message(|r| r.candidates.push(Candidate::default())).contains("asked for twice"));
+        assert!(
+            message(|r| r.candidates = vec![Candidate::default(); 129]).contains("at most 128")
+        );
         assert!(message(|r| r.prompt = vec![1; 101]).contains("exceed the context of 100"));
         assert!(message(|r| r.prompt[4] = 10).contains("token 10 is outside the vocabulary of 10"));
         assert!(message(|r| r.candidates[0].emitted = vec![99]).contains("token 99"));
@@ -176,9 +274,14 @@ mod tests {
         assert!(message(|r| r.sampling.top_p = 0.0).contains("top_p"));
         assert!(message(|r| r.sampling.min_p = 1.1).contains("min_p"));
         assert!(message(|r| r.sampling.repetition_penalty = 0.0).contains("repetition_penalty"));
-        assert!(message(|r| r.sampling.presence_penalty = f32::INFINITY).contains("presence_penalty"));
+        assert!(
+            message(|r| r.sampling.presence_penalty = f32::INFINITY).contains("presence_penalty")
+        );
         assert!(message(|r| r.sampling.frequency_penalty = f32::NAN).contains("frequency_penalty"));
-        assert!(message(|r| r.sampling.logit_bias = vec![(10, 1.0)]).contains("logit_bias names token 10"));
+        assert!(
+            message(|r| r.sampling.logit_bias = vec![(10, 1.0)])
+                .contains("logit_bias names token 10")
+        );
         assert!(message(|r| r.sampling.logit_bias = vec![(1, f32::NAN)]).contains("logit_bias"));
         assert!(message(|r| r.sampling.logprobs = Some(129)).contains("at most 128"));
         assert!(message(|r| r.prompt_logprobs = Some(129)).contains("at most 128"));
@@ -186,12 +289,18 @@ mod tests {
 
     #[test]
     fn a_request_that_can_never_fit_says_what_it_needs() {
-        assert_eq!(check_request(&GEOMETRY, 32, &request(60, 4)), Ok(()));
-        let never = SequenceError::NeverFits { needed: 5, available: 4 };
-        assert_eq!(check_request(&GEOMETRY, 32, &request(60, 5)), Err(never));
+        assert_eq!(check_request(&config(), &request(60, 4)), Ok(()));
+        let never = SequenceError::NeverFits {
+            needed: 5,
+            available: 4,
+        };
+        assert_eq!(check_request(&config(), &request(60, 5)), Err(never));
         // The context ends a sequence whatever it asked for.
-        let never = SequenceError::NeverFits { needed: 7, available: 4 };
-        assert_eq!(check_request(&GEOMETRY, 32, &request(60, u32::MAX)), Err(never));
+        let never = SequenceError::NeverFits {
+            needed: 7,
+            available: 4,
+        };
+        assert_eq!(check_request(&config(), &request(60, u32::MAX)), Err(never));
     }
 
     #[test]
@@ -201,20 +310,44 @@ mod tests {
         assert_eq!(blocks_most(20, 1, Some(64)), 2);
         // Exact, over every place a chunk can lie at.
         for (chunk, window) in [(1, 2), (1, 17), (7, 20), (16, 16), (40, 33)] {
-            let held = |at: usize| (at + chunk - 1) / 16 - crate::plan::first_visible_block(at, Some(window)) + 1;
+            let held = |at: usize| {
+                (at + chunk - 1) / 16 - crate::plan::first_visible_block(at, Some(window)) + 1
+            };
             let most = (0..500).map(held).max().expect("some");
             let bound = blocks_most(10_000, chunk, Some(window));
-            assert!(most <= bound && bound <= most + 1, "chunk {chunk} window {window}: {most} held, {bound} reckoned");
+            assert!(
+                most <= bound && bound <= most + 1,
+                "chunk {chunk} window {window}: {most} held, {bound} reckoned"
+            );
         }
     }
 
     #[test]
     fn the_backlog_is_bounded_in_tokens_and_sequences() {
-        let limits = Backlog { tokens: 100, sequences: 3 };
+        let limits = Backlog {
+            tokens: 100,
+            sequences: 3,
+        };
         let of = |tokens, sequences| Backlog { tokens, sequences };
         assert_eq!(check_backlog(limits, of(60, 1), of(40, 2)), Ok(()));
-        assert_eq!(check_backlog(limits, of(60, 1), of(41, 1)), Err(Full { waiting: of(60, 1), limits }));
-        assert_eq!(check_backlog(limits, of(1, 1), of(1, 3)), Err(Full { waiting: of(1, 1), limits }));
-        assert_eq!(check_backlog(limits, of(0, 0), of(500, 9)), Ok(()), "an empty backlog takes any request");
+        assert_eq!(
+            check_backlog(limits, of(60, 1), of(41, 1)),
+            Err(Full {
+                waiting: of(60, 1),
+                limits
+            })
+        );
+        assert_eq!(
+            check_backlog(limits, of(1, 1), of(1, 3)),
+            Err(Full {
+                waiting: of(1, 1),
+                limits
+            })
+        );
+        assert_eq!(
+            check_backlog(limits, of(0, 0), of(500, 9)),
+            Ok(()),
+            "an empty backlog takes any request"
+        );
     }
 }

@@ -3,7 +3,9 @@
 //! Owns no blocks but through its table, and takes no decision about others.
 
 use crate::kv::table::BlockTable;
-use crate::request::{EndReason, Event, Request, RequestKey, Sampling, SequenceError, TokenLogprob};
+use crate::request::{
+    EndReason, Event, Request, RequestKey, Sampling, SequenceError, TokenLogprob,
+};
 use crate::runner::{SampleRow, Sampled};
 use std::ops::Range;
 use std::sync::Arc;
@@ -44,10 +46,27 @@ pub(super) struct Sequence {
 impl Sequence {
     /// A request's candidates, in order. The first one reports the prompt's log-probabilities.
     pub fn of(request: Request, context_max: u32) -> Vec<Sequence> {
-        let Request { key, prompt, candidates, sampling, tokens_max, stop_ids, prompt_logprobs, deadline } = request;
-        let shared = Arc::new(Shared { key, sampling, stop_ids, prompt_logprobs, deadline });
+        let Request {
+            key,
+            prompt,
+            candidates,
+            sampling,
+            tokens_max,
+            stop_ids,
+            prompt_logprobs,
+            deadline,
+        } = request;
+        let shared = Arc::new(Shared {
+            key,
+            sampling,
+            stop_ids,
+            prompt_logprobs,
+            deadline,
+        });
         let prompt_len = prompt.len();
-        let len_max = prompt_len.saturating_add(tokens_max as usize).min(context_max as usize);
+        let len_max = prompt_len
+            .saturating_add(tokens_max as usize)
+            .min(context_max as usize);
         let mut first = true;
         let sequence = |candidate: crate::request::Candidate| {
             let mut tokens = prompt.clone();
@@ -94,7 +113,11 @@ impl Sequence {
     /// The prompt's tokens to score when `len` more tokens are computed: those that follow each of them.
     pub fn targets_of(&self, len: usize) -> Range<usize> {
         let first = self.computed + 1;
-        let end = if self.scores.is_some() { (first + len).min(self.prompt_len) } else { first };
+        let end = if self.scores.is_some() {
+            (first + len).min(self.prompt_len)
+        } else {
+            first
+        };
         first..end.max(first)
     }
 
@@ -110,44 +133,63 @@ impl Sequence {
         }
     }
 
-    /// Takes the scores of a chunk, and reports all of them once the prompt is through.
-    pub fn take_scores(&mut self, scored: Result<Vec<TokenLogprob>, SequenceError>, events: &mut Vec<Event>) {
-        match (scored, &mut self.scores) {
-            (Ok(scored), Some(scores)) => scores.extend(scored.into_iter().map(Some)),
-            (Ok(_), None) => {}
-            (Err(error), _) => self.ended = Some(EndReason::Error(error)),
-        }
-        self.report_scores(events);
-    }
-
-    /// Reports the prompt's log-probabilities when they are all there.
-    pub fn report_scores(&mut self, events: &mut Vec<Event>) {
-        if self.computed >= self.prompt_len && self.ended.is_none() {
-            let key = self.shared.key;
-            events.extend(self.scores.take().map(|tokens| Event::PromptLogprobs { key, tokens }));
-        }
-    }
-
-    /// Takes the next token, or the reason why there is none.
-    pub fn take_sample(&mut self, sampled: Result<Sampled, SequenceError>, events: &mut Vec<Event>) {
-        match sampled {
-            Err(error) => self.ended = Some(EndReason::Error(error)),
-            Ok(Sampled { id, .. }) if self.shared.stop_ids.contains(&id) => {
-                self.ended = Some(EndReason::StopToken(id));
+    /// Takes what a step gave: scores of prompt tokens, the next token, or an error, and notes the end when it came.
+    pub fn advance(
+        &mut self,
+        scored: Option<Result<Vec<TokenLogprob>, SequenceError>>,
+        sampled: Option<Result<Sampled, SequenceError>>,
+        events: &mut Vec<Event>,
+    ) {
+        let result = match scored {
+            Some(scored) => scored.map(|scored| self.take_scores(scored)),
+            None => Ok(()),
+        };
+        let result = result.and_then(|()| {
+            self.report_scores(events);
+            match sampled {
+                Some(sampled) => sampled.map(|sampled| self.take_sample(sampled, events)),
+                None => Ok(()),
             }
-            Ok(Sampled { id, logprob }) => {
-                let index = self.outputs().len() as u32;
-                self.tokens.push(id);
-                events.push(Event::Token { key: self.shared.key, candidate: self.candidate, index, id, logprob });
-            }
+        });
+        if let Err(error) = result {
+            self.ended = Some(EndReason::Error(error));
         }
-    }
-
-    /// Ends the sequence when nothing is left to do.
-    pub fn end_if_complete(&mut self) {
         if self.ended.is_none() && self.is_complete() {
             self.ended = Some(EndReason::Length);
         }
+    }
+
+    fn take_scores(&mut self, scored: Vec<TokenLogprob>) {
+        if let Some(scores) = &mut self.scores {
+            scores.extend(scored.into_iter().map(Some));
+        }
+    }
+
+    fn report_scores(&mut self, events: &mut Vec<Event>) {
+        if self.computed >= self.prompt_len {
+            let key = self.shared.key;
+            events.extend(
+                self.scores
+                    .take()
+                    .map(|tokens| Event::PromptLogprobs { key, tokens }),
+            );
+        }
+    }
+
+    fn take_sample(&mut self, Sampled { id, logprob }: Sampled, events: &mut Vec<Event>) {
+        if self.shared.stop_ids.contains(&id) {
+            self.ended = Some(EndReason::StopToken(id));
+            return;
+        }
+        let index = self.outputs().len() as u32;
+        self.tokens.push(id);
+        events.push(Event::Token {
+            key: self.shared.key,
+            candidate: self.candidate,
+            index,
+            id,
+            logprob,
+        });
     }
 
     /// Forgets what was computed; outputs are kept. The caller has taken the blocks.

@@ -1,0 +1,117 @@
+//! Which instructions the kernels use: found out once, then carried as a value that proves they exist.
+//!
+//! Owns detection and the step from a value to code compiled for it ([`Isa::run`]). The instructions themselves stand
+//! in [`super::simd`].
+
+use super::simd::{Portable, Simd};
+#[cfg(target_arch = "x86_64")]
+use super::simd::{Avx2, Avx512};
+
+/// An instruction path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Path {
+    /// AVX-512 F, BW, VL and DQ: 16 numbers per instruction.
+    Avx512,
+    /// AVX2 and FMA: 8 numbers per instruction.
+    Avx2,
+    /// Whatever the compiler makes of plain loops on any processor.
+    Portable,
+}
+
+impl Path {
+    /// All paths, the fastest first.
+    pub const ALL: [Path; 3] = [Path::Avx512, Path::Avx2, Path::Portable];
+
+    /// Its name in logs and the numerics id.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Path::Avx512 => "avx512",
+            Path::Avx2 => "avx2",
+            Path::Portable => "portable",
+        }
+    }
+
+    fn is_here(self) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx512 => {
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512dq")
+                    && Path::Avx2.is_here()
+            }
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            #[cfg(not(target_arch = "x86_64"))]
+            Path::Avx512 | Path::Avx2 => false,
+            Path::Portable => true,
+        }
+    }
+}
+
+/// An instruction path that this processor has: there is no other way to make one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Isa(Path);
+
+impl Isa {
+    /// The fastest path of this processor.
+    #[must_use]
+    pub fn detect() -> Isa {
+        Path::ALL.into_iter().find_map(Isa::new).unwrap_or(Isa(Path::Portable))
+    }
+
+    /// This path, if the processor has it.
+    #[must_use]
+    pub fn new(path: Path) -> Option<Isa> {
+        path.is_here().then_some(Isa(path))
+    }
+
+    /// Which path it is.
+    #[must_use]
+    pub fn path(self) -> Path {
+        self.0
+    }
+
+    /// Runs a kernel compiled for this path.
+    pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+        fn avx512<K: Kernel>(kernel: K) -> K::Output {
+            // SAFETY: this function has the features of `Avx512`.
+            unsafe { kernel.run::<Avx512>() }
+        }
+
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2,fma")]
+        fn avx2<K: Kernel>(kernel: K) -> K::Output {
+            // SAFETY: this function has the features of `Avx2`.
+            unsafe { kernel.run::<Avx2>() }
+        }
+
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: an `Isa` of this path exists, so the processor has its features.
+            Path::Avx512 => unsafe { avx512(kernel) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Path::Avx2 => unsafe { avx2(kernel) },
+            // SAFETY: the portable path needs no feature.
+            _ => unsafe { kernel.run::<Portable>() },
+        }
+    }
+}
+
+/// A kernel with its arguments, written once for all paths.
+pub(super) trait Kernel {
+    /// What it gives.
+    type Output;
+
+    /// Computes. Implementations are `#[inline(always)]`: the code takes on the instructions of the function that it is
+    /// inlined into.
+    ///
+    /// # Safety
+    /// The processor has the features of `S`, and the caller is compiled with them.
+    unsafe fn run<S: Simd>(self) -> Self::Output;
+}

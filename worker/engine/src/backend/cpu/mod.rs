@@ -1,0 +1,213 @@
+//! The CPU backend: packed weights, paged attention and row ops on a pool of threads.
+//!
+//! Owns how the ops of [`Backend`] are laid over the kernels. The kernels are written once over vectors of 16 numbers
+//! ([`simd`]) and compiled for each instruction path ([`isa`]); the choice falls once, when the backend is made. Rows
+//! have the same bits whatever the batch, the chunks and the threads are, and the same on all machines of one path.
+//!
+//! Read in this order: [`simd`], [`isa`], [`tile`] (the one inner loop), [`linear`], [`kv`], [`attention`], [`rows`],
+//! [`pool`]. Unsafe code stands in these, and in no other file of the backend but where a mapping is made.
+
+use std::sync::Arc;
+
+use super::{
+    Attention, Backend, Batch, Columns, DeviceError, Heads, KvShape, LayerNorm, LinearShape, RowSource, Size,
+};
+use attention::AttentionSpace;
+use rows::{Add, LayerNormRows, Pointwise, RmsNorm, Rope, SiluMul, for_rows};
+
+#[allow(unsafe_code)]
+mod attention;
+#[allow(unsafe_code)]
+mod isa;
+mod kv;
+#[allow(unsafe_code)]
+pub mod limits;
+#[allow(unsafe_code)]
+mod linear;
+mod memory;
+#[allow(unsafe_code)]
+mod pool;
+#[allow(unsafe_code)]
+mod rows;
+#[allow(unsafe_code)]
+mod simd;
+#[allow(unsafe_code)]
+mod tile;
+
+#[cfg(test)]
+mod tests;
+
+pub use isa::{Isa, Path};
+pub use kv::CpuKv;
+pub use linear::CpuLinear;
+pub use memory::{CpuBuf, Memory};
+pub use pool::Pool;
+
+/// Counts changes of the kernels that change any bit of a result.
+const KERNELS_VERSION: u32 = 1;
+
+/// One engine's view of the processor: the instruction path, the shared threads, and scratch memory of its own.
+#[derive(Debug)]
+pub struct CpuBackend {
+    isa: Isa,
+    pool: Arc<Pool>,
+    /// A copy of the activations in another order, see [`linear`].
+    blocked: Memory<f32>,
+    attention: AttentionSpace,
+    fault: Option<DeviceError>,
+}
+
+impl CpuBackend {
+    /// A backend that computes on `pool`'s threads with the fastest instructions of this processor.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`].
+    pub fn new(pool: Arc<Pool>) -> Result<CpuBackend, DeviceError> {
+        CpuBackend::with_isa(pool, Isa::detect())
+    }
+
+    /// As [`CpuBackend::new`], with a given instruction path.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`].
+    pub fn with_isa(pool: Arc<Pool>, isa: Isa) -> Result<CpuBackend, DeviceError> {
+        Ok(CpuBackend { isa, pool, blocked: Memory::new(0)?, attention: AttentionSpace::default(), fault: None })
+    }
+
+    /// The instruction path in use.
+    #[must_use]
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+}
+
+impl Backend for CpuBackend {
+    type Buf = CpuBuf;
+    type Linear = CpuLinear;
+    type Kv = CpuKv;
+
+    fn numerics(&self) -> String {
+        format!("cpu-{KERNELS_VERSION}-{}", self.isa.path().name())
+    }
+
+    fn alloc(&mut self, len: usize) -> Result<CpuBuf, DeviceError> {
+        Memory::new(len)
+    }
+
+    fn write(&mut self, values: &[f32], buf: &mut CpuBuf) {
+        buf.as_mut()[..values.len()].copy_from_slice(values);
+    }
+
+    fn read(&mut self, buf: &CpuBuf, out: &mut [f32]) -> Result<(), DeviceError> {
+        if let Some(fault) = &self.fault {
+            return Err(fault.clone());
+        }
+        out.copy_from_slice(&buf.as_ref()[..out.len()]);
+        Ok(())
+    }
+
+    fn pack(&mut self, shape: LinearShape, rows: &RowSource<'_>, bias: Option<&[f32]>) -> Result<CpuLinear, DeviceError> {
+        CpuLinear::pack(&self.pool, shape, rows, bias)
+    }
+
+    fn linear_bytes(shape: LinearShape) -> u64 {
+        CpuLinear::bytes(shape)
+    }
+
+    fn alloc_kv(&mut self, shape: KvShape) -> Result<CpuKv, DeviceError> {
+        CpuKv::new(shape)
+    }
+
+    fn embed(&mut self, batch: &Batch, table: &CpuLinear, first: u32, out: &mut CpuBuf) {
+        let size = Size { rows: batch.len(), width: table.k };
+        for_rows(&self.pool, size, out.as_mut(), &|row, out| {
+            for (token, out) in batch.tokens[row..].iter().zip(out.chunks_exact_mut(table.k)) {
+                match token.checked_sub(first).map(|row| row as usize).filter(|row| *row < table.n) {
+                    Some(row) => table.row(row, out),
+                    None => out.fill(0.0),
+                }
+            }
+        });
+    }
+
+    fn rms_norm(&mut self, size: Size, x: &CpuBuf, weight: &CpuBuf, eps: f32, out: &mut CpuBuf) {
+        let (isa, width, x, weight) = (self.isa, size.width, x.as_ref(), weight.as_ref());
+        for_rows(&self.pool, size, out.as_mut(), &|row, out| {
+            isa.run(RmsNorm { x: &x[row * width..], weight, eps, width, out });
+        });
+    }
+
+    fn layer_norm(&mut self, size: Size, x: &CpuBuf, norm: LayerNorm<'_, CpuBuf>, out: &mut CpuBuf) {
+        let (isa, width, x) = (self.isa, size.width, x.as_ref());
+        let (weight, bias, eps) = (norm.weight.as_ref(), norm.bias.map(AsRef::as_ref), norm.eps);
+        for_rows(&self.pool, size, out.as_mut(), &|row, out| {
+            isa.run(LayerNormRows { x: &x[row * width..], weight, bias, eps, width, out });
+        });
+    }
+
+    fn linear(&mut self, rows: usize, x: &CpuBuf, weight: &CpuLinear, out: &mut CpuBuf) {
+        let done = weight.multiply((self.isa, &self.pool), rows, x.as_ref(), out.as_mut(), &mut self.blocked);
+        if let Err(fault) = done {
+            self.fault.get_or_insert(fault);
+        }
+    }
+
+    fn clamp(&mut self, size: Size, x: &mut CpuBuf, limit: f32) {
+        rows::apply(self.isa, &self.pool, size, x.as_mut(), Pointwise::Clamp(limit));
+    }
+
+    fn copy_columns(&mut self, rows: usize, from: Columns<&CpuBuf>, to: Columns<&mut CpuBuf>) {
+        let (source, columns, width) = (from.buf.as_ref(), from.columns, from.width);
+        let (to_columns, to_width) = (to.columns, to.width);
+        for_rows(&self.pool, Size { rows, width: to_width }, to.buf.as_mut(), &|row, to| {
+            for (to, from) in to.chunks_exact_mut(to_width).zip(source[row * width..].chunks(width)) {
+                to[to_columns.clone()].copy_from_slice(&from[columns.clone()]);
+            }
+        });
+    }
+
+    fn rope(&mut self, size: Size, x: &mut CpuBuf, heads: usize, head_width: usize, cos_sin: &CpuBuf) {
+        let (isa, width, cos_sin) = (self.isa, size.width, cos_sin.as_ref());
+        for_rows(&self.pool, size, x.as_mut(), &|row, x| {
+            isa.run(Rope { x, width, heads, head_width, cos_sin: &cos_sin[row * head_width..] });
+        });
+    }
+
+    fn write_kv(&mut self, batch: &Batch, heads: Heads, qkv: &CpuBuf, kv: &mut CpuKv, layer: usize) {
+        kv.write(&self.pool, batch, heads, qkv.as_ref(), layer);
+    }
+
+    fn attention(&mut self, batch: &Batch, attention: &Attention<'_, CpuBuf>, kv: &CpuKv, layer: usize, out: &mut CpuBuf) {
+        self.attention.run((self.isa, &self.pool), batch, attention, kv, layer, out.as_mut());
+    }
+
+    fn add(&mut self, size: Size, x: &mut CpuBuf, y: &CpuBuf) {
+        let (isa, y) = (self.isa, y.as_ref());
+        for_rows(&self.pool, size, x.as_mut(), &|row, x| isa.run(Add { x, y: &y[row * size.width..] }));
+    }
+
+    fn silu_mul(&mut self, size: Size, gate_up: &CpuBuf, out: &mut CpuBuf) {
+        let (isa, width, gate_up) = (self.isa, size.width, gate_up.as_ref());
+        for_rows(&self.pool, size, out.as_mut(), &|row, out| {
+            isa.run(SiluMul { gate_up: &gate_up[2 * row * width..], width, out });
+        });
+    }
+
+    fn gelu(&mut self, size: Size, x: &mut CpuBuf) {
+        rows::apply(self.isa, &self.pool, size, x.as_mut(), Pointwise::Gelu);
+    }
+
+    fn scale(&mut self, size: Size, x: &mut CpuBuf, factor: f32) {
+        if factor == 0.0 {
+            x.as_mut()[..size.rows * size.width].fill(0.0);
+        }
+        rows::apply(self.isa, &self.pool, size, x.as_mut(), Pointwise::Scale(factor));
+    }
+
+    fn gather_rows(&mut self, width: usize, x: &CpuBuf, rows: &[u32], out: &mut CpuBuf) {
+        let x = x.as_ref();
+        for (row, out) in rows.iter().zip(out.as_mut().chunks_exact_mut(width)) {
+            out.copy_from_slice(&x[*row as usize * width..][..width]);
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! Sizes and number formats that cross the [`Backend`](super::Backend) trait.
+//!
+//! Owns no behaviour but the arithmetic of widths and bytes.
+
+/// The part of a buffer that an op works on: `[rows, width]` at its start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    /// Rows: tokens, or rows of logits.
+    pub rows: usize,
+    /// Numbers per row.
+    pub width: usize,
+}
+
+/// Shape and number format of a weight matrix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinearShape {
+    /// Rows: outputs.
+    pub n: usize,
+    /// Columns: inputs.
+    pub k: usize,
+    /// How the weights are kept. Values are rounded to it (to nearest, ties to even).
+    pub dtype: WeightDtype,
+}
+
+/// How weights are kept in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum WeightDtype {
+    /// 4 bytes.
+    F32,
+    /// 2 bytes.
+    Bf16,
+}
+
+/// How K and V are kept in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum KvDtype {
+    /// 4 bytes: equal to a reference without rounding.
+    F32,
+    /// 2 bytes.
+    Bf16,
+}
+
+impl WeightDtype {
+    /// Bytes of one number.
+    #[must_use]
+    pub const fn bytes(self) -> usize {
+        match self {
+            WeightDtype::F32 => 4,
+            WeightDtype::Bf16 => 2,
+        }
+    }
+
+    /// Its name in configurations and the numerics id.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            WeightDtype::F32 => "f32",
+            WeightDtype::Bf16 => "bf16",
+        }
+    }
+}
+
+impl KvDtype {
+    /// Bytes of one number.
+    #[must_use]
+    pub const fn bytes(self) -> usize {
+        match self {
+            KvDtype::F32 => 4,
+            KvDtype::Bf16 => 2,
+        }
+    }
+
+    /// Its name in configurations and the numerics id.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            KvDtype::F32 => "f32",
+            KvDtype::Bf16 => "bf16",
+        }
+    }
+}
+
+/// One rank's heads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads, a multiple of `kv`.
+    pub q: usize,
+    /// KV heads. A row of qkv holds `q` query heads, then `kv` key heads, then `kv` value heads.
+    pub kv: usize,
+    /// Numbers per head ("d").
+    pub width: usize,
+}
+
+impl Heads {
+    /// Width of a row of queries, and of attention's output.
+    #[must_use]
+    pub const fn q_width(self) -> usize {
+        self.q * self.width
+    }
+
+    /// Width of a row of keys, and of values.
+    #[must_use]
+    pub const fn kv_width(self) -> usize {
+        self.kv * self.width
+    }
+
+    /// Width of a row of the fused qkv.
+    #[must_use]
+    pub const fn qkv_width(self) -> usize {
+        self.q_width() + 2 * self.kv_width()
+    }
+}
+
+/// The sizes of one rank's KV pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvShape {
+    /// Layers of the model.
+    pub layers: usize,
+    /// Blocks, block 0 (never written or read) included.
+    pub blocks: usize,
+    /// KV heads of this rank.
+    pub heads: usize,
+    /// Numbers per head.
+    pub head_width: usize,
+    /// How K and V are kept.
+    pub dtype: KvDtype,
+}
+
+impl KvShape {
+    /// Bytes of one block over all layers.
+    #[must_use]
+    pub const fn block_bytes(self) -> u64 {
+        2 * (self.layers
+            * crate::plan::BLOCK_TOKENS
+            * self.heads
+            * self.head_width
+            * self.dtype.bytes()) as u64
+    }
+}

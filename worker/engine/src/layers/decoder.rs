@@ -1,0 +1,106 @@
+//! The forward pass of a decoder, from top to bottom, for every family.
+
+use super::attention::{self, Attention};
+use super::embedding::{self, Embedding};
+use super::mlp::{self, Mlp};
+use super::norm::Norm;
+use super::{LoadError, Loader, Step, Workspace};
+use crate::backend::{Backend, LinearShape, WeightDtype};
+use crate::collective::{Collective, CollectiveError};
+use crate::models::partition::Partition;
+use crate::models::spec::{ModelSpec, NormKind};
+use crate::models::tensors::{LayerTensors, TensorNames};
+
+/// A model on a device: one rank's weights.
+pub(crate) struct Decoder<B: Backend> {
+    hidden: usize,
+    /// Both ends: tokens in, logits out.
+    pub embedding: Embedding<B>,
+    layers: Vec<Layer<B>>,
+}
+
+struct Layer<B: Backend> {
+    attention_norm: Norm<B>,
+    attention: Attention<B>,
+    mlp_norm: Norm<B>,
+    mlp: Mlp<B>,
+}
+
+impl<B: Backend> Decoder<B> {
+    /// Computes the residual stream `x` of the step's tokens, and writes their K and V to the cache.
+    pub fn forward<C: Collective<B::Buf>>(
+        &self,
+        step: &mut Step<'_, B, C>,
+        work: &mut Workspace<B>,
+        kv: &mut B::Kv,
+    ) -> Result<(), CollectiveError> {
+        let size = step.size(self.hidden);
+        step.backend.begin_step(step.batch);
+        work.position.begin_step(step.backend, step.batch);
+        self.embedding.forward(step, work)?;
+        for (i, layer) in self.layers.iter().enumerate() {
+            layer
+                .attention_norm
+                .forward(step.backend, size, &work.x, &mut work.y);
+            layer.attention.forward(step, work, kv, i)?;
+            step.backend.add(size, &mut work.x, &work.y);
+            layer
+                .mlp_norm
+                .forward(step.backend, size, &work.x, &mut work.y);
+            layer.mlp.forward(step, work)?;
+            step.backend.add(size, &mut work.x, &work.y);
+        }
+        Ok(())
+    }
+
+    /// Reads this rank's weights.
+    pub fn load(loader: &mut Loader<'_, B>, names: &TensorNames) -> Result<Decoder<B>, LoadError> {
+        let layers: Result<_, LoadError> = names
+            .layers
+            .iter()
+            .map(|tensors| Layer::load(loader, tensors))
+            .collect();
+        Ok(Decoder {
+            hidden: loader.spec.hidden,
+            embedding: Embedding::load(loader, names)?,
+            layers: layers?,
+        })
+    }
+}
+
+impl<B: Backend> Layer<B> {
+    fn load(loader: &mut Loader<'_, B>, tensors: &LayerTensors) -> Result<Layer<B>, LoadError> {
+        Ok(Layer {
+            attention_norm: Norm::load(loader, &tensors.attention_norm)?,
+            attention: Attention::load(loader, tensors)?,
+            mlp_norm: Norm::load(loader, &tensors.mlp_norm)?,
+            mlp: Mlp::load(loader, tensors)?,
+        })
+    }
+}
+
+/// Bytes of one rank's weights: matrices as packed, norms as f32, biases left out (they are small).
+pub(crate) fn weight_bytes<B: Backend>(
+    spec: &ModelSpec,
+    partition: &Partition,
+    dtype: WeightDtype,
+) -> u64 {
+    let bytes = |(n, k): (usize, usize)| B::linear_bytes(LinearShape { n, k, dtype });
+    let layer: u64 = attention::shapes(spec, partition)
+        .into_iter()
+        .chain(mlp::shapes(spec, partition))
+        .map(bytes)
+        .sum();
+    let ends: u64 = embedding::shapes(spec, partition)
+        .into_iter()
+        .map(bytes)
+        .sum();
+    let norm_vectors = match spec.norm {
+        NormKind::Rms => 1,
+        NormKind::Layer => 1 + usize::from(spec.bias.norm),
+    };
+    let norms = (2 * spec.layers + 1 + if spec.qk_norm { 2 * spec.layers } else { 0 })
+        * norm_vectors
+        * spec.hidden;
+    ends + layer * spec.layers as u64 + 4 * norms as u64
+}

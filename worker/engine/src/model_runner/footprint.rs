@@ -1,0 +1,118 @@
+//! How much memory a model takes on a rank: what the caller chooses, and what follows from it.
+
+use crate::backend::{Backend, KvDtype, KvShape, WeightDtype};
+use crate::layers::WorkspaceSizes;
+use crate::layers::decoder::weight_bytes;
+use crate::models::checkpoint::LoadError;
+use crate::models::partition::Partition;
+use crate::models::spec::{ModelSpec, SpecError};
+
+/// Rows whose logits are computed at a time. With a vocabulary of 128k, 32 rows are 16 MB; a prompt whose every row is
+/// scored takes several rounds.
+const LOGITS_ROWS: usize = 32;
+
+/// What the caller chooses about a model's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RunnerOptions {
+    /// How weights are kept.
+    pub weight_dtype: WeightDtype,
+    /// How K and V are kept.
+    pub kv_dtype: KvDtype,
+    /// KV blocks of 16 tokens, block 0 included: at least 2.
+    pub blocks: u32,
+    /// Most tokens in one step.
+    pub step_tokens_max: u32,
+    /// Most spans in one step.
+    pub spans_max: u32,
+    /// The shard group's generation: plans of another one are refused.
+    pub generation: u64,
+}
+
+/// Bytes that one rank takes on its device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Footprint {
+    /// Packed weights.
+    pub weights: u64,
+    /// One KV block over all layers.
+    pub kv_block: u64,
+    /// Activations of the largest step.
+    pub workspace: u64,
+}
+
+impl Footprint {
+    /// What [`ModelRunner::load`](super::ModelRunner::load) would allocate on a rank.
+    ///
+    /// # Errors
+    /// [`SpecError::Ranks`].
+    pub fn of<B: Backend>(
+        spec: &ModelSpec,
+        rank: usize,
+        ranks: usize,
+        options: &RunnerOptions,
+    ) -> Result<Footprint, SpecError> {
+        let partition = Partition::new(spec, rank, ranks)?;
+        Ok(Footprint {
+            weights: weight_bytes::<B>(spec, &partition, options.weight_dtype),
+            kv_block: kv_shape(spec, &partition, options).block_bytes(),
+            workspace: workspace_sizes(spec, &partition, options).bytes(),
+        })
+    }
+}
+
+impl RunnerOptions {
+    /// Refuses impossible numbers.
+    pub(super) fn check(&self) -> Result<(), LoadError> {
+        /// Tokens and spans of a step, far above what any device takes, far below where sizes overflow.
+        const STEP_MAX: u32 = 1 << 20;
+        let bad = |what: String| Err(LoadError::Options(what));
+        let RunnerOptions {
+            blocks,
+            step_tokens_max,
+            spans_max,
+            ..
+        } = *self;
+        if blocks < 2 {
+            return bad(format!(
+                "a KV pool of {blocks} blocks holds nothing: block 0 is never used, at least 2 are needed"
+            ));
+        }
+        if !(1..=STEP_MAX).contains(&step_tokens_max) || !(1..=STEP_MAX).contains(&spans_max) {
+            return bad(format!(
+                "a step of {step_tokens_max} tokens in {spans_max} spans; both must be 1 to {STEP_MAX}"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Rows whose logits are computed at a time.
+    pub(super) fn logits_rows(&self) -> usize {
+        LOGITS_ROWS.min(self.step_tokens_max as usize)
+    }
+}
+
+pub(super) fn kv_shape(
+    spec: &ModelSpec,
+    partition: &Partition,
+    options: &RunnerOptions,
+) -> KvShape {
+    KvShape {
+        layers: spec.layers,
+        blocks: options.blocks as usize,
+        heads: partition.heads.kv,
+        head_width: spec.head_width,
+        dtype: options.kv_dtype,
+    }
+}
+
+pub(super) fn workspace_sizes(
+    spec: &ModelSpec,
+    partition: &Partition,
+    options: &RunnerOptions,
+) -> WorkspaceSizes {
+    WorkspaceSizes::new(
+        spec,
+        partition,
+        options.step_tokens_max as usize,
+        options.logits_rows(),
+    )
+}

@@ -1,0 +1,58 @@
+//! A model folder that has been looked at and found usable: `config.json` and all tensors agree.
+//!
+//! Opening maps files and reads headers; nothing of the weights is read or allocated yet.
+
+use super::spec::{ModelSpec, SpecError};
+use super::tensors::TensorNames;
+use crate::backend::DeviceError;
+use crate::weights::{Weights, WeightsError, read_text};
+use std::path::Path;
+
+/// A model folder in Hugging Face's layout: `config.json` and safetensors.
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// What `config.json` says.
+    pub spec: ModelSpec,
+    pub(crate) names: TensorNames,
+    pub(crate) weights: Weights,
+}
+
+/// Why a model cannot be loaded. Every message says what was found and what would do.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The config, or the model's division among the ranks.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// The files.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// The device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The caller's numbers.
+    #[error("{0}")]
+    Options(String),
+}
+
+impl Checkpoint {
+    /// Opens a model folder and checks that every tensor is there, in shape and dtype, and none is left over.
+    ///
+    /// # Errors
+    /// [`LoadError::Spec`] and [`LoadError::Weights`], naming key, file or tensor.
+    pub fn open(dir: &Path) -> Result<Checkpoint, LoadError> {
+        let spec = ModelSpec::from_config(&read_text(&dir.join("config.json"))?)?;
+        let weights = Weights::open(dir)?;
+        let (roots, embedding) = spec.family.roots();
+        let root = roots
+            .iter()
+            .find(|root| weights.has(&format!("{root}{embedding}.weight")))
+            .unwrap_or(&roots[0]);
+        let names = spec.family.tensor_names(&spec, root);
+        weights.check(&names.expected())?;
+        Ok(Checkpoint {
+            spec,
+            names,
+            weights,
+        })
+    }
+}

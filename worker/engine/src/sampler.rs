@@ -1,0 +1,382 @@
+//! From a row of logits to a token: a pure function of its arguments, equal bit for bit on every machine.
+//!
+//! In this order, on the row `x` of one position:
+//! 1. A row with NaN or an infinity is [`SequenceError::NotFinite`].
+//! 2. Log-probabilities, when asked for, are those of the raw row: `x[i] - max - ln(sum e^(x - max))`.
+//! 3. `x[i] += bias` for each entry of `logit_bias`.
+//! 4. `repetition_penalty` r, for each token in prompt or outputs: `x[i] = x[i] > 0 ? x[i] / r : x[i] * r`.
+//! 5. For each token that the outputs hold c > 0 times: `x[i] -= c * frequency_penalty + presence_penalty`.
+//! 6. Temperature 0: the token with the largest x; of equals, the lowest id. Done.
+//! 7. Probabilities are proportional to `e^((x[i] - max) / temperature)`.
+//! 8. `top_k` k > 0: the k most probable tokens stay (of equals, the lower ids).
+//! 9. `top_p` p < 1: of these, the fewest most probable ones whose share of their sum is at least p; one at least.
+//! 10. `min_p` m > 0: of these, those at least m times as probable as the most probable one.
+//! 11. The first token (by falling probability, or by id where nothing was sorted) at which the running sum exceeds
+//!     `u * total`; u is drawn by [`random::uniform`] from seed, candidate and output index.
+//!
+//! Reads no clock and keeps no state between calls but scratch memory.
+
+pub mod random;
+mod softmax;
+
+#[cfg(test)]
+mod tests;
+
+use crate::request::{Sampling, SequenceError, TokenLogprob};
+use crate::runner::{SampleRow, Sampled};
+use softmax::{exp, ln, sum_exp};
+use std::cell::RefCell;
+use std::cmp::Ordering;
+
+/// Chooses the next token from `logits`, the full vocabulary's row, which is left changed by biases and penalties.
+///
+/// # Errors
+/// [`SequenceError::NotFinite`] when the row holds NaN or an infinity; [`SequenceError::Invalid`] when it is empty.
+pub fn sample(logits: &mut [f32], row: &SampleRow<'_>) -> Result<Sampled, SequenceError> {
+    check(logits)?;
+    SCRATCH.with_borrow_mut(|scratch| {
+        let raw = row
+            .sampling
+            .logprobs
+            .map(|top| RawRow::of(logits, top, &mut scratch.ranked));
+        adjust(logits, row, scratch);
+        let id = choose(logits, row, scratch);
+        let raw_logit = |id: u32| {
+            let changed = scratch.raw.iter().find(|(changed, _)| *changed == id);
+            changed.map_or(logits[id as usize], |&(_, x)| x)
+        };
+        let logprob = raw.map(|raw| raw.of_token(id, raw_logit(id)));
+        Ok(Sampled { id, logprob })
+    })
+}
+
+/// Log-probability of `target` in the row, with the `top` most probable tokens.
+///
+/// # Errors
+/// As for [`sample`]; [`SequenceError::Invalid`] also when `target` is outside the row.
+pub fn score(logits: &[f32], target: u32, top: u32) -> Result<TokenLogprob, SequenceError> {
+    check(logits)?;
+    if target as usize >= logits.len() {
+        return Err(SequenceError::Invalid(format!(
+            "token {target} is outside the vocabulary of {}",
+            logits.len()
+        )));
+    }
+    let raw = SCRATCH.with_borrow_mut(|scratch| RawRow::of(logits, top, &mut scratch.ranked));
+    Ok(raw.of_token(target, logits[target as usize]))
+}
+
+/// Memory kept between calls, so that a token costs no allocation.
+#[derive(Default)]
+struct Scratch {
+    ranked: Vec<(f32, u32)>,
+    sums: Vec<f64>,
+    /// Tokens changed by biases and penalties, with their raw logits.
+    raw: Vec<(u32, f32)>,
+    /// Per token: occurrences in the outputs, and [`IN_PROMPT`]. All 0 between calls.
+    counts: Vec<u32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// The bit of a count that says that the prompt holds the token.
+const IN_PROMPT: u32 = 1 << 31;
+
+/// Up to this many best tokens are found by insertion in one pass; more by selection and sorting.
+const INSERTION_MAX: usize = 64;
+
+/// Probabilities are summed in runs of this many tokens before one is looked into.
+const RUN: usize = 256;
+
+fn check(logits: &[f32]) -> Result<(), SequenceError> {
+    const EXPONENT: u32 = f32::INFINITY.to_bits();
+    if logits.is_empty() {
+        return Err(SequenceError::Invalid("the row of logits is empty".into()));
+    }
+    // No early return: so it is vector code.
+    let bad = logits
+        .iter()
+        .fold(false, |bad, x| bad | (x.to_bits() & EXPONENT == EXPONENT));
+    if bad {
+        Err(SequenceError::NotFinite)
+    } else {
+        Ok(())
+    }
+}
+
+/// What log-probabilities need to know of a raw row.
+struct RawRow {
+    max: f32,
+    ln_sum: f64,
+    top: Vec<(u32, f32)>,
+}
+
+impl RawRow {
+    fn of(logits: &[f32], top: u32, ranked: &mut Vec<(f32, u32)>) -> Self {
+        let max = logits[argmax(logits)];
+        let mut row = RawRow {
+            max,
+            ln_sum: ln(sum_exp(logits, max, 1.0)),
+            top: Vec::new(),
+        };
+        if top > 0 {
+            rank(logits, top as usize, ranked);
+            row.top = ranked.iter().map(|&(x, id)| (id, row.logprob(x))).collect();
+        }
+        row
+    }
+
+    fn logprob(&self, x: f32) -> f32 {
+        (f64::from(x) - f64::from(self.max) - self.ln_sum) as f32
+    }
+
+    fn of_token(self, id: u32, x: f32) -> TokenLogprob {
+        TokenLogprob {
+            id,
+            logprob: self.logprob(x),
+            top: self.top,
+        }
+    }
+}
+
+fn adjust(logits: &mut [f32], row: &SampleRow<'_>, scratch: &mut Scratch) {
+    let Sampling {
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        logit_bias,
+        ..
+    } = row.sampling;
+    let Scratch { raw, counts, .. } = scratch;
+    raw.clear();
+    for &(id, bias) in logit_bias {
+        if let Some(x) = logits.get_mut(id as usize) {
+            raw.push((id, *x));
+            *x += bias;
+        }
+    }
+    let prompt = if *repetition_penalty == 1.0 {
+        &[]
+    } else {
+        row.prompt
+    };
+    if *repetition_penalty == 1.0 && *presence_penalty == 0.0 && *frequency_penalty == 0.0 {
+        return;
+    }
+    if counts.len() < logits.len() {
+        counts.resize(logits.len(), 0);
+    }
+    let known = |id: &&u32| (**id as usize) < logits.len();
+    prompt
+        .iter()
+        .filter(known)
+        .for_each(|&id| counts[id as usize] = IN_PROMPT);
+    row.outputs
+        .iter()
+        .filter(known)
+        .for_each(|&id| counts[id as usize] += 1);
+    for &id in prompt.iter().chain(row.outputs) {
+        let Some(x) = logits.get_mut(id as usize) else {
+            continue;
+        };
+        let count = std::mem::take(&mut counts[id as usize]);
+        if count == 0 {
+            continue;
+        }
+        raw.push((id, *x));
+        *x = if *x > 0.0 {
+            *x / repetition_penalty
+        } else {
+            *x * repetition_penalty
+        };
+        let outputs = count & !IN_PROMPT;
+        if outputs > 0 {
+            *x -= outputs as f32 * frequency_penalty + presence_penalty;
+        }
+    }
+}
+
+fn choose(logits: &[f32], row: &SampleRow<'_>, scratch: &mut Scratch) -> u32 {
+    let best = argmax(logits);
+    let Sampling {
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seed,
+        ..
+    } = *row.sampling;
+    if temperature == 0.0 {
+        return best as u32;
+    }
+    // The bound keeps 0 * scale from being NaN at the smallest temperatures.
+    let softmax = Softmax {
+        max: logits[best],
+        scale: (1.0 / temperature).min(1e30),
+    };
+    let u = random::uniform(seed, row.candidate, row.output_index);
+    let id = if top_k == 0 && top_p >= 1.0 && min_p <= 0.0 {
+        softmax.draw_from_row(logits, u, &mut scratch.sums)
+    } else {
+        let ranked = &mut scratch.ranked;
+        softmax.keep(logits, row.sampling, ranked);
+        softmax.draw_from(
+            ranked.iter().map(|&(x, id)| (id, x)),
+            u * softmax.sum(ranked),
+        )
+    };
+    // Rounding may leave the running sum short of the last draw.
+    id.unwrap_or(best as u32)
+}
+
+/// Weights relative to the most probable token's.
+struct Softmax {
+    max: f32,
+    scale: f32,
+}
+
+impl Softmax {
+    fn weight(&self, x: f32) -> f32 {
+        exp((x - self.max) * self.scale)
+    }
+
+    fn sum(&self, ranked: &[(f32, u32)]) -> f64 {
+        ranked.iter().map(|&(x, _)| f64::from(self.weight(x))).sum()
+    }
+
+    /// The least logit that can have this weight, with some room for rounding.
+    fn least(&self, weight: f64) -> f32 {
+        (f64::from(self.max) + (ln(weight) - 0.01) / f64::from(self.scale)) as f32
+    }
+
+    /// Fills `ranked` with the tokens that pass `top_k`, `top_p` and `min_p`.
+    fn keep(&self, logits: &[f32], sampling: &Sampling, ranked: &mut Vec<(f32, u32)>) {
+        let Sampling {
+            top_k,
+            top_p,
+            min_p,
+            ..
+        } = *sampling;
+        let top_p = f64::from(top_p);
+        if top_k > 0 {
+            rank(logits, top_k as usize, ranked);
+            if top_p < 1.0 {
+                self.cut(ranked, top_p * self.sum(ranked));
+            }
+        } else if top_p < 1.0 {
+            // Tokens that each hold less than an equal part of what may be cut off are cut off all together.
+            let sum = sum_exp(logits, self.max, self.scale);
+            collect(
+                logits,
+                self.least(sum * (1.0 - top_p) / logits.len() as f64),
+                ranked,
+            );
+            ranked.sort_unstable_by(falling);
+            self.cut(ranked, top_p * sum);
+        } else {
+            collect(logits, self.least(f64::from(min_p)), ranked);
+        }
+        if min_p > 0.0 {
+            ranked.retain(|&(x, _)| self.weight(x) >= min_p);
+        }
+    }
+
+    /// Cuts ranked tokens after the first at which their sum reaches `share`.
+    fn cut(&self, ranked: &mut Vec<(f32, u32)>, share: f64) {
+        let mut sum = 0.0;
+        let reached = ranked.iter().position(|&(x, _)| {
+            sum += f64::from(self.weight(x));
+            sum >= share
+        });
+        if let Some(at) = reached {
+            ranked.truncate(at + 1);
+        }
+    }
+
+    /// The token of the whole row at which the running sum exceeds the share `u` of all.
+    fn draw_from_row(&self, logits: &[f32], u: f64, sums: &mut Vec<f64>) -> Option<u32> {
+        sums.clear();
+        sums.extend(
+            logits
+                .chunks(RUN)
+                .map(|run| sum_exp(run, self.max, self.scale)),
+        );
+        let mut left = u * sums.iter().sum::<f64>();
+        for (at, sum) in sums.iter().enumerate() {
+            if left < *sum {
+                let run = (at * RUN..logits.len()).zip(&logits[at * RUN..]).take(RUN);
+                return self.draw_from(run.map(|(id, &x)| (id as u32, x)), left);
+            }
+            left -= sum;
+        }
+        None
+    }
+
+    fn draw_from(&self, tokens: impl Iterator<Item = (u32, f32)>, mut left: f64) -> Option<u32> {
+        for (id, x) in tokens {
+            let weight = f64::from(self.weight(x));
+            if left < weight {
+                return Some(id);
+            }
+            left -= weight;
+        }
+        None
+    }
+}
+
+/// Index of the largest logit, the first of equals.
+fn argmax(logits: &[f32]) -> usize {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let (chunks, rest) = logits.as_chunks::<8>();
+    let mut lanes = [f32::NEG_INFINITY; 8];
+    for chunk in chunks {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane = larger(*lane, x);
+        }
+    }
+    let max = lanes
+        .iter()
+        .chain(rest)
+        .copied()
+        .fold(f32::NEG_INFINITY, larger);
+    logits.iter().position(|&x| x == max).unwrap_or(0)
+}
+
+/// Larger logits first; of equals, lower ids.
+fn falling(a: &(f32, u32), b: &(f32, u32)) -> Ordering {
+    b.0.partial_cmp(&a.0)
+        .unwrap_or(Ordering::Equal)
+        .then(a.1.cmp(&b.1))
+}
+
+/// Fills `ranked` with the logits of at least `least`, by id.
+fn collect(logits: &[f32], least: f32, ranked: &mut Vec<(f32, u32)>) {
+    ranked.clear();
+    ranked.extend(logits.iter().copied().zip(0..).filter(|&(x, _)| x >= least));
+}
+
+/// Fills `ranked` with the `count` first in falling order, or all when there are fewer.
+fn rank(logits: &[f32], count: usize, ranked: &mut Vec<(f32, u32)>) {
+    if count > INSERTION_MAX {
+        collect(logits, f32::NEG_INFINITY, ranked);
+        if count < ranked.len() {
+            ranked.select_nth_unstable_by(count, falling);
+            ranked.truncate(count);
+        }
+        ranked.sort_unstable_by(falling);
+        return;
+    }
+    ranked.clear();
+    for (&x, id) in logits.iter().zip(0..) {
+        if ranked.len() == count {
+            if ranked.last().is_none_or(|&(least, _)| x <= least) {
+                continue;
+            }
+            ranked.pop();
+        }
+        let at = ranked.partition_point(|&(other, _)| other >= x);
+        ranked.insert(at, (x, id));
+    }
+}

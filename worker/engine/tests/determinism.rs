@@ -1,0 +1,394 @@
+//! The same request gives the same bits however it is run: alone, in a batch, cut into chunks of any size, preempted
+//! and recomputed, or on cached blocks; on any number of threads; on one rank and on two.
+
+use engine::backend::cpu::{CpuBackend, CpuBuf, Pool};
+use engine::backend::{KvDtype, WeightDtype};
+use engine::collective::Collective;
+use engine::collective::host::{
+    GroupBuilder, GroupId, GroupKey, GroupListener, HostGroup, Membership, Transport, host_id, join,
+};
+use engine::collective::solo::Solo;
+use engine::engine::{Engine, EngineConfig, EngineEnd, EngineHandle};
+use engine::follower::{self, FollowerHandle};
+use engine::model_runner::{ModelRunner, RunnerOptions};
+use engine::models::checkpoint::Checkpoint;
+use engine::request::{Candidate, EndReason, Event, Request, RequestKey, Sampling, TokenLogprob};
+use engine::sampler::random;
+use engine::scheduler::Backlog;
+use engine::stats::StatsSnapshot;
+use std::collections::BTreeMap;
+use std::net::TcpListener;
+use std::path::Path;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+/// Prompts per model: 200 over the three.
+const PROMPTS: u64 = 67;
+
+/// Sequences that run together.
+const BATCH: u32 = 32;
+
+/// Long enough that only a hang reaches it.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// How the requests are run.
+#[derive(Debug, Clone, Copy)]
+struct Way {
+    spans_max: u32,
+    chunk_tokens_max: u32,
+    blocks: u32,
+    threads: usize,
+    /// Run everything twice, and give the second answers.
+    twice: bool,
+}
+
+const ALONE: Way = Way {
+    spans_max: 1,
+    chunk_tokens_max: 512,
+    blocks: 600,
+    threads: 1,
+    twice: false,
+};
+const BATCHED: Way = Way {
+    spans_max: BATCH,
+    threads: 2,
+    ..ALONE
+};
+
+/// Everything that a candidate's events say, floats as bits.
+#[derive(Debug, Default, PartialEq)]
+struct Answer {
+    tokens: Vec<(u32, Option<Scored>)>,
+    prompt: Vec<Option<Scored>>,
+    end: Option<EndReason>,
+}
+
+type Scored = (u32, u32, Vec<(u32, u32)>);
+
+fn bits(scored: TokenLogprob) -> Scored {
+    let top = scored
+        .top
+        .into_iter()
+        .map(|(id, logprob)| (id, logprob.to_bits()))
+        .collect();
+    (scored.id, scored.logprob.to_bits(), top)
+}
+
+type Answers = BTreeMap<(RequestKey, u32), Answer>;
+
+/// Random requests, greedy and seeded by turns; some with several candidates, penalties or scored prompts.
+fn requests(vocab: u32) -> Vec<Request> {
+    let number =
+        |key: u64, what: u32, below: u32| (random::uniform(key, 0, what) * f64::from(below)) as u32;
+    let request = |key: u64| Request {
+        key,
+        prompt: (0..1 + number(key, 0, if key % 8 == 0 { 160 } else { 60 }))
+            .map(|i| 3 + number(key, 10 + i, vocab - 3))
+            .collect(),
+        candidates: (0..if key % 9 == 1 { 3 } else { 1 })
+            .map(|index| Candidate {
+                index,
+                emitted: Vec::new(),
+            })
+            .collect(),
+        sampling: Sampling {
+            temperature: if key % 2 == 0 { 0.0 } else { 0.8 },
+            top_p: if key % 4 == 1 { 0.9 } else { 1.0 },
+            repetition_penalty: if key % 5 == 0 { 1.2 } else { 1.0 },
+            seed: key,
+            logprobs: Some(3),
+            ..Sampling::default()
+        },
+        tokens_max: 4 + number(key, 1, if key % 6 == 0 { 30 } else { 8 }),
+        stop_ids: vec![2],
+        prompt_logprobs: (key % 11 == 2).then_some(2),
+        deadline: None,
+    };
+    (0..PROMPTS).map(request).collect()
+}
+
+/// Engines of one model over one or two ranks.
+struct Model {
+    checkpoint: Checkpoint,
+    ranks: u32,
+}
+
+/// A running engine, with its follower if it has one.
+struct Running {
+    engine: EngineHandle,
+    follower: Option<FollowerHandle>,
+    events: mpsc::Receiver<Vec<Event>>,
+}
+
+impl Model {
+    fn start(&self, way: Way) -> Running {
+        let (events_in, events) = mpsc::channel();
+        // The ranks of one machine share its threads.
+        let pool = Pool::new(way.threads, &[]).expect("threads");
+        let config = EngineConfig {
+            name: "engine".into(),
+            generation: 1,
+            prefix_salt: Vec::new(),
+            chunk_tokens_max: way.chunk_tokens_max,
+            backlog: Backlog {
+                tokens: 1 << 20,
+                sequences: 1 << 10,
+            },
+        };
+        let sink = Box::new(move |events| drop(events_in.send(events)));
+        if self.ranks == 1 {
+            let leader = Box::new(self.load(way, &pool, Solo::new()));
+            let engine = Engine::spawn(leader, config, sink, Box::new(drop)).expect("a thread");
+            return Running {
+                engine,
+                follower: None,
+                events,
+            };
+        }
+        let [leader, second] = form_pair();
+        let second = Box::new(self.load(way, &pool, second));
+        let follower = follower::spawn("follower", second, 1, Box::new(drop)).expect("a thread");
+        let leader = Box::new(self.load(way, &pool, leader));
+        let engine = Engine::spawn(leader, config, sink, Box::new(drop)).expect("a thread");
+        Running {
+            engine,
+            follower: Some(follower),
+            events,
+        }
+    }
+
+    fn load<C: Collective<CpuBuf>>(
+        &self,
+        way: Way,
+        pool: &Arc<Pool>,
+        collective: C,
+    ) -> ModelRunner<CpuBackend, C> {
+        let options = RunnerOptions {
+            weight_dtype: WeightDtype::Bf16,
+            kv_dtype: KvDtype::Bf16,
+            blocks: way.blocks,
+            step_tokens_max: 512,
+            spans_max: way.spans_max,
+            generation: 1,
+        };
+        let backend = CpuBackend::new(pool.clone()).expect("memory");
+        ModelRunner::load(&self.checkpoint, &options, backend, collective).expect("the model loads")
+    }
+
+    /// Runs the requests one way; gives their answers, the prompt tokens that were cached, and the engine's numbers.
+    fn run(&self, way: Way, requests: &[Request]) -> (Answers, u32, StatsSnapshot) {
+        let running = self.start(way);
+        if way.twice {
+            running.answer(requests);
+        }
+        let (answers, cached) = running.answer(requests);
+        let stats = running.engine.stats().snapshot();
+        running.engine.stop();
+        assert!(matches!(running.engine.wait(), EngineEnd::Stopped));
+        if let Some(follower) = running.follower {
+            assert!(matches!(follower.wait(), EngineEnd::Stopped));
+        }
+        (answers, cached, stats)
+    }
+}
+
+impl Running {
+    fn answer(&self, requests: &[Request]) -> (Answers, u32) {
+        requests
+            .iter()
+            .for_each(|request| self.engine.submit(request.clone()).expect("taken"));
+        let mut owed: usize = requests
+            .iter()
+            .map(|request| request.candidates.len())
+            .sum();
+        let (mut answers, mut cached) = (Answers::new(), 0);
+        while owed > 0 {
+            for event in self
+                .events
+                .recv_timeout(PATIENCE)
+                .expect("every candidate ends")
+            {
+                match event {
+                    Event::PromptLogprobs { key, tokens } => {
+                        answers.entry((key, 0)).or_default().prompt =
+                            tokens.into_iter().map(|token| token.map(bits)).collect();
+                    }
+                    Event::Token {
+                        key,
+                        candidate,
+                        id,
+                        logprob,
+                        ..
+                    } => {
+                        answers
+                            .entry((key, candidate))
+                            .or_default()
+                            .tokens
+                            .push((id, logprob.map(bits)));
+                    }
+                    Event::Ended {
+                        key,
+                        candidate,
+                        reason,
+                        cached_tokens,
+                    } => {
+                        assert!(
+                            matches!(reason, EndReason::Length | EndReason::StopToken(2)),
+                            "{reason:?}"
+                        );
+                        answers.entry((key, candidate)).or_default().end = Some(reason);
+                        cached += cached_tokens;
+                        owed -= 1;
+                    }
+                }
+            }
+        }
+        (answers, cached)
+    }
+}
+
+fn form_pair() -> [HostGroup; 2] {
+    let listener = GroupListener::start(TcpListener::bind("127.0.0.1:0").expect("a port"))
+        .expect("a listener");
+    let member = |rank| Membership {
+        id: GroupId {
+            group: 1,
+            generation: 1,
+        },
+        rank,
+        ranks: 2,
+        key: GroupKey::new(&[7; 32]).expect("long enough"),
+        host: host_id(),
+        transport: Transport::Auto,
+        wait_max: PATIENCE,
+    };
+    std::thread::scope(|scope| {
+        let second = scope.spawn(|| join(listener.address(), &member(1), PATIENCE).expect("joins"));
+        let leader = GroupBuilder::new(&listener, member(0))
+            .expect("a group")
+            .lead(PATIENCE)
+            .expect("forms");
+        [leader, second.join().expect("no panic")]
+    })
+}
+
+/// The first difference, in words short enough to read.
+fn assert_same(what: &str, expected: &Answers, got: &Answers) {
+    assert_eq!(
+        expected.keys().collect::<Vec<_>>(),
+        got.keys().collect::<Vec<_>>()
+    );
+    for (key, answer) in got {
+        let expected = &expected[key];
+        assert_eq!(
+            expected.prompt, answer.prompt,
+            "{what}: scores of the prompt of {key:?}"
+        );
+        for (index, (expected, token)) in expected.tokens.iter().zip(&answer.tokens).enumerate() {
+            assert_eq!(expected, token, "{what}: token {index} of {key:?}");
+        }
+        assert_eq!(expected, answer, "{what}: {key:?}");
+    }
+}
+
+fn check(name: &str, ranks: u32) {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../tests/models")
+        .join(name);
+    let model = Model {
+        checkpoint: Checkpoint::open(&dir).expect("a good checkpoint"),
+        ranks,
+    };
+    let requests = requests(model.checkpoint.spec.vocab as u32);
+    let (alone, cached, stats) = model.run(ALONE, &requests);
+    assert_eq!(stats.preemptions, 0);
+    assert!(cached > 0, "candidates share their prompt");
+    let tokens: usize = alone.values().map(|answer| answer.tokens.len()).sum();
+    assert!(
+        tokens > 500,
+        "there is something to compare: {tokens} tokens"
+    );
+    for chunk_tokens_max in [1, 7, 64, 512] {
+        let (answers, ..) = model.run(
+            Way {
+                chunk_tokens_max,
+                ..BATCHED
+            },
+            &requests,
+        );
+        assert_same(
+            &format!("{name}, {ranks} ranks, in a batch, chunks of {chunk_tokens_max}"),
+            &alone,
+            &answers,
+        );
+    }
+    let (answers, warm, _) = model.run(
+        Way {
+            twice: true,
+            ..BATCHED
+        },
+        &requests,
+    );
+    assert!(
+        warm > 4 * cached,
+        "{warm} prompt tokens were cached, {cached} without a first run"
+    );
+    assert_same(&format!("{name}, {ranks} ranks, cached"), &alone, &answers);
+
+    // What a batch needs when it runs together, by four.
+    let needs = |request: &Request| {
+        (request.prompt.len() + request.tokens_max as usize).div_ceil(16) * request.candidates.len()
+    };
+    let together = requests.iter().map(needs).sum::<usize>() as u32 * BATCH / PROMPTS as u32;
+    let (answers, _, stats) = model.run(
+        Way {
+            blocks: together / 4 + 1,
+            threads: 3,
+            ..BATCHED
+        },
+        &requests,
+    );
+    assert!(
+        stats.preemptions > 0,
+        "the pool of {} blocks is too small",
+        together / 4
+    );
+    assert_same(
+        &format!(
+            "{name}, {ranks} ranks, preempted {} times",
+            stats.preemptions
+        ),
+        &alone,
+        &answers,
+    );
+}
+
+#[test]
+fn llama_gives_the_same_bits_however_it_is_run() {
+    check("tiny-llama", 1);
+}
+
+#[test]
+fn mistral_gives_the_same_bits_however_it_is_run() {
+    check("tiny-mistral", 1);
+}
+
+#[test]
+fn mpt_gives_the_same_bits_however_it_is_run() {
+    check("tiny-mpt", 1);
+}
+
+#[test]
+fn llama_on_two_ranks_gives_the_same_bits_however_it_is_run() {
+    check("tiny-llama", 2);
+}
+
+#[test]
+fn mistral_on_two_ranks_gives_the_same_bits_however_it_is_run() {
+    check("tiny-mistral", 2);
+}
+
+#[test]
+fn mpt_on_two_ranks_gives_the_same_bits_however_it_is_run() {
+    check("tiny-mpt", 2);
+}
