@@ -1,1 +1,84 @@
-fn main() {}
+//! The coordinator's process: reads arguments and configuration, opens the ports and runs until a signal.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{Parser, Subcommand};
+use common::config::{self, Cluster};
+use coordinator::{Listeners, check, http};
+
+/// Exit status for mistakes in arguments or configuration.
+const BAD_CONFIGURATION: u8 = 2;
+
+/// tandem's coordinator: the HTTP API, endpoints, placement and request scheduling.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// The cluster's configuration.
+    #[arg(long, default_value = "cluster.toml", env = "TANDEM_CONFIG")]
+    config: PathBuf,
+    /// Log one JSON object per line.
+    #[arg(long)]
+    log_json: bool,
+    #[command(subcommand)]
+    command: Option<Verb>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Says what is wrong with a configuration, or what would be placed where.
+    Check {
+        /// The configuration; that of --config unless given.
+        file: Option<PathBuf>,
+    },
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let checked = match &arguments.command {
+        Some(Verb::Check { file }) => file.clone().unwrap_or_else(|| arguments.config.clone()),
+        None => arguments.config.clone(),
+    };
+    let cluster = match config::load(&checked) {
+        Ok(cluster) => cluster,
+        Err(mistakes) => {
+            eprintln!("{mistakes}");
+            return ExitCode::from(BAD_CONFIGURATION);
+        }
+    };
+    let outcome = match arguments.command {
+        Some(Verb::Check { .. }) => print_check(&cluster),
+        None => {
+            common::telemetry::init(arguments.log_json);
+            run(cluster)
+        }
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("coordinator: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn print_check(cluster: &Cluster) -> anyhow::Result<ExitCode> {
+    let report = check::report(cluster)?;
+    print!("{}", report.text);
+    Ok(if report.well { ExitCode::SUCCESS } else { ExitCode::from(BAD_CONFIGURATION) })
+}
+
+fn run(cluster: Cluster) -> anyhow::Result<ExitCode> {
+    let listeners = Listeners::open(&cluster)?;
+    let (http_address, workers_address) = listeners.addresses()?;
+    let recorder = http::build_recorder()?;
+    let metrics = recorder.handle();
+    metrics::set_global_recorder(recorder)?;
+    // Actors live on the system's own thread; links and timers on the runtime's.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let system = actix_rt::System::with_tokio_rt(|| runtime);
+    system.block_on(async {
+        let shutdown = common::shutdown::on_signal()?;
+        let up = || println!("coordinator ready http={http_address} workers={workers_address}");
+        coordinator::run(Arc::new(cluster), listeners, metrics, shutdown, up).await
+    })?;
+    Ok(ExitCode::SUCCESS)
+}

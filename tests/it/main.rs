@@ -1,1 +1,27 @@
-fn main() {}
+//! Tests of the whole cluster: real processes, real models, real sockets. One file per subject.
+
+mod bad_input;
+mod bad_models;
+mod cancellation;
+mod determinism;
+mod fake_replica;
+mod golden_text;
+mod lifecycle;
+mod load;
+mod openai;
+mod recovery;
+mod startup;
+mod walls;
+mod worker_alone;
+
+use std::time::Duration;
+
+/// Whether the long versions of soaks run (`scripts/check --long`).
+fn long() -> bool {
+    std::env::var_os("TANDEM_LONG").is_some_and(|value| value != "0")
+}
+
+/// `long_s` in a long run, else `short_s`.
+fn soak_time(short_s: u64, long_s: u64) -> Duration {
+    Duration::from_secs(if long() { long_s } else { short_s })
+}

@@ -1,1 +1,136 @@
-fn main() {}
+//! The worker's program: arguments, configuration, exit codes.
+#![forbid(unsafe_code)]
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::{Parser, Subcommand};
+use common::config::Cluster;
+use tokio_util::sync::CancellationToken;
+use worker::device::Device;
+use worker::session::{Session, SessionConfig};
+
+/// The exit code for wrong arguments or configuration, as clap's own.
+const WRONG_USE: u8 = 2;
+
+/// Runs shards of models on one device, for the coordinator.
+#[derive(Parser)]
+#[command(name = "worker", version)]
+struct Arguments {
+    /// The cluster's configuration.
+    #[arg(long, default_value = "cluster.toml")]
+    config: PathBuf,
+    /// The device to run, as node/device in the configuration (local/cpu0).
+    #[arg(long)]
+    device: Option<String>,
+    /// Log one JSON object per line.
+    #[arg(long)]
+    log_json: bool,
+    #[command(subcommand)]
+    command: Option<Task>,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Print what this machine offers: cores, instruction paths, memory, CUDA and NCCL.
+    Doctor,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    common::telemetry::init(arguments.log_json);
+    if let Some(Task::Doctor) = arguments.command {
+        println!("{}", worker::doctor::report());
+        return ExitCode::SUCCESS;
+    }
+    let cluster = match common::config::load(&arguments.config) {
+        Ok(cluster) => cluster,
+        Err(e) => return wrong(&e),
+    };
+    let name = match device_name(&cluster, arguments.device) {
+        Ok(name) => name,
+        Err(e) => return wrong(&e),
+    };
+    match actix::System::new().block_on(run(cluster, name)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("worker: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn wrong(error: &dyn std::fmt::Display) -> ExitCode {
+    eprintln!("{error}");
+    ExitCode::from(WRONG_USE)
+}
+
+/// The device asked for, if the configuration has it.
+fn device_name(cluster: &Cluster, asked: Option<String>) -> Result<String> {
+    let known: Vec<String> = cluster.workers().map(ToString::to_string).collect();
+    let Some(name) = asked else {
+        bail!(
+            "--device is missing; the configuration has {}",
+            known.join(", ")
+        )
+    };
+    if cluster.device(&name).is_none() {
+        bail!(
+            "--device {name} is not in the configuration; it has {}",
+            known.join(", ")
+        );
+    }
+    Ok(name)
+}
+
+async fn run(cluster: Cluster, name: String) -> Result<()> {
+    let shutdown = common::shutdown::on_signal()?;
+    let (node, entry) = cluster
+        .device(&name)
+        .context("the device is gone from the configuration")?;
+    let device = Device::open(node, entry)?;
+    let tls = cluster.tls.as_ref().map(common::tls::client).transpose()?;
+    let Some(secret) = secret(&cluster.auth.worker_secret_file, &shutdown).await? else {
+        return Ok(());
+    };
+    let worker = entry.worker.clone();
+    let ready = format!("worker ready {worker}\n");
+    let config = SessionConfig {
+        worker,
+        addresses: cluster.coordinator.addresses.clone(),
+        tls,
+        secret,
+    };
+    // Whoever started this process may not listen any more.
+    let on_ready = move || drop(std::io::stdout().write_all(ready.as_bytes()));
+    Session::new(config, device, on_ready).run(shutdown).await?;
+    Ok(())
+}
+
+/// The cluster's secret; waits for the coordinator to make it. `None` when the process shall stop.
+async fn secret(file: &std::path::Path, shutdown: &CancellationToken) -> Result<Option<String>> {
+    const LOOK_AGAIN: Duration = Duration::from_millis(200);
+    let mut told = false;
+    loop {
+        match std::fs::read_to_string(file) {
+            Ok(secret) if !secret.trim().is_empty() => return Ok(Some(secret.trim().to_owned())),
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(e).with_context(|| {
+                    format!("cannot read the cluster's secret in {}", file.display())
+                });
+            }
+            _ if told => {}
+            _ => {
+                tracing::warn!(file = %file.display(), "waiting for the cluster's secret; the coordinator makes it at its start");
+                told = true;
+            }
+        }
+        tokio::select! {
+            () = shutdown.cancelled() => return Ok(None),
+            () = tokio::time::sleep(LOOK_AGAIN) => {}
+        }
+    }
+}

@@ -10,14 +10,23 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, Throughput};
 use engine::backend::cpu::limits::Limits;
 use engine::backend::cpu::{CpuBackend, CpuBuf, Isa, Pool};
-use engine::backend::{Attention, Backend, Batch, BatchSpan, Heads, KvDtype, KvShape, LinearShape, WeightDtype};
+use engine::backend::{
+    Attention, Backend, Batch, BatchSpan, Heads, KvDtype, KvShape, LinearShape, WeightDtype,
+};
 
 /// The up projection of a 1.1B llama: larger than most caches.
-const SHAPE: LinearShape = LinearShape { n: 5632, k: 2048, dtype: WeightDtype::Bf16 };
+const SHAPE: LinearShape = LinearShape {
+    n: 5632,
+    k: 2048,
+    dtype: WeightDtype::Bf16,
+};
 
 fn main() {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = std::env::var("TANDEM_BENCH_THREADS").ok().and_then(|threads| threads.parse().ok()).unwrap_or(cores);
+    let threads = std::env::var("TANDEM_BENCH_THREADS")
+        .ok()
+        .and_then(|threads| threads.parse().ok())
+        .unwrap_or(cores);
     let pool = Pool::new(threads, &[]).expect("threads start");
     let limits = Limits::measure(Isa::detect(), &pool).expect("memory");
     println!(
@@ -51,10 +60,16 @@ fn products(criterion: &mut Criterion, pool: &Arc<Pool>, limits: Limits) {
         let x = filled(&mut backend, m * k);
         let mut y = backend.alloc(m * n).expect("memory");
         let flops = 2 * (m * n * k) as u64;
-        let seconds = time(criterion, &format!("product {n}x{k} {}", dtype.name()), &format!("m={m}"), Throughput::Elements(flops), || {
-            backend.linear(m, &x, &weight, &mut y);
-            black_box(&y);
-        });
+        let seconds = time(
+            criterion,
+            &format!("product {n}x{k} {}", dtype.name()),
+            &format!("m={m}"),
+            Throughput::Elements(flops),
+            || {
+                backend.linear(m, &x, &weight, &mut y);
+                black_box(&y);
+            },
+        );
         report(&format!("m={m}"), seconds, flops, weight_bytes, limits);
     }
 }
@@ -65,25 +80,64 @@ fn decode_attention(criterion: &mut Criterion, pool: &Arc<Pool>, limits: Limits)
     const CONTEXT: usize = 4096;
     let blocks = CONTEXT / 16;
     for (name, heads) in [
-        ("32 heads of 128", Heads { q: 32, kv: 32, width: 128 }),
-        ("32 heads of 128 sharing 8", Heads { q: 32, kv: 8, width: 128 }),
-        ("32 heads of 64 sharing 4", Heads { q: 32, kv: 4, width: 64 }),
+        (
+            "32 heads of 128",
+            Heads {
+                q: 32,
+                kv: 32,
+                width: 128,
+            },
+        ),
+        (
+            "32 heads of 128 sharing 8",
+            Heads {
+                q: 32,
+                kv: 8,
+                width: 128,
+            },
+        ),
+        (
+            "32 heads of 64 sharing 4",
+            Heads {
+                q: 32,
+                kv: 4,
+                width: 64,
+            },
+        ),
     ] {
         let mut backend = CpuBackend::new(Arc::clone(pool)).expect("memory");
-        let shape = KvShape { layers: 1, blocks: 1 + SEQUENCES * blocks, heads: heads.kv, head_width: heads.width, dtype: KvDtype::Bf16 };
+        let shape = KvShape {
+            layers: 1,
+            blocks: 1 + SEQUENCES * blocks,
+            heads: heads.kv,
+            head_width: heads.width,
+            dtype: KvDtype::Bf16,
+        };
         let mut kv = backend.alloc_kv(shape).expect("memory");
         let all = batch(SEQUENCES, blocks, 0, CONTEXT);
         let rows = filled(&mut backend, all.len() * heads.qkv_width());
         backend.write_kv(&all, heads, &rows, &mut kv, 0);
         let decode = batch(SEQUENCES, blocks, CONTEXT - 1, 1);
         let mut out = backend.alloc(SEQUENCES * heads.q_width()).expect("memory");
-        let attention = Attention { heads, qkv: &rows, scale: 0.1, window: None, slopes: None };
+        let attention = Attention {
+            heads,
+            qkv: &rows,
+            scale: 0.1,
+            window: None,
+            slopes: None,
+        };
         let bytes = shape.block_bytes() * (SEQUENCES * blocks) as u64;
         let flops = (4 * SEQUENCES * CONTEXT * heads.q_width()) as u64;
-        let seconds = time(criterion, "decode attention", name, Throughput::Bytes(bytes), || {
-            backend.attention(&decode, &attention, &kv, 0, &mut out);
-            black_box(&out);
-        });
+        let seconds = time(
+            criterion,
+            "decode attention",
+            name,
+            Throughput::Bytes(bytes),
+            || {
+                backend.attention(&decode, &attention, &kv, 0, &mut out);
+                black_box(&out);
+            },
+        );
         report(name, seconds, flops, bytes, limits);
     }
 }
@@ -94,22 +148,38 @@ fn batch(sequences: usize, blocks: usize, position: usize, len: usize) -> Batch 
     for sequence in 0..sequences {
         let (row, first) = (batch.tokens.len(), sequence * blocks);
         batch.tokens.resize(row + len, 0);
-        batch.positions.extend(position as u32..(position + len) as u32);
-        batch.blocks.extend(1 + first as u32..1 + (first + blocks) as u32);
-        batch.spans.push(BatchSpan { rows: row..row + len, position, blocks: first..first + blocks });
+        batch
+            .positions
+            .extend(position as u32..(position + len) as u32);
+        batch
+            .blocks
+            .extend(1 + first as u32..1 + (first + blocks) as u32);
+        batch.spans.push(BatchSpan {
+            rows: row..row + len,
+            position,
+            blocks: first..first + blocks,
+        });
     }
     batch
 }
 
 fn filled(backend: &mut CpuBackend, len: usize) -> CpuBuf {
-    let values: Vec<f32> = (0..len).map(|i| ((i * 7919) % 1000) as f32 / 1000.0 - 0.5).collect();
+    let values: Vec<f32> = (0..len)
+        .map(|i| ((i * 7919) % 1000) as f32 / 1000.0 - 0.5)
+        .collect();
     let mut buf = backend.alloc(len).expect("memory");
     backend.write(&values, &mut buf);
     buf
 }
 
 /// Lets criterion time `body`; gives the best time of one run in seconds.
-fn time(criterion: &mut Criterion, group: &str, name: &str, throughput: Throughput, mut body: impl FnMut()) -> f64 {
+fn time(
+    criterion: &mut Criterion,
+    group: &str,
+    name: &str,
+    throughput: Throughput,
+    mut body: impl FnMut(),
+) -> f64 {
     let mut best = f64::MAX;
     let mut group = criterion.benchmark_group(group);
     group.throughput(throughput);

@@ -82,7 +82,7 @@ fn requests(vocab: u32) -> Vec<Request> {
         |key: u64, what: u32, below: u32| (random::uniform(key, 0, what) * f64::from(below)) as u32;
     let request = |key: u64| Request {
         key,
-        prompt: (0..1 + number(key, 0, if key % 8 == 0 { 160 } else { 60 }))
+        prompt: (0..1 + number(key, 0, if key.is_multiple_of(8) { 160 } else { 60 }))
             .map(|i| 3 + number(key, 10 + i, vocab - 3))
             .collect(),
         candidates: (0..if key % 9 == 1 { 3 } else { 1 })
@@ -92,14 +92,14 @@ fn requests(vocab: u32) -> Vec<Request> {
             })
             .collect(),
         sampling: Sampling {
-            temperature: if key % 2 == 0 { 0.0 } else { 0.8 },
+            temperature: if key.is_multiple_of(2) { 0.0 } else { 0.8 },
             top_p: if key % 4 == 1 { 0.9 } else { 1.0 },
-            repetition_penalty: if key % 5 == 0 { 1.2 } else { 1.0 },
+            repetition_penalty: if key.is_multiple_of(5) { 1.2 } else { 1.0 },
             seed: key,
             logprobs: Some(3),
             ..Sampling::default()
         },
-        tokens_max: 4 + number(key, 1, if key % 6 == 0 { 30 } else { 8 }),
+        tokens_max: 4 + number(key, 1, if key.is_multiple_of(6) { 30 } else { 8 }),
         stop_ids: vec![2],
         prompt_logprobs: (key % 11 == 2).then_some(2),
         deadline: None,

@@ -34,7 +34,13 @@ pub trait Collective<Buf>: Send {
     ///
     /// # Errors
     /// [`CollectiveError`]; the content of `out` is then undefined.
-    fn gather_columns(&mut self, part: &Buf, rows: usize, widths: &[usize], out: &mut Buf) -> Result<(), CollectiveError>;
+    fn gather_columns(
+        &mut self,
+        part: &Buf,
+        rows: usize,
+        widths: &[usize],
+        out: &mut Buf,
+    ) -> Result<(), CollectiveError>;
 
     /// Rank 0 only: sends the same bytes to every other rank.
     ///
@@ -79,7 +85,15 @@ pub enum CollectiveError {
 impl From<CollectiveError> for StepError {
     fn from(error: CollectiveError) -> StepError {
         match error {
-            CollectiveError::RankLost { rank, ranks, reason } => StepError::RankLost { rank, ranks, reason },
+            CollectiveError::RankLost {
+                rank,
+                ranks,
+                reason,
+            } => StepError::RankLost {
+                rank,
+                ranks,
+                reason,
+            },
             other => StepError::Broken(other.to_string()),
         }
     }
@@ -109,10 +123,20 @@ impl std::fmt::Debug for AbortHandle {
 }
 
 /// Checks the arguments of [`Collective::gather_columns`]; gives the sum of the widths.
-fn check_gather(rank: u32, ranks: u32, rows: usize, widths: &[usize], part: usize, out: usize) -> Result<usize, CollectiveError> {
+fn check_gather(
+    rank: u32,
+    ranks: u32,
+    rows: usize,
+    widths: &[usize],
+    part: usize,
+    out: usize,
+) -> Result<usize, CollectiveError> {
     let whole = widths.iter().sum::<usize>();
     if widths.len() != ranks as usize {
-        return Err(CollectiveError::OutOfStep(format!("a gather over {ranks} ranks was given {} widths", widths.len())));
+        return Err(CollectiveError::OutOfStep(format!(
+            "a gather over {ranks} ranks was given {} widths",
+            widths.len()
+        )));
     }
     let own = rows * widths[rank as usize];
     if part < own || (rank == 0 && out < rows * whole) {

@@ -19,7 +19,11 @@ impl Solo {
     }
 
     fn check(&self) -> Result<(), CollectiveError> {
-        if self.aborted.load(Ordering::Relaxed) { Err(CollectiveError::Aborted) } else { Ok(()) }
+        if self.aborted.load(Ordering::Relaxed) {
+            Err(CollectiveError::Aborted)
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -36,7 +40,13 @@ impl<Buf: AsRef<[f32]> + AsMut<[f32]>> Collective<Buf> for Solo {
         self.check()
     }
 
-    fn gather_columns(&mut self, part: &Buf, rows: usize, widths: &[usize], out: &mut Buf) -> Result<(), CollectiveError> {
+    fn gather_columns(
+        &mut self,
+        part: &Buf,
+        rows: usize,
+        widths: &[usize],
+        out: &mut Buf,
+    ) -> Result<(), CollectiveError> {
         self.check()?;
         let (part, out) = (part.as_ref(), out.as_mut());
         let whole = check_gather(0, 1, rows, widths, part.len(), out.len())?;
@@ -49,7 +59,9 @@ impl<Buf: AsRef<[f32]> + AsMut<[f32]>> Collective<Buf> for Solo {
     }
 
     fn recv_plan(&mut self, _plan: &mut Vec<u8>) -> Result<(), CollectiveError> {
-        Err(CollectiveError::OutOfStep("rank 0 receives no plans".into()))
+        Err(CollectiveError::OutOfStep(
+            "rank 0 receives no plans".into(),
+        ))
     }
 
     fn abort_handle(&self) -> AbortHandle {

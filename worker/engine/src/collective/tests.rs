@@ -5,7 +5,10 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
-use super::host::{FormError, GroupBuilder, GroupId, GroupKey, GroupListener, HostGroup, Membership, Transport, host_id, join};
+use super::host::{
+    FormError, GroupBuilder, GroupId, GroupKey, GroupListener, HostGroup, Membership, Transport,
+    host_id, join,
+};
 use super::solo::Solo;
 use super::{Collective, CollectiveError};
 use crate::runner::StepError;
@@ -19,7 +22,10 @@ fn listener() -> GroupListener {
 
 fn member(rank: u32, ranks: u32, transport: Transport) -> Membership {
     Membership {
-        id: GroupId { group: 7, generation: 3 },
+        id: GroupId {
+            group: 7,
+            generation: 3,
+        },
         rank,
         ranks,
         key: GroupKey::new(&[9; 32]).unwrap(),
@@ -30,7 +36,11 @@ fn member(rank: u32, ranks: u32, transport: Transport) -> Membership {
 }
 
 /// Forms a group of threads' worth of ranks, in rank order. `adapt` may change a membership.
-fn form(ranks: u32, transport: Transport, adapt: impl Fn(&mut Membership) + Sync) -> Vec<HostGroup> {
+fn form(
+    ranks: u32,
+    transport: Transport,
+    adapt: impl Fn(&mut Membership) + Sync,
+) -> Vec<HostGroup> {
     let listener = listener();
     std::thread::scope(|scope| {
         let (listener, adapt) = (&listener, &adapt);
@@ -40,14 +50,20 @@ fn form(ranks: u32, transport: Transport, adapt: impl Fn(&mut Membership) + Sync
                     let mut member = member(rank, ranks, transport);
                     adapt(&mut member);
                     if rank == 0 {
-                        GroupBuilder::new(listener, member).unwrap().lead(SOON).unwrap()
+                        GroupBuilder::new(listener, member)
+                            .unwrap()
+                            .lead(SOON)
+                            .unwrap()
                     } else {
                         join(listener.address(), &member, SOON).unwrap()
                     }
                 })
             })
             .collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect()
     })
 }
 
@@ -55,8 +71,14 @@ fn form(ranks: u32, transport: Transport, adapt: impl Fn(&mut Membership) + Sync
 fn on_all<T: Send>(groups: &mut [HostGroup], body: impl Fn(&mut HostGroup) -> T + Sync) -> Vec<T> {
     std::thread::scope(|scope| {
         let body = &body;
-        let threads: Vec<_> = groups.iter_mut().map(|group| scope.spawn(move || body(group))).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        let threads: Vec<_> = groups
+            .iter_mut()
+            .map(|group| scope.spawn(move || body(group)))
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect()
     })
 }
 
@@ -79,7 +101,11 @@ fn bits(values: &[f32]) -> Vec<u32> {
 
 fn rank_lost<T: std::fmt::Debug>(result: Result<T, CollectiveError>) -> (u32, u32, String) {
     match result {
-        Err(CollectiveError::RankLost { rank, ranks, reason }) => (rank, ranks, reason),
+        Err(CollectiveError::RankLost {
+            rank,
+            ranks,
+            reason,
+        }) => (rank, ranks, reason),
         other => panic!("expected a lost rank, got {other:?}"),
     }
 }
@@ -90,10 +116,15 @@ fn sums_are_added_in_rank_order_on_every_rank_and_transport() {
         for transport in BOTH {
             let mut groups = form(ranks, transport, |_| {});
             assert!(groups.iter().all(|group| group.transport() == transport));
-            for (seed, len) in [0, 1, 7, 4096, 65_535, 65_536, 65_537, 200_003].into_iter().enumerate() {
+            for (seed, len) in [0, 1, 7, 4096, 65_535, 65_536, 65_537, 200_003]
+                .into_iter()
+                .enumerate()
+            {
                 let seed = seed as u32;
                 let expected = (1..ranks).fold(numbers(0, len, seed), |mut sum, rank| {
-                    sum.iter_mut().zip(numbers(rank, len, seed)).for_each(|(sum, x)| *sum += x);
+                    sum.iter_mut()
+                        .zip(numbers(rank, len, seed))
+                        .for_each(|(sum, x)| *sum += x);
                     sum
                 });
                 let sums = on_all(&mut groups, |group| {
@@ -102,7 +133,10 @@ fn sums_are_added_in_rank_order_on_every_rank_and_transport() {
                     values
                 });
                 for sum in sums {
-                    assert!(bits(&sum) == bits(&expected), "{ranks} ranks, {transport:?}, {len} numbers");
+                    assert!(
+                        bits(&sum) == bits(&expected),
+                        "{ranks} ranks, {transport:?}, {len} numbers"
+                    );
                 }
             }
         }
@@ -111,8 +145,14 @@ fn sums_are_added_in_rank_order_on_every_rank_and_transport() {
 
 #[test]
 fn gathered_columns_stand_side_by_side_whatever_their_widths() {
-    let shapes: [(usize, [usize; 4]); 6] =
-        [(1, [5, 5, 5, 4]), (3, [4, 0, 2, 1]), (0, [3, 3, 3, 3]), (2, [0, 0, 0, 9]), (7, [30_000, 30_000, 11, 0]), (1, [1, 0, 200_000, 3])];
+    let shapes: [(usize, [usize; 4]); 6] = [
+        (1, [5, 5, 5, 4]),
+        (3, [4, 0, 2, 1]),
+        (0, [3, 3, 3, 3]),
+        (2, [0, 0, 0, 9]),
+        (7, [30_000, 30_000, 11, 0]),
+        (1, [1, 0, 200_000, 3]),
+    ];
     for transport in BOTH {
         let mut groups = form(4, transport, |_| {});
         for (rows, widths) in shapes {
@@ -120,7 +160,9 @@ fn gathered_columns_stand_side_by_side_whatever_their_widths() {
             let gathered = on_all(&mut groups, |group| {
                 let part = numbers(group.rank(), rows * widths[group.rank() as usize], 1);
                 let mut out = vec![-1.0; rows * whole];
-                group.gather_columns(&part, rows, &widths, &mut out).unwrap();
+                group
+                    .gather_columns(&part, rows, &widths, &mut out)
+                    .unwrap();
                 out
             });
             let mut expected = vec![-1.0; rows * whole];
@@ -128,11 +170,15 @@ fn gathered_columns_stand_side_by_side_whatever_their_widths() {
             for (rank, width) in (0..).zip(widths) {
                 let part = numbers(rank, rows * width, 1);
                 for row in 0..rows {
-                    expected[row * whole + column..][..width].copy_from_slice(&part[row * width..][..width]);
+                    expected[row * whole + column..][..width]
+                        .copy_from_slice(&part[row * width..][..width]);
                 }
                 column += width;
             }
-            assert!(gathered[0] == expected, "{transport:?}, {rows} rows of {widths:?}");
+            assert!(
+                gathered[0] == expected,
+                "{transport:?}, {rows} rows of {widths:?}"
+            );
             assert!(gathered[1..].iter().flatten().all(|value| *value == -1.0));
         }
     }
@@ -149,7 +195,9 @@ fn a_long_mixed_run_gives_the_same_bits_on_both_transports() {
                 let len = (step as usize * 7919) % 90_000;
                 group.all_reduce_sum(&mut state[..len]).unwrap();
                 group.all_reduce_sum(&mut state[..64]).unwrap();
-                group.gather_columns(&state[..300], 1, &[300; 4], &mut logits).unwrap();
+                group
+                    .gather_columns(&state[..300], 1, &[300; 4], &mut logits)
+                    .unwrap();
                 state.iter_mut().for_each(|value| *value *= 0.25);
             }
             (bits(&state), bits(&logits))
@@ -162,7 +210,9 @@ fn a_long_mixed_run_gives_the_same_bits_on_both_transports() {
 fn plans_reach_all_followers_in_order() {
     for transport in BOTH {
         let mut groups = form(3, transport, |_| {});
-        let plans: Vec<Vec<u8>> = [0, 1, 100, 70_000].map(|len| (0..len).map(|i| i as u8).collect()).to_vec();
+        let plans: Vec<Vec<u8>> = [0, 1, 100, 70_000]
+            .map(|len| (0..len).map(|i| i as u8).collect())
+            .to_vec();
         let received = on_all(&mut groups, |group| {
             let mut received = Vec::new();
             for plan in &plans {
@@ -202,7 +252,11 @@ fn a_follower_that_goes_in_the_middle_of_a_sum_is_named_by_every_survivor() {
         for (rank, ranks, reason) in errors {
             assert_eq!((rank, ranks), (2, 4), "{transport:?}: {reason}");
         }
-        assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+        assert!(
+            start.elapsed() < Duration::from_secs(5),
+            "{:?}",
+            start.elapsed()
+        );
         // The group stays over.
         assert_eq!(rank_lost(groups[0].send_plan(b"more")).0, 2);
     }
@@ -215,18 +269,32 @@ fn a_leader_that_goes_is_named_by_followers_in_a_sum_and_by_idle_ones() {
         drop(groups.remove(0));
         let errors = on_all(&mut groups, |group| {
             let mut plan = Vec::new();
-            rank_lost(if group.rank() == 1 { group.all_reduce_sum(&mut [0.0; 8]) } else { group.recv_plan(&mut plan) })
+            rank_lost(if group.rank() == 1 {
+                group.all_reduce_sum(&mut [0.0; 8])
+            } else {
+                group.recv_plan(&mut plan)
+            })
         });
-        assert!(errors.iter().all(|(rank, ranks, _)| (*rank, *ranks) == (0, 3)), "{errors:?}");
+        assert!(
+            errors
+                .iter()
+                .all(|(rank, ranks, _)| (*rank, *ranks) == (0, 3)),
+            "{errors:?}"
+        );
     }
 }
 
 #[test]
 fn a_rank_that_lives_but_stays_silent_is_lost_after_the_longest_wait() {
     for transport in BOTH {
-        let mut groups = form(2, transport, |member| member.wait_max = Duration::from_millis(150));
+        let mut groups = form(2, transport, |member| {
+            member.wait_max = Duration::from_millis(150)
+        });
         let (rank, _, reason) = rank_lost(groups[0].all_reduce_sum(&mut [1.0]));
-        assert_eq!((rank, reason.as_str()), (1, "it did not answer within 0.15 s"));
+        assert_eq!(
+            (rank, reason.as_str()),
+            (1, "it did not answer within 0.15 s")
+        );
         // Its connection was closed: it learns when it waits for the next plan.
         assert_eq!(rank_lost(groups[1].recv_plan(&mut Vec::new())).0, 0);
     }
@@ -243,14 +311,20 @@ fn an_abort_from_another_thread_ends_a_blocked_call() {
             let thread = std::thread::spawn(move || {
                 entered.send(()).unwrap();
                 let mut plan = Vec::new();
-                if in_sum { blocked.all_reduce_sum(&mut [1.0; 9]) } else { blocked.recv_plan(&mut plan) }
+                if in_sum {
+                    blocked.all_reduce_sum(&mut [1.0; 9])
+                } else {
+                    blocked.recv_plan(&mut plan)
+                }
             });
             enter.recv().unwrap();
             handle.abort();
             assert_eq!(thread.join().unwrap(), Err(CollectiveError::Aborted));
             // What the blocked rank had contributed before may still complete one sum.
             let leader = &mut groups[0];
-            let lost = leader.all_reduce_sum(&mut [1.0; 9]).and_then(|()| leader.all_reduce_sum(&mut [1.0; 9]));
+            let lost = leader
+                .all_reduce_sum(&mut [1.0; 9])
+                .and_then(|()| leader.all_reduce_sum(&mut [1.0; 9]));
             assert_eq!(rank_lost(lost).0, 1);
         }
     }
@@ -259,17 +333,32 @@ fn an_abort_from_another_thread_ends_a_blocked_call() {
 #[test]
 fn ranks_that_disagree_on_a_sum_fail_instead_of_mixing_numbers() {
     let mut groups = form(2, Transport::Tcp, |_| {});
-    let results = on_all(&mut groups, |group| group.all_reduce_sum(&mut vec![1.0; 4 + group.rank() as usize]));
-    assert!(matches!(&results[0], Err(CollectiveError::OutOfStep(what)) if what.contains("rank 1 sent 20 bytes")), "{results:?}");
+    let results = on_all(&mut groups, |group| {
+        group.all_reduce_sum(&mut vec![1.0; 4 + group.rank() as usize])
+    });
+    assert!(
+        matches!(&results[0], Err(CollectiveError::OutOfStep(what)) if what.contains("rank 1 sent 20 bytes")),
+        "{results:?}"
+    );
     assert!(results[1].is_err());
 }
 
 #[test]
 fn ranks_on_different_machines_use_tcp() {
-    let groups = form(3, Transport::Auto, |member| member.host = format!("machine-{}", member.rank / 2));
-    assert!(groups.iter().all(|group| group.transport() == Transport::Tcp));
+    let groups = form(3, Transport::Auto, |member| {
+        member.host = format!("machine-{}", member.rank / 2)
+    });
+    assert!(
+        groups
+            .iter()
+            .all(|group| group.transport() == Transport::Tcp)
+    );
     let groups = form(3, Transport::Auto, |_| {});
-    assert!(groups.iter().all(|group| group.transport() == Transport::Shm));
+    assert!(
+        groups
+            .iter()
+            .all(|group| group.transport() == Transport::Shm)
+    );
 }
 
 #[test]
@@ -279,17 +368,37 @@ fn a_group_that_cannot_form_names_the_missing_ranks_to_all() {
     let address = listener.address();
     let present = std::thread::spawn(move || join(address, &member(2, 4, Transport::Auto), SOON));
     let error = builder.lead(Duration::from_secs(1)).unwrap_err();
-    assert_eq!(error, FormError::Missing { missing: vec![1, 3], ranks: 4, waited_s: 1 });
+    assert_eq!(
+        error,
+        FormError::Missing {
+            missing: vec![1, 3],
+            ranks: 4,
+            waited_s: 1
+        }
+    );
     assert_eq!(error.to_string(), "ranks 1, 3 of 4 did not join within 1 s");
     let told = present.join().unwrap().unwrap_err();
-    assert_eq!(told.to_string(), "rank 1 of 4 is lost: it did not join within 1 s");
+    assert_eq!(
+        told.to_string(),
+        "rank 1 of 4 is lost: it did not join within 1 s"
+    );
 }
 
 #[test]
 fn a_member_whose_leader_was_never_told_of_the_group_says_so() {
     let listener = listener();
-    let error = join(listener.address(), &member(1, 2, Transport::Auto), Duration::from_millis(300)).unwrap_err();
-    assert!(error.to_string().ends_with("it does not lead generation 3 of group 7"), "{error}");
+    let error = join(
+        listener.address(),
+        &member(1, 2, Transport::Auto),
+        Duration::from_millis(300),
+    )
+    .unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .ends_with("it does not lead generation 3 of group 7"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -299,7 +408,12 @@ fn a_wrong_key_or_generation_does_not_get_in_and_does_not_disturb() {
     let mut stranger = member(1, 2, Transport::Auto);
     stranger.key = GroupKey::new(&[8; 32]).unwrap();
     let error = join(listener.address(), &stranger, SOON).unwrap_err();
-    assert!(error.to_string().ends_with("it has another key for this generation"), "{error}");
+    assert!(
+        error
+            .to_string()
+            .ends_with("it has another key for this generation"),
+        "{error}"
+    );
     let mut late = member(1, 2, Transport::Auto);
     late.id.generation = 2;
     assert!(join(listener.address(), &late, Duration::from_millis(200)).is_err());
@@ -332,11 +446,21 @@ fn garbage_and_silence_at_the_listener_disturb_nobody() {
 fn two_groups_form_through_one_listener_at_a_time() {
     let listener = listener();
     let address = listener.address();
-    let of = |group: u64, rank: u32| Membership { id: GroupId { group, generation: 1 }, ..member(rank, 2, Transport::Auto) };
+    let of = |group: u64, rank: u32| Membership {
+        id: GroupId {
+            group,
+            generation: 1,
+        },
+        ..member(rank, 2, Transport::Auto)
+    };
     let first = GroupBuilder::new(&listener, of(1, 0)).unwrap();
     let second = GroupBuilder::new(&listener, of(2, 0)).unwrap();
-    assert!(matches!(GroupBuilder::new(&listener, of(2, 0)), Err(FormError::Invalid(_))));
-    let members = [2, 1].map(|group| std::thread::spawn(move || join(address, &of(group, 1), SOON).unwrap()));
+    assert!(matches!(
+        GroupBuilder::new(&listener, of(2, 0)),
+        Err(FormError::Invalid(_))
+    ));
+    let members =
+        [2, 1].map(|group| std::thread::spawn(move || join(address, &of(group, 1), SOON).unwrap()));
     let leaders = [first, second].map(|builder| builder.lead(SOON).unwrap());
     for (mut leader, member) in leaders.into_iter().rev().zip(members) {
         let mut member = member.join().unwrap();
@@ -350,19 +474,42 @@ fn two_groups_form_through_one_listener_at_a_time() {
 #[test]
 fn impossible_memberships_are_refused() {
     let listener = listener();
-    assert!(matches!(GroupBuilder::new(&listener, member(0, 1, Transport::Auto)), Err(FormError::Invalid(_))));
-    assert!(matches!(GroupBuilder::new(&listener, member(1, 2, Transport::Auto)), Err(FormError::Invalid(_))));
-    assert!(matches!(join(listener.address(), &member(0, 2, Transport::Auto), SOON), Err(FormError::Invalid(_))));
-    assert!(matches!(join(listener.address(), &member(5, 5, Transport::Auto), SOON), Err(FormError::Invalid(_))));
+    assert!(matches!(
+        GroupBuilder::new(&listener, member(0, 1, Transport::Auto)),
+        Err(FormError::Invalid(_))
+    ));
+    assert!(matches!(
+        GroupBuilder::new(&listener, member(1, 2, Transport::Auto)),
+        Err(FormError::Invalid(_))
+    ));
+    assert!(matches!(
+        join(listener.address(), &member(0, 2, Transport::Auto), SOON),
+        Err(FormError::Invalid(_))
+    ));
+    assert!(matches!(
+        join(listener.address(), &member(5, 5, Transport::Auto), SOON),
+        Err(FormError::Invalid(_))
+    ));
     assert!(GroupKey::new(&[1; 8]).is_err());
 }
 
 #[test]
 fn a_lost_rank_is_a_lost_rank_of_the_step() {
-    let error = CollectiveError::RankLost { rank: 2, ranks: 4, reason: "it closed its connection".into() };
+    let error = CollectiveError::RankLost {
+        rank: 2,
+        ranks: 4,
+        reason: "it closed its connection".into(),
+    };
     let text = error.to_string();
     let step = StepError::from(error);
-    assert!(matches!(step, StepError::RankLost { rank: 2, ranks: 4, .. }));
+    assert!(matches!(
+        step,
+        StepError::RankLost {
+            rank: 2,
+            ranks: 4,
+            ..
+        }
+    ));
     assert_eq!(step.to_string(), text);
 }
 
@@ -372,8 +519,14 @@ fn the_group_of_one_changes_nothing_until_it_is_ended() {
     let (mut values, mut out) = (vec![1.0, 2.0, 3.0, 4.0], vec![0.0; 5]);
     solo.all_reduce_sum(&mut values, 4).unwrap();
     solo.gather_columns(&values, 2, &[2], &mut out).unwrap();
-    assert_eq!((values.as_slice(), out.as_slice()), (&[1.0, 2.0, 3.0, 4.0][..], &[1.0, 2.0, 3.0, 4.0, 0.0][..]));
+    assert_eq!(
+        (values.as_slice(), out.as_slice()),
+        (&[1.0, 2.0, 3.0, 4.0][..], &[1.0, 2.0, 3.0, 4.0, 0.0][..])
+    );
     assert!(solo.gather_columns(&values, 3, &[2], &mut out).is_err());
     solo.abort_handle().abort();
-    assert_eq!(solo.all_reduce_sum(&mut values, 4), Err(CollectiveError::Aborted));
+    assert_eq!(
+        solo.all_reduce_sum(&mut values, 4),
+        Err(CollectiveError::Aborted)
+    );
 }

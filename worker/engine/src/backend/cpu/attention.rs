@@ -67,9 +67,21 @@ struct Call<'a> {
 
 impl AttentionSpace {
     /// See [`crate::backend::Backend::attention`].
-    pub(super) fn run<B: AsRef<[f32]>>(&mut self, (isa, pool): (Isa, &Pool), batch: &Batch, attention: &Attention<'_, B>, kv: &CpuKv, layer: usize, out: &mut [f32]) {
+    pub(super) fn run<B: AsRef<[f32]>>(
+        &mut self,
+        (isa, pool): (Isa, &Pool),
+        batch: &Batch,
+        attention: &Attention<'_, B>,
+        kv: &CpuKv,
+        layer: usize,
+        out: &mut [f32],
+    ) {
         let heads = attention.heads;
-        assert!(layer < kv.shape.layers && heads.kv == kv.shape.heads && heads.width == kv.shape.head_width);
+        assert!(
+            layer < kv.shape.layers
+                && heads.kv == kv.shape.heads
+                && heads.width == kv.shape.head_width
+        );
         let out = Base::new(&mut out[..batch.len() * heads.q_width()]);
         let call = Call {
             heads,
@@ -80,11 +92,19 @@ impl AttentionSpace {
             out: &out,
         };
         self.plan(pool, batch, call);
-        let products: usize = self.items.iter().map(|item| item.rows.len() * call.blocks(item).len() * BLOCK_TOKENS).sum();
+        let products: usize = self
+            .items
+            .iter()
+            .map(|item| item.rows.len() * call.blocks(item).len() * BLOCK_TOKENS)
+            .sum();
         let parallel = products * heads.q_width() >= PARALLEL_MIN;
         match &kv.values {
-            KvValues::F32(values) => self.run_items((isa, pool), batch, call, parallel, &|head| head_blocks(kv.shape, values.as_ref(), layer, head)),
-            KvValues::Bf16(values) => self.run_items((isa, pool), batch, call, parallel, &|head| head_blocks(kv.shape, values.as_ref(), layer, head)),
+            KvValues::F32(values) => self.run_items((isa, pool), batch, call, parallel, &|head| {
+                head_blocks(kv.shape, values.as_ref(), layer, head)
+            }),
+            KvValues::Bf16(values) => self.run_items((isa, pool), batch, call, parallel, &|head| {
+                head_blocks(kv.shape, values.as_ref(), layer, head)
+            }),
         }
     }
 
@@ -96,14 +116,29 @@ impl AttentionSpace {
         for (span, BatchSpan { rows, position, .. }) in batch.spans.iter().enumerate() {
             for start in rows.clone().step_by(rows_max) {
                 let position = position + start - rows.start;
-                self.items.push(Item { span, rows: start..(start + rows_max).min(rows.end), position });
+                self.items.push(Item {
+                    span,
+                    rows: start..(start + rows_max).min(rows.end),
+                    position,
+                });
             }
         }
         let vectors = rows_max * shared_by;
-        let keys = self.items.iter().map(|item| call.blocks(item).len()).max().unwrap_or(0) * BLOCK_TOKENS;
+        let keys = self
+            .items
+            .iter()
+            .map(|item| call.blocks(item).len())
+            .max()
+            .unwrap_or(0)
+            * BLOCK_TOKENS;
         self.scratch.resize_with(pool.threads(), Mutex::default);
         for scratch in &mut self.scratch {
-            let Scratch { queries, scores, outputs, norms } = scratch.get_mut().unwrap_or_else(PoisonError::into_inner);
+            let Scratch {
+                queries,
+                scores,
+                outputs,
+                norms,
+            } = scratch.get_mut().unwrap_or_else(PoisonError::into_inner);
             grow(queries, vectors * call.heads.width);
             grow(scores, vectors * keys);
             grow(outputs, vectors * value_width(call.heads.width));
@@ -111,18 +146,36 @@ impl AttentionSpace {
         }
     }
 
-    fn run_items<'a, E: Element>(&self, (isa, pool): (Isa, &Pool), batch: &Batch, call: Call<'_>, parallel: bool, blocks_of: &(dyn Fn(usize) -> HeadBlocks<'a, E> + Sync)) {
+    fn run_items<'a, E: Element>(
+        &self,
+        (isa, pool): (Isa, &Pool),
+        batch: &Batch,
+        call: Call<'_>,
+        parallel: bool,
+        blocks_of: &(dyn Fn(usize) -> HeadBlocks<'a, E> + Sync),
+    ) {
         let run = |index: usize, thread: usize| {
             let (item, head) = (&self.items[index / call.heads.kv], index % call.heads.kv);
-            let scratch = &mut *self.scratch[thread].lock().unwrap_or_else(PoisonError::into_inner);
+            let scratch = &mut *self.scratch[thread]
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
             let table = batch.blocks_of(&batch.spans[item.span]);
-            isa.run(ItemKernel { call, item, head, blocks: blocks_of(head), table, scratch });
+            isa.run(ItemKernel {
+                call,
+                item,
+                head,
+                blocks: blocks_of(head),
+                table,
+                scratch,
+            });
         };
         let count = self.items.len() * call.heads.kv;
         if parallel {
             pool.run(count, &run);
         } else {
-            pool.run(1, &|_, thread| (0..count).for_each(|index| run(index, thread)));
+            pool.run(1, &|_, thread| {
+                (0..count).for_each(|index| run(index, thread))
+            });
         }
     }
 }
@@ -136,7 +189,8 @@ fn grow(values: &mut Vec<f32>, len: usize) {
 impl Call<'_> {
     /// The first key that the token at `position` sees.
     fn first_key(self, position: usize) -> usize {
-        self.window.map_or(0, |window| (position + 1).saturating_sub(window))
+        self.window
+            .map_or(0, |window| (position + 1).saturating_sub(window))
     }
 
     /// The blocks that an item's tokens see.
@@ -190,9 +244,18 @@ impl<E: Element> ItemKernel<'_, E> {
         let Heads { width, .. } = self.call.heads;
         let (shared_by, scale) = (self.shared_by(), self.call.scale);
         let group = shared_by * width;
-        for (row, queries) in self.item.rows.clone().zip(self.scratch.queries.chunks_exact_mut(group)) {
-            let from = &self.call.qkv[row * self.call.heads.qkv_width() + self.head * group..][..group];
-            queries.iter_mut().zip(from).for_each(|(query, x)| *query = x * scale);
+        for (row, queries) in self
+            .item
+            .rows
+            .clone()
+            .zip(self.scratch.queries.chunks_exact_mut(group))
+        {
+            let from =
+                &self.call.qkv[row * self.call.heads.qkv_width() + self.head * group..][..group];
+            queries
+                .iter_mut()
+                .zip(from)
+                .for_each(|(query, x)| *query = x * scale);
         }
     }
 
@@ -206,9 +269,17 @@ impl<E: Element> ItemKernel<'_, E> {
         let scores = &mut self.scratch.scores[..vectors * keys];
         let mut block = blocks.start;
         while block < blocks.end {
-            let panels = if blocks.end - block >= tiles.panels { tiles.panels } else { 1 };
-            let w: [*const E; TILE_PANELS_MAX] =
-                std::array::from_fn(|p| self.blocks.block(self.table[block + p.min(panels - 1)]).0.as_ptr());
+            let panels = if blocks.end - block >= tiles.panels {
+                tiles.panels
+            } else {
+                1
+            };
+            let w: [*const E; TILE_PANELS_MAX] = std::array::from_fn(|p| {
+                self.blocks
+                    .block(self.table[block + p.min(panels - 1)])
+                    .0
+                    .as_ptr()
+            });
             for rows in tiles.bounds(vectors) {
                 let tile = Tile {
                     k: width,
@@ -217,7 +288,8 @@ impl<E: Element> ItemKernel<'_, E> {
                     x_stride: width,
                     init: std::ptr::null(),
                     init_stride: 0,
-                    y: scores[rows.start * keys + (block - blocks.start) * BLOCK_TOKENS..].as_mut_ptr(),
+                    y: scores[rows.start * keys + (block - blocks.start) * BLOCK_TOKENS..]
+                        .as_mut_ptr(),
                     y_stride: keys,
                     ahead: E::panel_len(width) * size_of::<E>(),
                 };
@@ -249,14 +321,19 @@ impl<E: Element> ItemKernel<'_, E> {
         }
         // SAFETY: the scores are whole blocks, a block is the lanes of a vector.
         unsafe {
-            const COUNT: [f32; LANES] = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
+            const COUNT: [f32; LANES] = [
+                0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.,
+            ];
             let (count, slopes) = (S::load(COUNT.as_ptr()), S::splat(slope));
             let mut largest = S::splat(f32::NEG_INFINITY);
             for (i, block) in scores.chunks_exact_mut(LANES).enumerate() {
                 let mut score = S::load(block.as_ptr());
                 if slope != 0.0 {
                     // Both exact: positions are far below 2^24.
-                    let distance = S::add(count, S::splat((first + i * LANES) as f32 - position as f32));
+                    let distance = S::add(
+                        count,
+                        S::splat((first + i * LANES) as f32 - position as f32),
+                    );
                     score = S::fma(slopes, distance, score);
                     S::store(block.as_mut_ptr(), score);
                 }
@@ -283,7 +360,10 @@ impl<E: Element> ItemKernel<'_, E> {
     #[inline(always)]
     unsafe fn outputs<S: Simd>(&mut self, blocks: Range<usize>) {
         let vectors = self.vectors();
-        let (width, keys) = (value_width(self.call.heads.width), blocks.len() * BLOCK_TOKENS);
+        let (width, keys) = (
+            value_width(self.call.heads.width),
+            blocks.len() * BLOCK_TOKENS,
+        );
         let tiles = Tiles::of::<S>(vectors);
         let outputs = &mut self.scratch.outputs[..vectors * width];
         let scores = &self.scratch.scores[..vectors * keys];
@@ -295,15 +375,22 @@ impl<E: Element> ItemKernel<'_, E> {
             let tokens = (end - block * BLOCK_TOKENS).min(BLOCK_TOKENS);
             let mut panel = 0;
             while panel < width / PANEL {
-                let panels = if width / PANEL - panel >= tiles.panels { tiles.panels } else { 1 };
-                let w = std::array::from_fn(|p| values[(panel + p.min(panels - 1)) * panel_len..].as_ptr());
+                let panels = if width / PANEL - panel >= tiles.panels {
+                    tiles.panels
+                } else {
+                    1
+                };
+                let w = std::array::from_fn(|p| {
+                    values[(panel + p.min(panels - 1)) * panel_len..].as_ptr()
+                });
                 for rows in tiles.bounds(vectors) {
                     let y = outputs[rows.start * width + panel * PANEL..].as_mut_ptr();
                     let first = block == blocks.start;
                     let tile = Tile {
                         k: tokens,
                         w,
-                        x: scores[rows.start * keys + (block - blocks.start) * BLOCK_TOKENS..].as_ptr(),
+                        x: scores[rows.start * keys + (block - blocks.start) * BLOCK_TOKENS..]
+                            .as_ptr(),
                         x_stride: keys,
                         init: if first { std::ptr::null() } else { y },
                         init_stride: width,
@@ -326,12 +413,16 @@ impl<E: Element> ItemKernel<'_, E> {
         for (i, row) in self.item.rows.clone().enumerate() {
             let start = row * self.call.heads.q_width() + self.head * shared_by * width;
             // SAFETY: inside the output; the columns of this item's rows and heads are written by this item alone.
-            let out = unsafe { std::slice::from_raw_parts_mut(self.call.out.at(start), shared_by * width) };
+            let out = unsafe {
+                std::slice::from_raw_parts_mut(self.call.out.at(start), shared_by * width)
+            };
             for (j, out) in out.chunks_exact_mut(width).enumerate() {
                 let vector = i * shared_by + j;
                 let from = &self.scratch.outputs[vector * value_width(width)..][..width];
                 let norm = self.scratch.norms[vector];
-                out.iter_mut().zip(from).for_each(|(out, x)| *out = x * norm);
+                out.iter_mut()
+                    .zip(from)
+                    .for_each(|(out, x)| *out = x * norm);
             }
         }
     }
@@ -349,8 +440,14 @@ impl Tiles {
     #[inline(always)]
     fn of<S: Simd>(vectors: usize) -> Tiles {
         let count = vectors.div_ceil(tile_rows::<S>());
-        let (few, many) = (tile_panels::<S>(vectors / count), tile_panels::<S>(vectors.div_ceil(count)));
-        Tiles { count, panels: if few == many { few } else { 1 } }
+        let (few, many) = (
+            tile_panels::<S>(vectors / count),
+            tile_panels::<S>(vectors.div_ceil(count)),
+        );
+        Tiles {
+            count,
+            panels: if few == many { few } else { 1 },
+        }
     }
 
     fn bounds(self, vectors: usize) -> impl Iterator<Item = Range<usize>> {

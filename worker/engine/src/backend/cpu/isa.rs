@@ -3,9 +3,9 @@
 //! Owns detection and the step from a value to code compiled for it ([`Isa::run`]). The instructions themselves stand
 //! in [`super::simd`].
 
-use super::simd::{Portable, Simd};
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512};
+use super::simd::{Portable, Simd};
 
 /// An instruction path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -59,7 +59,10 @@ impl Isa {
     /// The fastest path of this processor.
     #[must_use]
     pub fn detect() -> Isa {
-        Path::ALL.into_iter().find_map(Isa::new).unwrap_or(Isa(Path::Portable))
+        Path::ALL
+            .into_iter()
+            .find_map(Isa::new)
+            .unwrap_or(Isa(Path::Portable))
     }
 
     /// This path, if the processor has it.

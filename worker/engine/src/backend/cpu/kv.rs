@@ -42,26 +42,53 @@ impl CpuKv {
     pub(super) fn new(shape: KvShape) -> Result<CpuKv, DeviceError> {
         let places = shape.layers * shape.heads * shape.blocks;
         let values = match shape.dtype {
-            KvDtype::F32 => KvValues::F32(Memory::new(places * place_len::<f32>(shape.head_width))?),
-            KvDtype::Bf16 => KvValues::Bf16(Memory::new(places * place_len::<u16>(shape.head_width))?),
+            KvDtype::F32 => {
+                KvValues::F32(Memory::new(places * place_len::<f32>(shape.head_width))?)
+            }
+            KvDtype::Bf16 => {
+                KvValues::Bf16(Memory::new(places * place_len::<u16>(shape.head_width))?)
+            }
         };
         Ok(CpuKv { shape, values })
     }
 
     /// See [`crate::backend::Backend::write_kv`].
-    pub(super) fn write(&mut self, pool: &Pool, batch: &Batch, heads: Heads, qkv: &[f32], layer: usize) {
-        assert!(layer < self.shape.layers && heads.kv == self.shape.heads && heads.width == self.shape.head_width);
+    pub(super) fn write(
+        &mut self,
+        pool: &Pool,
+        batch: &Batch,
+        heads: Heads,
+        qkv: &[f32],
+        layer: usize,
+    ) {
+        assert!(
+            layer < self.shape.layers
+                && heads.kv == self.shape.heads
+                && heads.width == self.shape.head_width
+        );
         match &mut self.values {
-            KvValues::F32(values) => write(pool, self.shape, values.as_mut(), batch, heads, qkv, layer),
-            KvValues::Bf16(values) => write(pool, self.shape, values.as_mut(), batch, heads, qkv, layer),
+            KvValues::F32(values) => {
+                write(pool, self.shape, values.as_mut(), batch, heads, qkv, layer)
+            }
+            KvValues::Bf16(values) => {
+                write(pool, self.shape, values.as_mut(), batch, heads, qkv, layer)
+            }
         }
     }
 }
 
 /// The blocks of one head in one layer.
-pub(super) fn head_blocks<E: Element>(shape: KvShape, values: &[E], layer: usize, head: usize) -> HeadBlocks<'_, E> {
+pub(super) fn head_blocks<E: Element>(
+    shape: KvShape,
+    values: &[E],
+    layer: usize,
+    head: usize,
+) -> HeadBlocks<'_, E> {
     let len = shape.blocks * place_len::<E>(shape.head_width);
-    HeadBlocks { values: &values[(layer * shape.heads + head) * len..][..len], width: shape.head_width }
+    HeadBlocks {
+        values: &values[(layer * shape.heads + head) * len..][..len],
+        width: shape.head_width,
+    }
 }
 
 impl<'a, E: Element> HeadBlocks<'a, E> {
@@ -82,7 +109,15 @@ fn place_len<E: Element>(head_width: usize) -> usize {
     E::panel_len(head_width) + value_width(head_width) / PANEL * E::panel_len(BLOCK_TOKENS)
 }
 
-fn write<E: Element>(pool: &Pool, shape: KvShape, values: &mut [E], batch: &Batch, heads: Heads, qkv: &[f32], layer: usize) {
+fn write<E: Element>(
+    pool: &Pool,
+    shape: KvShape,
+    values: &mut [E],
+    batch: &Batch,
+    heads: Heads,
+    qkv: &[f32],
+    layer: usize,
+) {
     let (d, place_len) = (heads.width, place_len::<E>(heads.width));
     let head_len = shape.blocks * place_len;
     let layer = &mut values[layer * shape.heads * head_len..][..shape.heads * head_len];
@@ -96,11 +131,15 @@ fn write<E: Element>(pool: &Pool, shape: KvShape, values: &mut [E], batch: &Batc
                 let row = &qkv[row * heads.qkv_width()..][..heads.qkv_width()];
                 let key = &row[heads.q_width() + head * d..][..d];
                 let value = &row[heads.q_width() + heads.kv_width() + head * d..][..d];
-                let (keys, values) = values[block * place_len..][..place_len].split_at_mut(E::panel_len(d));
+                let (keys, values) =
+                    values[block * place_len..][..place_len].split_at_mut(E::panel_len(d));
                 for (i, x) in key.iter().enumerate() {
                     keys[E::place(slot, i)] = E::round(*x);
                 }
-                for (panel, x) in values.chunks_exact_mut(E::panel_len(BLOCK_TOKENS)).zip(value.chunks(PANEL)) {
+                for (panel, x) in values
+                    .chunks_exact_mut(E::panel_len(BLOCK_TOKENS))
+                    .zip(value.chunks(PANEL))
+                {
                     for (i, x) in x.iter().enumerate() {
                         panel[E::place(i, slot)] = E::round(*x);
                     }

@@ -35,9 +35,13 @@ impl Limits {
             let counts = std::sync::Mutex::new(0);
             pool.run(threads, &|_, _| {
                 let count = isa.run(Multiply { rounds: ROUNDS });
-                *counts.lock().unwrap_or_else(std::sync::PoisonError::into_inner) += count;
+                *counts
+                    .lock()
+                    .unwrap_or_else(std::sync::PoisonError::into_inner) += count;
             });
-            flops = counts.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+            flops = counts
+                .into_inner()
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
         });
         let mut memory = Memory::<f32>::new(READ_BYTES / size_of::<f32>())?;
         memory.as_mut().fill(1.0);
@@ -45,10 +49,15 @@ impl Limits {
         let parts: Vec<&[f32]> = memory.as_ref().chunks(part).collect();
         let read = best(|| {
             pool.run(parts.len(), &|item, _| {
-                std::hint::black_box(isa.run(Read { values: parts[item] }));
+                std::hint::black_box(isa.run(Read {
+                    values: parts[item],
+                }));
             });
         });
-        Ok(Limits { gflops: flops as f64 / compute / 1e9, read_gb_per_s: READ_BYTES as f64 / read / 1e9 })
+        Ok(Limits {
+            gflops: flops as f64 / compute / 1e9,
+            read_gb_per_s: READ_BYTES as f64 / read / 1e9,
+        })
     }
 }
 
@@ -77,7 +86,10 @@ impl Kernel for Multiply {
         unsafe fn chains<S: Simd, const CHAINS: usize>(rounds: usize) -> usize {
             // SAFETY: the features are the caller's promise.
             unsafe {
-                let (a, b) = (S::splat(std::hint::black_box(0.999)), S::splat(std::hint::black_box(1e-3)));
+                let (a, b) = (
+                    S::splat(std::hint::black_box(0.999)),
+                    S::splat(std::hint::black_box(1e-3)),
+                );
                 let mut sums = [S::splat(1.0); CHAINS];
                 for _ in 0..rounds {
                     for sum in &mut sums {

@@ -7,7 +7,9 @@ use super::isa::{Isa, Kernel};
 use super::memory::Memory;
 use super::pool::{Base, Pool};
 use super::simd::Simd;
-use super::tile::{Element, PANEL, TILE_PANELS_MAX, TILE_ROWS_MAX, Tile, tile_bounds, tile_panels, tile_rows};
+use super::tile::{
+    Element, PANEL, TILE_PANELS_MAX, TILE_ROWS_MAX, Tile, tile_bounds, tile_panels, tile_rows,
+};
 use crate::backend::{DeviceError, LinearShape, RowSource, WeightDtype};
 
 /// Products per sum before the next panel is taken, where several tiles share a panel: a piece of the panel (16 KiB of
@@ -41,7 +43,12 @@ enum Panels {
 
 impl CpuLinear {
     /// Packs a matrix, see [`crate::backend::Backend::pack`].
-    pub(super) fn pack(pool: &Pool, shape: LinearShape, rows: &RowSource<'_>, bias: Option<&[f32]>) -> Result<CpuLinear, DeviceError> {
+    pub(super) fn pack(
+        pool: &Pool,
+        shape: LinearShape,
+        rows: &RowSource<'_>,
+        bias: Option<&[f32]>,
+    ) -> Result<CpuLinear, DeviceError> {
         let LinearShape { n, k, dtype } = shape;
         let panels = match dtype {
             WeightDtype::F32 => Panels::F32(pack_panels(pool, n, k, rows)?),
@@ -78,7 +85,14 @@ impl CpuLinear {
     ///
     /// # Errors
     /// The scratch memory cannot grow; `y` is then not written.
-    pub(super) fn multiply(&self, (isa, pool): (Isa, &Pool), m: usize, x: &[f32], y: &mut [f32], scratch: &mut Memory<f32>) -> Result<(), DeviceError> {
+    pub(super) fn multiply(
+        &self,
+        (isa, pool): (Isa, &Pool),
+        m: usize,
+        x: &[f32],
+        y: &mut [f32],
+        scratch: &mut Memory<f32>,
+    ) -> Result<(), DeviceError> {
         assert!(x.len() >= m * self.k && y.len() >= m * self.n);
         if m == 0 {
             return Ok(());
@@ -89,27 +103,58 @@ impl CpuLinear {
         }
         let x = if blocked { scratch.as_ref() } else { x };
         match &self.panels {
-            Panels::F32(panels) => self.multiply_panels(isa, pool, panels.as_ref(), m, (x, blocked), y),
-            Panels::Bf16(panels) => self.multiply_panels(isa, pool, panels.as_ref(), m, (x, blocked), y),
+            Panels::F32(panels) => {
+                self.multiply_panels(isa, pool, panels.as_ref(), m, (x, blocked), y)
+            }
+            Panels::Bf16(panels) => {
+                self.multiply_panels(isa, pool, panels.as_ref(), m, (x, blocked), y)
+            }
         }
         Ok(())
     }
 
-    fn multiply_panels<E: Element>(&self, isa: Isa, pool: &Pool, panels: &[E], m: usize, (x, blocked): (&[f32], bool), y: &mut [f32]) {
+    fn multiply_panels<E: Element>(
+        &self,
+        isa: Isa,
+        pool: &Pool,
+        panels: &[E],
+        m: usize,
+        (x, blocked): (&[f32], bool),
+        y: &mut [f32],
+    ) {
         let count = self.n.div_ceil(PANEL);
-        let parts = if m * self.n * self.k < PARALLEL_MIN || pool.threads() == 1 { 1 } else { pool.threads() * 8 };
+        let parts = if m * self.n * self.k < PARALLEL_MIN || pool.threads() == 1 {
+            1
+        } else {
+            pool.threads() * 8
+        };
         // Whole groups of panels: a tile of few rows takes several panels at once.
         let part = count.div_ceil(parts).next_multiple_of(TILE_PANELS_MAX);
         let y = Base::new(&mut y[..m * self.n]);
         let bias = self.bias.as_ref().map(AsRef::as_ref);
         pool.run(count.div_ceil(part), &|item, _| {
             let range = item * part..((item + 1) * part).min(count);
-            isa.run(Multiply { n: self.n, k: self.k, m, panels, bias, x, blocked, y: &y, range });
+            isa.run(Multiply {
+                n: self.n,
+                k: self.k,
+                m,
+                panels,
+                bias,
+                x,
+                blocked,
+                y: &y,
+                range,
+            });
         });
     }
 }
 
-fn pack_panels<E: Element>(pool: &Pool, n: usize, k: usize, rows: &RowSource<'_>) -> Result<Memory<E>, DeviceError> {
+fn pack_panels<E: Element>(
+    pool: &Pool,
+    n: usize,
+    k: usize,
+    rows: &RowSource<'_>,
+) -> Result<Memory<E>, DeviceError> {
     let len = E::panel_len(k);
     let mut panels = Memory::<E>::new(n.div_ceil(PANEL) * len)?;
     if k == 0 {
@@ -135,7 +180,13 @@ fn padded(values: &[f32], n: usize) -> Result<Memory<f32>, DeviceError> {
 
 /// Copies `x [m, k]` to `[k blocks][m][K_BLOCK]` (the last block narrower): rows that lie a power of two apart would
 /// chase each other out of the caches.
-fn copy_blocked(pool: &Pool, m: usize, k: usize, x: &[f32], to: &mut Memory<f32>) -> Result<(), DeviceError> {
+fn copy_blocked(
+    pool: &Pool,
+    m: usize,
+    k: usize,
+    x: &[f32],
+    to: &mut Memory<f32>,
+) -> Result<(), DeviceError> {
     if to.as_ref().len() < m * k {
         *to = Memory::new((m * k).next_power_of_two())?;
     }
@@ -197,7 +248,11 @@ impl<E: Element> Multiply<'_, E> {
                 let mut panel = range.start;
                 // Panels that all tiles can take at once.
                 let step = tile_panels::<S>(group.len().div_ceil(tiles));
-                let step = if tile_panels::<S>(group.len() / tiles) == step { step } else { 1 };
+                let step = if tile_panels::<S>(group.len() / tiles) == step {
+                    step
+                } else {
+                    1
+                };
                 while panel < range.end {
                     let panels = if range.end - panel >= step { step } else { 1 };
                     for i in 0..tiles {
@@ -239,12 +294,28 @@ impl<E: Element> Multiply<'_, E> {
     /// # Safety
     /// `y`, rows `stride` apart, is this tile's alone; `init` is `y`.
     #[inline(always)]
-    unsafe fn piece<S: Simd>(&self, k: usize, panel: usize, panels: usize, rows: std::ops::Range<usize>, (y, stride): (*mut f32, usize), init: *const f32) {
+    unsafe fn piece<S: Simd>(
+        &self,
+        k: usize,
+        panel: usize,
+        panels: usize,
+        rows: std::ops::Range<usize>,
+        (y, stride): (*mut f32, usize),
+        init: *const f32,
+    ) {
         let (x, x_stride, count) = if self.blocked {
             let width = K_BLOCK.min(self.k - k);
-            (&self.x[self.m * k + rows.start * width..][..rows.len() * width], width, width)
+            (
+                &self.x[self.m * k + rows.start * width..][..rows.len() * width],
+                width,
+                width,
+            )
         } else {
-            (&self.x[rows.start * self.k..][..rows.len() * self.k], self.k, self.k)
+            (
+                &self.x[rows.start * self.k..][..rows.len() * self.k],
+                self.k,
+                self.k,
+            )
         };
         let len = E::panel_len(self.k);
         let weights = &self.panels[panel * len..][..panels * len];
@@ -256,7 +327,11 @@ impl<E: Element> Multiply<'_, E> {
         let tile = Tile {
             k: count,
             // `k` is even: K_BLOCK is.
-            w: std::array::from_fn(|p| weights.as_ptr().wrapping_add(p.min(panels - 1) * len + k * PANEL)),
+            w: std::array::from_fn(|p| {
+                weights
+                    .as_ptr()
+                    .wrapping_add(p.min(panels - 1) * len + k * PANEL)
+            }),
             x: x.as_ptr(),
             x_stride,
             init,
@@ -280,7 +355,13 @@ mod tests {
         Path::ALL.into_iter().filter_map(Isa::new)
     }
 
-    fn matrix(pool: &Pool, n: usize, k: usize, dtype: WeightDtype, bias: bool) -> (CpuLinear, Vec<f32>, Vec<f32>) {
+    fn matrix(
+        pool: &Pool,
+        n: usize,
+        k: usize,
+        dtype: WeightDtype,
+        bias: bool,
+    ) -> (CpuLinear, Vec<f32>, Vec<f32>) {
         let weights = numbers(n * k, 1);
         let rounded = weights.iter().map(|w| match dtype {
             WeightDtype::F32 => *w,
@@ -289,21 +370,38 @@ mod tests {
         let rounded = rounded.collect();
         let bias_values = if bias { numbers(n, 2) } else { vec![0.0; n] };
         let rows = |i: usize, out: &mut [f32]| out.copy_from_slice(&weights[i * k..][..k]);
-        let linear = CpuLinear::pack(pool, LinearShape { n, k, dtype }, &rows, bias.then_some(bias_values.as_slice())).unwrap();
+        let linear = CpuLinear::pack(
+            pool,
+            LinearShape { n, k, dtype },
+            &rows,
+            bias.then_some(bias_values.as_slice()),
+        )
+        .unwrap();
         (linear, rounded, bias_values)
     }
 
     fn multiply(linear: &CpuLinear, isa: Isa, pool: &Pool, m: usize, x: &[f32]) -> Vec<f32> {
         // Numbers that are no sum must not show through.
         let mut y = vec![f32::NAN; m * linear.n];
-        linear.multiply((isa, pool), m, x, &mut y, &mut Memory::new(0).unwrap()).unwrap();
+        linear
+            .multiply((isa, pool), m, x, &mut y, &mut Memory::new(0).unwrap())
+            .unwrap();
         y
     }
 
     #[test]
     fn products_equal_plain_loops_for_odd_shapes() {
         let pool = Pool::new(2, &[]).unwrap();
-        let shapes = [(1, 1), (16, 2), (17, 3), (33, 64), (64, 511), (48, 513), (100, 1030), (130, 77)];
+        let shapes = [
+            (1, 1),
+            (16, 2),
+            (17, 3),
+            (33, 64),
+            (64, 511),
+            (48, 513),
+            (100, 1030),
+            (130, 77),
+        ];
         for (n, k) in shapes {
             for dtype in [WeightDtype::F32, WeightDtype::Bf16] {
                 let (linear, weights, bias) = matrix(&pool, n, k, dtype, (n + k) % 2 == 0);
@@ -313,10 +411,15 @@ mod tests {
                         let y = multiply(&linear, isa, &pool, m, &x);
                         for (i, y) in y.iter().enumerate() {
                             let (row, column) = (i / n, i % n);
-                            let products = (0..k).map(|j| f64::from(x[row * k + j]) * f64::from(weights[column * k + j]));
+                            let products = (0..k).map(|j| {
+                                f64::from(x[row * k + j]) * f64::from(weights[column * k + j])
+                            });
                             let expected = products.sum::<f64>() + f64::from(bias[column]);
                             let error = (f64::from(*y) - expected).abs();
-                            assert!(error < 2e-6 * (k as f64).sqrt() + 1e-6, "{isa:?} {dtype:?} m={m} n={n} k={k} at {i}: {y}, expected {expected}");
+                            assert!(
+                                error < 2e-6 * (k as f64).sqrt() + 1e-6,
+                                "{isa:?} {dtype:?} m={m} n={n} k={k} at {i}: {y}, expected {expected}"
+                            );
                         }
                     }
                 }
@@ -332,11 +435,17 @@ mod tests {
             let (linear, ..) = matrix(&pools[0], n, k, dtype, true);
             let x = numbers(130 * k, 4);
             for isa in isas() {
-                let alone: Vec<f32> = x.chunks(k).flat_map(|x| multiply(&linear, isa, &pools[0], 1, x)).collect();
+                let alone: Vec<f32> = x
+                    .chunks(k)
+                    .flat_map(|x| multiply(&linear, isa, &pools[0], 1, x))
+                    .collect();
                 for m in (2..=70).chain([96, 97, 130]) {
                     for pool in &pools {
                         let together = multiply(&linear, isa, pool, m, &x[..m * k]);
-                        let equal = together.iter().zip(&alone).all(|(a, b)| a.to_bits() == b.to_bits());
+                        let equal = together
+                            .iter()
+                            .zip(&alone)
+                            .all(|(a, b)| a.to_bits() == b.to_bits());
                         assert!(equal, "{isa:?} {dtype:?} m={m} threads={}", pool.threads());
                     }
                 }
@@ -366,7 +475,10 @@ mod tests {
             let mut x = numbers(3 * k, 5);
             x[k] = f32::NAN;
             let y = multiply(&linear, isa, &pool, 3, &x);
-            assert!(y[..20].iter().chain(&y[40..]).all(|y| y.is_finite()) && y[20..40].iter().all(|y| y.is_nan()));
+            assert!(
+                y[..20].iter().chain(&y[40..]).all(|y| y.is_finite())
+                    && y[20..40].iter().all(|y| y.is_nan())
+            );
         }
     }
 }

@@ -28,17 +28,28 @@ impl<T: Pod> Memory<T> {
     /// # Errors
     /// [`DeviceError::OutOfMemory`].
     pub fn new(len: usize) -> Result<Memory<T>, DeviceError> {
-        let refused = || DeviceError::OutOfMemory { bytes: (len as u64).saturating_mul(size_of::<T>() as u64) };
+        let refused = || DeviceError::OutOfMemory {
+            bytes: (len as u64).saturating_mul(size_of::<T>() as u64),
+        };
         let bytes = len.checked_mul(size_of::<T>()).ok_or_else(refused)?;
         let slack = if bytes >= HUGE_PAGE { HUGE_PAGE } else { 0 };
         let mapped = bytes.max(1).checked_add(slack).ok_or_else(refused)?;
         let map = MmapMut::map_anon(mapped).map_err(|_| refused())?;
-        let offset = if slack == 0 { 0 } else { map.as_ptr().align_offset(HUGE_PAGE) };
+        let offset = if slack == 0 {
+            0
+        } else {
+            map.as_ptr().align_offset(HUGE_PAGE)
+        };
         if slack != 0 {
             // Advice only: systems without huge pages refuse it.
             let _ = map.advise(Advice::HugePage);
         }
-        Ok(Memory { map, offset, bytes, of: PhantomData })
+        Ok(Memory {
+            map,
+            offset,
+            bytes,
+            of: PhantomData,
+        })
     }
 }
 
@@ -56,7 +67,9 @@ impl<T: Pod> AsMut<[T]> for Memory<T> {
 
 impl<T> std::fmt::Debug for Memory<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Memory").field("bytes", &self.bytes).finish()
+        f.debug_struct("Memory")
+            .field("bytes", &self.bytes)
+            .finish()
     }
 }
 
@@ -77,7 +90,10 @@ mod tests {
 
     #[test]
     fn too_much_memory_is_an_error() {
-        assert_eq!(Memory::<f32>::new(usize::MAX / 2).unwrap_err(), DeviceError::OutOfMemory { bytes: u64::MAX });
+        assert_eq!(
+            Memory::<f32>::new(usize::MAX / 2).unwrap_err(),
+            DeviceError::OutOfMemory { bytes: u64::MAX }
+        );
         assert!(Memory::<f32>::new(1 << 58).is_err());
     }
 }

@@ -1,16 +1,17 @@
 //! The CPU backend: packed weights, paged attention and row ops on a pool of threads.
 //!
 //! Owns how the ops of [`Backend`] are laid over the kernels. The kernels are written once over vectors of 16 numbers
-//! ([`simd`]) and compiled for each instruction path ([`isa`]); the choice falls once, when the backend is made. Rows
+//! (`simd`) and compiled for each instruction path (`isa`); the choice falls once, when the backend is made. Rows
 //! have the same bits whatever the batch, the chunks and the threads are, and the same on all machines of one path.
 //!
-//! Read in this order: [`simd`], [`isa`], [`tile`] (the one inner loop), [`linear`], [`kv`], [`attention`], [`rows`],
-//! [`pool`]. Unsafe code stands in these, and in no other file of the backend but where a mapping is made.
+//! Read in this order: `simd`, `isa`, `tile` (the one inner loop), `linear`, `kv`, `attention`, `rows`,
+//! `pool`. Unsafe code stands in these (but for `kv`) and in `limits`, nowhere else.
 
 use std::sync::Arc;
 
 use super::{
-    Attention, Backend, Batch, Columns, DeviceError, Heads, KvShape, LayerNorm, LinearShape, RowSource, Size,
+    Attention, Backend, Batch, Columns, DeviceError, Heads, KvShape, LayerNorm, LinearShape,
+    RowSource, Size,
 };
 use attention::AttentionSpace;
 use rows::{Add, LayerNormRows, Pointwise, RmsNorm, Rope, SiluMul, for_rows};
@@ -71,7 +72,13 @@ impl CpuBackend {
     /// # Errors
     /// [`DeviceError::OutOfMemory`].
     pub fn with_isa(pool: Arc<Pool>, isa: Isa) -> Result<CpuBackend, DeviceError> {
-        Ok(CpuBackend { isa, pool, blocked: Memory::new(0)?, attention: AttentionSpace::default(), fault: None })
+        Ok(CpuBackend {
+            isa,
+            pool,
+            blocked: Memory::new(0)?,
+            attention: AttentionSpace::default(),
+            fault: None,
+        })
     }
 
     /// The instruction path in use.
@@ -106,7 +113,12 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn pack(&mut self, shape: LinearShape, rows: &RowSource<'_>, bias: Option<&[f32]>) -> Result<CpuLinear, DeviceError> {
+    fn pack(
+        &mut self,
+        shape: LinearShape,
+        rows: &RowSource<'_>,
+        bias: Option<&[f32]>,
+    ) -> Result<CpuLinear, DeviceError> {
         CpuLinear::pack(&self.pool, shape, rows, bias)
     }
 
@@ -119,10 +131,20 @@ impl Backend for CpuBackend {
     }
 
     fn embed(&mut self, batch: &Batch, table: &CpuLinear, first: u32, out: &mut CpuBuf) {
-        let size = Size { rows: batch.len(), width: table.k };
+        let size = Size {
+            rows: batch.len(),
+            width: table.k,
+        };
         for_rows(&self.pool, size, out.as_mut(), &|row, out| {
-            for (token, out) in batch.tokens[row..].iter().zip(out.chunks_exact_mut(table.k)) {
-                match token.checked_sub(first).map(|row| row as usize).filter(|row| *row < table.n) {
+            for (token, out) in batch.tokens[row..]
+                .iter()
+                .zip(out.chunks_exact_mut(table.k))
+            {
+                match token
+                    .checked_sub(first)
+                    .map(|row| row as usize)
+                    .filter(|row| *row < table.n)
+                {
                     Some(row) => table.row(row, out),
                     None => out.fill(0.0),
                 }
@@ -133,63 +155,148 @@ impl Backend for CpuBackend {
     fn rms_norm(&mut self, size: Size, x: &CpuBuf, weight: &CpuBuf, eps: f32, out: &mut CpuBuf) {
         let (isa, width, x, weight) = (self.isa, size.width, x.as_ref(), weight.as_ref());
         for_rows(&self.pool, size, out.as_mut(), &|row, out| {
-            isa.run(RmsNorm { x: &x[row * width..], weight, eps, width, out });
+            isa.run(RmsNorm {
+                x: &x[row * width..],
+                weight,
+                eps,
+                width,
+                out,
+            });
         });
     }
 
-    fn layer_norm(&mut self, size: Size, x: &CpuBuf, norm: LayerNorm<'_, CpuBuf>, out: &mut CpuBuf) {
+    fn layer_norm(
+        &mut self,
+        size: Size,
+        x: &CpuBuf,
+        norm: LayerNorm<'_, CpuBuf>,
+        out: &mut CpuBuf,
+    ) {
         let (isa, width, x) = (self.isa, size.width, x.as_ref());
         let (weight, bias, eps) = (norm.weight.as_ref(), norm.bias.map(AsRef::as_ref), norm.eps);
         for_rows(&self.pool, size, out.as_mut(), &|row, out| {
-            isa.run(LayerNormRows { x: &x[row * width..], weight, bias, eps, width, out });
+            isa.run(LayerNormRows {
+                x: &x[row * width..],
+                weight,
+                bias,
+                eps,
+                width,
+                out,
+            });
         });
     }
 
     fn linear(&mut self, rows: usize, x: &CpuBuf, weight: &CpuLinear, out: &mut CpuBuf) {
-        let done = weight.multiply((self.isa, &self.pool), rows, x.as_ref(), out.as_mut(), &mut self.blocked);
+        let done = weight.multiply(
+            (self.isa, &self.pool),
+            rows,
+            x.as_ref(),
+            out.as_mut(),
+            &mut self.blocked,
+        );
         if let Err(fault) = done {
             self.fault.get_or_insert(fault);
         }
     }
 
     fn clamp(&mut self, size: Size, x: &mut CpuBuf, limit: f32) {
-        rows::apply(self.isa, &self.pool, size, x.as_mut(), Pointwise::Clamp(limit));
+        rows::apply(
+            self.isa,
+            &self.pool,
+            size,
+            x.as_mut(),
+            Pointwise::Clamp(limit),
+        );
     }
 
     fn copy_columns(&mut self, rows: usize, from: Columns<&CpuBuf>, to: Columns<&mut CpuBuf>) {
         let (source, columns, width) = (from.buf.as_ref(), from.columns, from.width);
         let (to_columns, to_width) = (to.columns, to.width);
-        for_rows(&self.pool, Size { rows, width: to_width }, to.buf.as_mut(), &|row, to| {
-            for (to, from) in to.chunks_exact_mut(to_width).zip(source[row * width..].chunks(width)) {
-                to[to_columns.clone()].copy_from_slice(&from[columns.clone()]);
-            }
-        });
+        for_rows(
+            &self.pool,
+            Size {
+                rows,
+                width: to_width,
+            },
+            to.buf.as_mut(),
+            &|row, to| {
+                for (to, from) in to
+                    .chunks_exact_mut(to_width)
+                    .zip(source[row * width..].chunks(width))
+                {
+                    to[to_columns.clone()].copy_from_slice(&from[columns.clone()]);
+                }
+            },
+        );
     }
 
-    fn rope(&mut self, size: Size, x: &mut CpuBuf, heads: usize, head_width: usize, cos_sin: &CpuBuf) {
+    fn rope(
+        &mut self,
+        size: Size,
+        x: &mut CpuBuf,
+        heads: usize,
+        head_width: usize,
+        cos_sin: &CpuBuf,
+    ) {
         let (isa, width, cos_sin) = (self.isa, size.width, cos_sin.as_ref());
         for_rows(&self.pool, size, x.as_mut(), &|row, x| {
-            isa.run(Rope { x, width, heads, head_width, cos_sin: &cos_sin[row * head_width..] });
+            isa.run(Rope {
+                x,
+                width,
+                heads,
+                head_width,
+                cos_sin: &cos_sin[row * head_width..],
+            });
         });
     }
 
-    fn write_kv(&mut self, batch: &Batch, heads: Heads, qkv: &CpuBuf, kv: &mut CpuKv, layer: usize) {
+    fn write_kv(
+        &mut self,
+        batch: &Batch,
+        heads: Heads,
+        qkv: &CpuBuf,
+        kv: &mut CpuKv,
+        layer: usize,
+    ) {
         kv.write(&self.pool, batch, heads, qkv.as_ref(), layer);
     }
 
-    fn attention(&mut self, batch: &Batch, attention: &Attention<'_, CpuBuf>, kv: &CpuKv, layer: usize, out: &mut CpuBuf) {
-        self.attention.run((self.isa, &self.pool), batch, attention, kv, layer, out.as_mut());
+    fn attention(
+        &mut self,
+        batch: &Batch,
+        attention: &Attention<'_, CpuBuf>,
+        kv: &CpuKv,
+        layer: usize,
+        out: &mut CpuBuf,
+    ) {
+        self.attention.run(
+            (self.isa, &self.pool),
+            batch,
+            attention,
+            kv,
+            layer,
+            out.as_mut(),
+        );
     }
 
     fn add(&mut self, size: Size, x: &mut CpuBuf, y: &CpuBuf) {
         let (isa, y) = (self.isa, y.as_ref());
-        for_rows(&self.pool, size, x.as_mut(), &|row, x| isa.run(Add { x, y: &y[row * size.width..] }));
+        for_rows(&self.pool, size, x.as_mut(), &|row, x| {
+            isa.run(Add {
+                x,
+                y: &y[row * size.width..],
+            })
+        });
     }
 
     fn silu_mul(&mut self, size: Size, gate_up: &CpuBuf, out: &mut CpuBuf) {
         let (isa, width, gate_up) = (self.isa, size.width, gate_up.as_ref());
         for_rows(&self.pool, size, out.as_mut(), &|row, out| {
-            isa.run(SiluMul { gate_up: &gate_up[2 * row * width..], width, out });
+            isa.run(SiluMul {
+                gate_up: &gate_up[2 * row * width..],
+                width,
+                out,
+            });
         });
     }
 
@@ -201,7 +308,13 @@ impl Backend for CpuBackend {
         if factor == 0.0 {
             x.as_mut()[..size.rows * size.width].fill(0.0);
         }
-        rows::apply(self.isa, &self.pool, size, x.as_mut(), Pointwise::Scale(factor));
+        rows::apply(
+            self.isa,
+            &self.pool,
+            size,
+            x.as_mut(),
+            Pointwise::Scale(factor),
+        );
     }
 
     fn gather_rows(&mut self, width: usize, x: &CpuBuf, rows: &[u32], out: &mut CpuBuf) {

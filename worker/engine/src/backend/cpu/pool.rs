@@ -95,17 +95,24 @@ impl Pool {
             waiting: AtomicBool::new(false),
             spin: if oversubscribed { Duration::ZERO } else { SPIN },
         });
-        let mut pool = Pool { shared, helpers: Vec::with_capacity(helpers), region: Mutex::new(()), cores: cores.to_vec() };
+        let mut pool = Pool {
+            shared,
+            helpers: Vec::with_capacity(helpers),
+            region: Mutex::new(()),
+            cores: cores.to_vec(),
+        };
         for helper in 0..helpers {
             let shared = Arc::clone(&pool.shared);
             let core = (!cores.is_empty()).then(|| cores[(helper + 1) % cores.len()]);
-            let thread = std::thread::Builder::new().name(format!("compute-{}", helper + 1)).spawn(move || {
-                if let Some(core) = core {
-                    pin(core);
-                }
-                let _flush = FlushSubnormals::new();
-                shared.help(helper);
-            })?;
+            let thread = std::thread::Builder::new()
+                .name(format!("compute-{}", helper + 1))
+                .spawn(move || {
+                    if let Some(core) = core {
+                        pin(core);
+                    }
+                    let _flush = FlushSubnormals::new();
+                    shared.help(helper);
+                })?;
             pool.helpers.push(thread);
         }
         Ok(Arc::new(pool))
@@ -128,7 +135,12 @@ impl Pool {
     /// of this call have the same thread at one time. Returns when all are done. A panic in `body` is passed on.
     pub fn run(&self, items: usize, body: &(dyn Fn(usize, usize) + Sync)) {
         let _flush = FlushSubnormals::new();
-        let job = Job { items, next: AtomicUsize::new(0), body, panic: Mutex::new(None) };
+        let job = Job {
+            items,
+            next: AtomicUsize::new(0),
+            body,
+            panic: Mutex::new(None),
+        };
         if self.helpers.is_empty() || items <= 1 {
             return job.work(0);
         }
@@ -142,14 +154,23 @@ impl Pool {
         }
         job.work_caught(0);
         self.shared.close();
-        let panic = job.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let panic = job
+            .panic
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         if let Some(panic) = panic {
             resume_unwind(panic);
         }
     }
 
     /// Runs `body(index, chunk, thread)` once for each `chunk_len` values (fewer at the end), as [`Pool::run`] does.
-    pub fn run_chunks<T: Send>(&self, values: &mut [T], chunk_len: usize, body: &(dyn Fn(usize, &mut [T], usize) + Sync)) {
+    pub fn run_chunks<T: Send>(
+        &self,
+        values: &mut [T],
+        chunk_len: usize,
+        body: &(dyn Fn(usize, &mut [T], usize) + Sync),
+    ) {
         let (len, base) = (values.len(), Base::new(values));
         self.run(len.div_ceil(chunk_len), &|index, thread| {
             let start = index * chunk_len;
@@ -193,7 +214,10 @@ impl Drop for Pool {
 
 impl std::fmt::Debug for Pool {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Pool").field("threads", &self.threads()).field("cores", &self.cores).finish()
+        f.debug_struct("Pool")
+            .field("threads", &self.threads())
+            .field("cores", &self.cores)
+            .finish()
     }
 }
 
@@ -239,7 +263,10 @@ impl Shared {
             }
             let state = self.state.load(Ordering::SeqCst);
             let entered = state & OPEN != 0
-                && self.state.compare_exchange(state, state + 1, Ordering::SeqCst, Ordering::SeqCst).is_ok();
+                && self
+                    .state
+                    .compare_exchange(state, state + 1, Ordering::SeqCst, Ordering::SeqCst)
+                    .is_ok();
             if !entered {
                 continue;
             }
@@ -355,7 +382,10 @@ mod tests {
                     assert!(thread < threads);
                     runs[item].fetch_add(1, Ordering::Relaxed);
                 });
-                assert!(runs.iter().all(|runs| runs.load(Ordering::Relaxed) == 1), "{threads} threads, {items} items");
+                assert!(
+                    runs.iter().all(|runs| runs.load(Ordering::Relaxed) == 1),
+                    "{threads} threads, {items} items"
+                );
             }
         }
     }
@@ -413,7 +443,10 @@ mod tests {
         let pool = Pool::new(2, &[]).unwrap();
         let began = Instant::now();
         while !pool.shared.parked[0].load(Ordering::SeqCst) {
-            assert!(began.elapsed() < Duration::from_secs(30), "the helper never parked");
+            assert!(
+                began.elapsed() < Duration::from_secs(30),
+                "the helper never parked"
+            );
             std::thread::yield_now();
         }
         // Two items that wait for each other need two threads.

@@ -11,12 +11,21 @@ use crate::backend::Size;
 const PART: usize = 16 << 10;
 
 /// Runs `body(first row, rows' numbers)` over all rows of `x [rows, width]`, on several threads if there are many.
-pub(super) fn for_rows(pool: &Pool, size: Size, x: &mut [f32], body: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+pub(super) fn for_rows(
+    pool: &Pool,
+    size: Size,
+    x: &mut [f32],
+    body: &(dyn Fn(usize, &mut [f32]) + Sync),
+) {
     if size.rows == 0 || size.width == 0 {
         return;
     }
     let rows = PART.div_ceil(size.width);
-    pool.run_chunks(&mut x[..size.rows * size.width], rows * size.width, &|index, part, _| body(index * rows, part));
+    pool.run_chunks(
+        &mut x[..size.rows * size.width],
+        rows * size.width,
+        &|index, part, _| body(index * rows, part),
+    );
 }
 
 /// Adds up `f` over `x`: four vectors side by side, then the rest one by one. One order for a given width.
@@ -71,12 +80,23 @@ unsafe fn map<S: Simd>(x: &mut [f32], y: &[f32], z: &[f32], f: impl Fn(S::V, S::
     unsafe {
         for i in (0..whole).step_by(LANES) {
             let at = x.as_mut_ptr().add(i);
-            S::store(at, f(S::load(at), S::load(y.as_ptr().add(i)), S::load(z.as_ptr().add(i))));
+            S::store(
+                at,
+                f(
+                    S::load(at),
+                    S::load(y.as_ptr().add(i)),
+                    S::load(z.as_ptr().add(i)),
+                ),
+            );
         }
         let rest = &mut x[whole..];
         if !rest.is_empty() {
             let mut block = [0.0; LANES];
-            let result = f(load_some::<S>(rest), load_some::<S>(&y[whole..]), load_some::<S>(&z[whole..]));
+            let result = f(
+                load_some::<S>(rest),
+                load_some::<S>(&y[whole..]),
+                load_some::<S>(&z[whole..]),
+            );
             S::store(block.as_mut_ptr(), result);
             rest.copy_from_slice(&block[..rest.len()]);
         }
@@ -97,12 +117,18 @@ impl Kernel for RmsNorm<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        for (x, out) in self.x.chunks_exact(self.width).zip(self.out.chunks_exact_mut(self.width)) {
+        for (x, out) in self
+            .x
+            .chunks_exact(self.width)
+            .zip(self.out.chunks_exact_mut(self.width))
+        {
             // SAFETY: the features are the caller's promise.
             unsafe {
                 let mean_square = sum_of::<S>(x, |x| S::mul(x, x)) / self.width as f32;
                 let factor = S::splat(1.0 / (mean_square + self.eps).sqrt());
-                map::<S>(out, x, self.weight, |_, x, weight| S::mul(S::mul(x, factor), weight));
+                map::<S>(out, x, self.weight, |_, x, weight| {
+                    S::mul(S::mul(x, factor), weight)
+                });
             }
         }
     }
@@ -123,13 +149,20 @@ impl Kernel for LayerNormRows<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        for (x, out) in self.x.chunks_exact(self.width).zip(self.out.chunks_exact_mut(self.width)) {
+        for (x, out) in self
+            .x
+            .chunks_exact(self.width)
+            .zip(self.out.chunks_exact_mut(self.width))
+        {
             // SAFETY: the features are the caller's promise.
             unsafe {
                 let mean = S::splat(sum_of::<S>(x, |x| x) / self.width as f32);
-                let variance = sum_of::<S>(x, |x| S::mul(S::sub(x, mean), S::sub(x, mean))) / self.width as f32;
+                let variance = sum_of::<S>(x, |x| S::mul(S::sub(x, mean), S::sub(x, mean)))
+                    / self.width as f32;
                 let factor = S::splat(1.0 / (variance + self.eps).sqrt());
-                map::<S>(out, x, self.weight, |_, x, weight| S::mul(S::mul(S::sub(x, mean), factor), weight));
+                map::<S>(out, x, self.weight, |_, x, weight| {
+                    S::mul(S::mul(S::sub(x, mean), factor), weight)
+                });
                 if let Some(bias) = self.bias {
                     map::<S>(out, bias, bias, |out, bias, _| S::add(out, bias));
                 }
@@ -150,7 +183,11 @@ impl Kernel for SiluMul<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        for (gate_up, out) in self.gate_up.chunks_exact(2 * self.width).zip(self.out.chunks_exact_mut(self.width)) {
+        for (gate_up, out) in self
+            .gate_up
+            .chunks_exact(2 * self.width)
+            .zip(self.out.chunks_exact_mut(self.width))
+        {
             let (gate, up) = gate_up.split_at(self.width);
             // SAFETY: the features are the caller's promise.
             unsafe {
@@ -199,7 +236,9 @@ impl Kernel for Apply<'_> {
                     Pointwise::Clamp(limit) => map::<S>(x, &NOTHING, &NOTHING, |x, _, _| {
                         S::min(S::splat(limit), S::max(S::splat(-limit), x))
                     }),
-                    Pointwise::Scale(factor) => map::<S>(x, &NOTHING, &NOTHING, |x, _, _| S::mul(x, S::splat(factor))),
+                    Pointwise::Scale(factor) => {
+                        map::<S>(x, &NOTHING, &NOTHING, |x, _, _| S::mul(x, S::splat(factor)))
+                    }
                 }
             }
         }
@@ -237,7 +276,11 @@ impl Kernel for Rope<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let half = self.head_width / 2;
-        for (row, angles) in self.x.chunks_exact_mut(self.width).zip(self.cos_sin.chunks_exact(self.head_width)) {
+        for (row, angles) in self
+            .x
+            .chunks_exact_mut(self.width)
+            .zip(self.cos_sin.chunks_exact(self.head_width))
+        {
             let (cos, sin) = (&angles[..half], &angles[half..2 * half]);
             for head in row.chunks_exact_mut(self.head_width).take(self.heads) {
                 let (low, high) = head.split_at_mut(half);

@@ -104,12 +104,21 @@ pub(super) trait Simd: Copy + 'static {
             let a = Self::min(Self::splat(88.7), Self::max(Self::splat(-87.3), a));
             // Adding and taking away 1.5 * 2^23 rounds to an integer.
             let magic = Self::splat(12_582_912.0);
-            let n = Self::sub(Self::fma(a, Self::splat(std::f32::consts::LOG2_E), magic), magic);
+            let n = Self::sub(
+                Self::fma(a, Self::splat(std::f32::consts::LOG2_E), magic),
+                magic,
+            );
             // a - n ln 2, with ln 2 in two parts: the first has few enough bits for exact products.
             let r = Self::fma(n, Self::splat(-355.0 / 512.0), a);
             let r = Self::fma(n, Self::splat(2.121_944_4e-4), r);
             let mut p = Self::splat(1.987_569_1e-4);
-            for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+            for c in [
+                1.398_2e-3,
+                8.333_452e-3,
+                4.166_579_6e-2,
+                1.666_666_5e-1,
+                0.5,
+            ] {
                 p = Self::fma(p, r, Self::splat(c));
             }
             let p = Self::add(Self::fma(p, Self::mul(r, r), r), Self::splat(1.0));
@@ -281,7 +290,12 @@ mod x86 {
         #[inline(always)]
         unsafe fn load(from: *const f32) -> Self::V {
             // SAFETY: the trait's.
-            unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.wrapping_add(LANES / 2))] }
+            unsafe {
+                [
+                    _mm256_loadu_ps(from),
+                    _mm256_loadu_ps(from.wrapping_add(LANES / 2)),
+                ]
+            }
         }
         #[inline(always)]
         unsafe fn store(to: *mut f32, x: Self::V) {
@@ -294,13 +308,22 @@ mod x86 {
         #[inline(always)]
         unsafe fn load_aligned(from: *const f32) -> Self::V {
             // SAFETY: the trait's.
-            unsafe { [_mm256_load_ps(from), _mm256_load_ps(from.wrapping_add(LANES / 2))] }
+            unsafe {
+                [
+                    _mm256_load_ps(from),
+                    _mm256_load_ps(from.wrapping_add(LANES / 2)),
+                ]
+            }
         }
         #[inline(always)]
         unsafe fn load_even(from: *const u16) -> Self::V {
             // SAFETY: the trait's.
             unsafe {
-                let half = |at: usize| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_load_si256(from.wrapping_add(at).cast())));
+                let half = |at: usize| {
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_load_si256(
+                        from.wrapping_add(at).cast(),
+                    )))
+                };
                 [half(0), half(LANES)]
             }
         }
@@ -309,7 +332,12 @@ mod x86 {
             // SAFETY: the trait's.
             unsafe {
                 let mask = _mm256_set1_epi32(HIGH_HALVES);
-                let half = |at: usize| _mm256_castsi256_ps(_mm256_and_si256(_mm256_load_si256(from.wrapping_add(at).cast()), mask));
+                let half = |at: usize| {
+                    _mm256_castsi256_ps(_mm256_and_si256(
+                        _mm256_load_si256(from.wrapping_add(at).cast()),
+                        mask,
+                    ))
+                };
                 [half(0), half(LANES)]
             }
         }
@@ -346,19 +374,27 @@ mod x86 {
         #[inline(always)]
         unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
             // SAFETY: the trait's.
-            unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+            unsafe {
+                [
+                    _mm256_fmadd_ps(a[0], b[0], c[0]),
+                    _mm256_fmadd_ps(a[1], b[1], c[1]),
+                ]
+            }
         }
         #[inline(always)]
         unsafe fn shift_to_exponent(a: Self::V) -> Self::V {
             // SAFETY: the trait's.
-            unsafe { a.map(|a| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(a)))) }
+            unsafe {
+                a.map(|a| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(a))))
+            }
         }
         #[inline(always)]
         unsafe fn copy_sign(a: Self::V, sign: Self::V) -> Self::V {
             // SAFETY: the trait's.
             unsafe {
                 let bit = _mm256_set1_ps(-0.0);
-                let one = |a, sign| _mm256_or_ps(_mm256_andnot_ps(bit, a), _mm256_and_ps(bit, sign));
+                let one =
+                    |a, sign| _mm256_or_ps(_mm256_andnot_ps(bit, a), _mm256_and_ps(bit, sign));
                 [one(a[0], sign[0]), one(a[1], sign[1])]
             }
         }
@@ -423,7 +459,12 @@ mod x86 {
         #[inline(always)]
         unsafe fn load_odd(from: *const u16) -> Self::V {
             // SAFETY: the trait's.
-            unsafe { _mm512_castsi512_ps(_mm512_and_si512(_mm512_load_si512(from.cast()), _mm512_set1_epi32(HIGH_HALVES))) }
+            unsafe {
+                _mm512_castsi512_ps(_mm512_and_si512(
+                    _mm512_load_si512(from.cast()),
+                    _mm512_set1_epi32(HIGH_HALVES),
+                ))
+            }
         }
         #[inline(always)]
         unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
@@ -501,7 +542,10 @@ mod tests {
             // SAFETY: the arrays have 16 numbers; the features are the caller's promise.
             unsafe {
                 let x = S::load(self.x.as_ptr());
-                S::store(out.as_mut_ptr(), if self.erf { S::erf(x) } else { S::exp(x) });
+                S::store(
+                    out.as_mut_ptr(),
+                    if self.erf { S::erf(x) } else { S::exp(x) },
+                );
             }
             out
         }
@@ -522,10 +566,16 @@ mod tests {
         for isa in Path::ALL.into_iter().filter_map(Isa::new) {
             for (x, y) in xs.iter().zip(apply(isa, false, &xs)) {
                 let expected = f64::from(*x).exp();
-                assert!((f64::from(y) / expected - 1.0).abs() < 2.5e-7, "{isa:?}: exp({x}) = {y}, expected {expected}");
+                assert!(
+                    (f64::from(y) / expected - 1.0).abs() < 2.5e-7,
+                    "{isa:?}: exp({x}) = {y}, expected {expected}"
+                );
             }
             assert_eq!(apply(isa, false, &[0.0]), [1.0]);
-            assert_eq!(apply(isa, false, &[-88.0, -1e30, f32::NEG_INFINITY]), [0.0; 3]);
+            assert_eq!(
+                apply(isa, false, &[-88.0, -1e30, f32::NEG_INFINITY]),
+                [0.0; 3]
+            );
         }
     }
 
@@ -534,12 +584,19 @@ mod tests {
         for isa in Path::ALL.into_iter().filter_map(Isa::new) {
             let step = 1e-2f64;
             let xs: Vec<f32> = (0..=400).map(|i| (f64::from(i) * step) as f32).collect();
-            let (positive, negative) = (apply(isa, true, &xs), apply(isa, true, &xs.iter().map(|x| -x).collect::<Vec<_>>()));
+            let (positive, negative) = (
+                apply(isa, true, &xs),
+                apply(isa, true, &xs.iter().map(|x| -x).collect::<Vec<_>>()),
+            );
             // The integral of 2 / sqrt(pi) * exp(-t^2), by Simpson's rule.
             let slope = |t: f64| std::f64::consts::FRAC_2_SQRT_PI * (-t * t).exp();
             let mut expected = 0.0;
             for (i, (y, z)) in positive.into_iter().zip(negative).enumerate() {
-                assert!((f64::from(y) - expected).abs() < 3e-7, "{isa:?}: erf({}) = {y}, expected {expected}", xs[i]);
+                assert!(
+                    (f64::from(y) - expected).abs() < 3e-7,
+                    "{isa:?}: erf({}) = {y}, expected {expected}",
+                    xs[i]
+                );
                 assert_eq!(z, -y);
                 let t = i as f64 * step;
                 expected += step / 6.0 * (slope(t) + 4.0 * slope(t + step / 2.0) + slope(t + step));

@@ -28,12 +28,26 @@ fn every_path_conforms_to_the_reference() {
 
 #[test]
 fn stale_numbers_in_a_block_do_not_reach_its_next_owner() {
-    let heads = Heads { q: 2, kv: 1, width: 16 };
-    let shape = |dtype| KvShape { layers: 1, blocks: 2, heads: 1, head_width: 16, dtype };
+    let heads = Heads {
+        q: 2,
+        kv: 1,
+        width: 16,
+    };
+    let shape = |dtype| KvShape {
+        layers: 1,
+        blocks: 2,
+        heads: 1,
+        head_width: 16,
+        dtype,
+    };
     let tokens = |count: usize| Batch {
         tokens: vec![0; count],
         positions: (0..count as u32).collect(),
-        spans: vec![crate::backend::BatchSpan { rows: 0..count, position: 0, blocks: 0..1 }],
+        spans: vec![crate::backend::BatchSpan {
+            rows: 0..count,
+            position: 0,
+            blocks: 0..1,
+        }],
         blocks: vec![1],
     };
     for dtype in [crate::backend::KvDtype::F32, crate::backend::KvDtype::Bf16] {
@@ -47,9 +61,20 @@ fn stale_numbers_in_a_block_do_not_reach_its_next_owner() {
         for count in [1, 2, 5] {
             let batch = tokens(count);
             backend.write_kv(&batch, heads, &qkv, &mut kv, 0);
-            let attention = Attention { heads, qkv: &qkv, scale: 0.5, window: None, slopes: None };
+            let attention = Attention {
+                heads,
+                qkv: &qkv,
+                scale: 0.5,
+                window: None,
+                slopes: None,
+            };
             backend.attention(&batch, &attention, &kv, 0, &mut out);
-            assert!(out.as_ref()[..count * heads.q_width()].iter().all(|x| (x - 1.0).abs() < 1e-6), "{count} tokens, {dtype:?}");
+            assert!(
+                out.as_ref()[..count * heads.q_width()]
+                    .iter()
+                    .all(|x| (x - 1.0).abs() < 1e-6),
+                "{count} tokens, {dtype:?}"
+            );
         }
     }
 }
@@ -60,10 +85,17 @@ fn the_paths_are_told_apart_and_odd_ones_are_not_made() {
     let names: Vec<String> = Path::ALL
         .into_iter()
         .filter_map(Isa::new)
-        .map(|isa| CpuBackend::with_isa(Arc::clone(&pool), isa).unwrap().numerics())
+        .map(|isa| {
+            CpuBackend::with_isa(Arc::clone(&pool), isa)
+                .unwrap()
+                .numerics()
+        })
         .collect();
     assert!(names.contains(&"cpu-1-portable".to_owned()));
     assert!(names.windows(2).all(|pair| pair[0] != pair[1]), "{names:?}");
     #[cfg(target_arch = "x86_64")]
-    assert_eq!(Isa::new(Path::Avx512).is_some(), is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw"));
+    assert_eq!(
+        Isa::new(Path::Avx512).is_some(),
+        is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw")
+    );
 }

@@ -35,13 +35,22 @@ pub(super) trait Element: bytemuck::Pod + Send + Sync {
 
     /// Numbers in a panel of this `k`.
     fn panel_len(k: usize) -> usize {
-        PANEL * if Self::PAIRED { k.next_multiple_of(2) } else { k }
+        PANEL
+            * if Self::PAIRED {
+                k.next_multiple_of(2)
+            } else {
+                k
+            }
     }
 
     /// Where in a panel the number `(row, k)` lies.
     #[inline(always)]
     fn place(row: usize, k: usize) -> usize {
-        if Self::PAIRED { (k / 2 * PANEL + row) * 2 + k % 2 } else { k * PANEL + row }
+        if Self::PAIRED {
+            (k / 2 * PANEL + row) * 2 + k % 2
+        } else {
+            k * PANEL + row
+        }
     }
 }
 
@@ -122,7 +131,11 @@ impl<E: Element> Tile<E> {
     /// `init` equal to it.
     #[inline(always)]
     pub(super) unsafe fn compute<S: Simd>(&self, rows: usize, panels: usize) {
-        debug_assert!(rows >= 1 && rows <= tile_rows::<S>() && (panels == 1 || panels == tile_panels::<S>(rows)));
+        debug_assert!(
+            rows >= 1
+                && rows <= tile_rows::<S>()
+                && (panels == 1 || panels == tile_panels::<S>(rows))
+        );
         macro_rules! by_rows {
             ($($rows:literal),*) => {
                 match (rows, panels) {
@@ -174,7 +187,8 @@ impl<E: Element> Tile<E> {
         // SAFETY: as above; a pair beyond an odd k is inside the panel, its second half is not used.
         unsafe {
             let w: [*const u16; P] = std::array::from_fn(|p| self.w[p].cast());
-            let x: [*const f32; M] = std::array::from_fn(|i| self.x.wrapping_add(i * self.x_stride));
+            let x: [*const f32; M] =
+                std::array::from_fn(|i| self.x.wrapping_add(i * self.x_stride));
             for pair in 0..self.k / 2 {
                 let (k, at) = (pair.wrapping_mul(2), pair.wrapping_mul(2 * PANEL));
                 let mut weights = [S::zero(); P];
@@ -190,7 +204,8 @@ impl<E: Element> Tile<E> {
             }
             if self.k % 2 == 1 {
                 let last = self.k - 1;
-                let weights = std::array::from_fn(|p| S::load_even(w[p].wrapping_add(last * PANEL)));
+                let weights =
+                    std::array::from_fn(|p| S::load_even(w[p].wrapping_add(last * PANEL)));
                 Self::add_products::<S, P, M>(sums, weights, x, last);
             }
         }
@@ -201,7 +216,8 @@ impl<E: Element> Tile<E> {
         // SAFETY: as above.
         unsafe {
             let w: [*const f32; P] = std::array::from_fn(|p| self.w[p].cast());
-            let x: [*const f32; M] = std::array::from_fn(|i| self.x.wrapping_add(i * self.x_stride));
+            let x: [*const f32; M] =
+                std::array::from_fn(|i| self.x.wrapping_add(i * self.x_stride));
             for k in 0..self.k {
                 let at = k.wrapping_mul(PANEL);
                 let mut weights = [S::zero(); P];
@@ -216,7 +232,12 @@ impl<E: Element> Tile<E> {
 
     /// `sums[i][p] += weights[p] * x[i][k]`.
     #[inline(always)]
-    unsafe fn add_products<S: Simd, const P: usize, const M: usize>(sums: &mut [[S::V; P]; M], weights: [S::V; P], x: [*const f32; M], k: usize) {
+    unsafe fn add_products<S: Simd, const P: usize, const M: usize>(
+        sums: &mut [[S::V; P]; M],
+        weights: [S::V; P],
+        x: [*const f32; M],
+        k: usize,
+    ) {
         for (sums, x) in sums.iter_mut().zip(x) {
             // SAFETY: as above.
             unsafe {

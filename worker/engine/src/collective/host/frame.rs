@@ -36,8 +36,16 @@ pub(super) enum Kind {
     Lost = 8,
 }
 
-const KINDS: [Kind; 8] =
-    [Kind::Offer, Kind::Mapped, Kind::Use, Kind::Plan, Kind::Part, Kind::Sum, Kind::Columns, Kind::Lost];
+const KINDS: [Kind; 8] = [
+    Kind::Offer,
+    Kind::Mapped,
+    Kind::Use,
+    Kind::Plan,
+    Kind::Part,
+    Kind::Sum,
+    Kind::Columns,
+    Kind::Lost,
+];
 
 /// A frame's header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,8 +69,14 @@ impl Header {
     /// `None` for a kind this version does not know or a header that is not one.
     pub(super) fn decode(bytes: [u8; HEADER_BYTES]) -> Option<Header> {
         let kind = *KINDS.iter().find(|kind| **kind as u8 == bytes[0])?;
-        let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-        (bytes[1..4] == [0; 3]).then(|| Header { kind, op: word(4), len: word(8) })
+        let word = |at: usize| {
+            u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+        };
+        (bytes[1..4] == [0; 3]).then(|| Header {
+            kind,
+            op: word(4),
+            len: word(8),
+        })
     }
 }
 
@@ -89,7 +103,11 @@ pub(super) fn prepare(stream: &TcpStream) -> io::Result<()> {
 }
 
 /// Fills `bytes` from the connection. No deadline waits as long as the connection lives.
-pub(super) fn read_bytes(mut stream: &TcpStream, mut bytes: &mut [u8], deadline: Option<Instant>) -> Result<(), FrameError> {
+pub(super) fn read_bytes(
+    mut stream: &TcpStream,
+    mut bytes: &mut [u8],
+    deadline: Option<Instant>,
+) -> Result<(), FrameError> {
     while !bytes.is_empty() {
         match stream.read(bytes) {
             Ok(0) => return Err(FrameError::Closed("it closed its connection".into())),
@@ -101,10 +119,18 @@ pub(super) fn read_bytes(mut stream: &TcpStream, mut bytes: &mut [u8], deadline:
 }
 
 /// Writes all of `bytes`.
-pub(super) fn write_bytes(mut stream: &TcpStream, mut bytes: &[u8], deadline: Option<Instant>) -> Result<(), FrameError> {
+pub(super) fn write_bytes(
+    mut stream: &TcpStream,
+    mut bytes: &[u8],
+    deadline: Option<Instant>,
+) -> Result<(), FrameError> {
     while !bytes.is_empty() {
         match stream.write(bytes) {
-            Ok(0) => return Err(FrameError::Closed("its connection takes no more bytes".into())),
+            Ok(0) => {
+                return Err(FrameError::Closed(
+                    "its connection takes no more bytes".into(),
+                ));
+            }
             Ok(count) => bytes = &bytes[count..],
             Err(error) => check(&error, deadline)?,
         }
@@ -117,15 +143,26 @@ fn check(error: &io::Error, deadline: Option<Instant>) -> Result<(), FrameError>
     match error.kind() {
         io::ErrorKind::Interrupted => Ok(()),
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-            if deadline.is_some_and(|deadline| Instant::now() >= deadline) { Err(FrameError::TimedOut) } else { Ok(()) }
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                Err(FrameError::TimedOut)
+            } else {
+                Ok(())
+            }
         }
         _ => Err(FrameError::Closed(format!("its connection broke: {error}"))),
     }
 }
 
 /// Writes one frame.
-pub(super) fn write_frame(stream: &TcpStream, kind: Kind, op: u32, bytes: &[u8], deadline: Option<Instant>) -> Result<(), FrameError> {
-    let len = u32::try_from(bytes.len()).map_err(|_| FrameError::Unexpected(format!("a frame of {} bytes", bytes.len())))?;
+pub(super) fn write_frame(
+    stream: &TcpStream,
+    kind: Kind,
+    op: u32,
+    bytes: &[u8],
+    deadline: Option<Instant>,
+) -> Result<(), FrameError> {
+    let len = u32::try_from(bytes.len())
+        .map_err(|_| FrameError::Unexpected(format!("a frame of {} bytes", bytes.len())))?;
     let header = Header { kind, op, len }.encode();
     // One packet for what fits one: the header alone would cost the reader a second wake-up.
     const SMALL: usize = 4096;
@@ -140,17 +177,36 @@ pub(super) fn write_frame(stream: &TcpStream, kind: Kind, op: u32, bytes: &[u8],
 }
 
 /// Reads a header of the given kind; a [`Kind::Lost`] frame in its place is read whole and returned as the error.
-pub(super) fn read_header(stream: &TcpStream, kind: Kind, deadline: Option<Instant>) -> Result<Header, FrameError> {
+pub(super) fn read_header(
+    stream: &TcpStream,
+    kind: Kind,
+    deadline: Option<Instant>,
+) -> Result<Header, FrameError> {
     let header = read_any_header(stream, deadline)?;
-    if header.kind == kind { Ok(header) } else { Err(FrameError::Unexpected(format!("{:?} in place of {kind:?}", header.kind))) }
+    if header.kind == kind {
+        Ok(header)
+    } else {
+        Err(FrameError::Unexpected(format!(
+            "{:?} in place of {kind:?}",
+            header.kind
+        )))
+    }
 }
 
 /// Reads a header of any kind but [`Kind::Lost`], as [`read_header`] does.
-pub(super) fn read_any_header(stream: &TcpStream, deadline: Option<Instant>) -> Result<Header, FrameError> {
+pub(super) fn read_any_header(
+    stream: &TcpStream,
+    deadline: Option<Instant>,
+) -> Result<Header, FrameError> {
     let mut bytes = [0; HEADER_BYTES];
     read_bytes(stream, &mut bytes, deadline)?;
-    let header = Header::decode(bytes).ok_or_else(|| FrameError::Unexpected("bytes that are no frame".into()))?;
-    if header.kind == Kind::Lost { Err(read_lost(stream, header.len, deadline)) } else { Ok(header) }
+    let header = Header::decode(bytes)
+        .ok_or_else(|| FrameError::Unexpected("bytes that are no frame".into()))?;
+    if header.kind == Kind::Lost {
+        Err(read_lost(stream, header.len, deadline))
+    } else {
+        Ok(header)
+    }
 }
 
 fn read_lost(stream: &TcpStream, len: u32, deadline: Option<Instant>) -> FrameError {
@@ -162,7 +218,10 @@ fn read_lost(stream: &TcpStream, len: u32, deadline: Option<Instant>) -> FrameEr
         return error;
     }
     let rank = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
-    FrameError::Lost { rank, reason: String::from_utf8_lossy(&bytes[4..]).into_owned() }
+    FrameError::Lost {
+        rank,
+        reason: String::from_utf8_lossy(&bytes[4..]).into_owned(),
+    }
 }
 
 /// Tells a follower that `rank` is lost. Gives up soon: the follower may be the next to go.
@@ -188,7 +247,9 @@ pub(super) fn look(stream: &TcpStream) -> Result<(), FrameError> {
         Ok(0) => Err(FrameError::Closed("it closed its connection".into())),
         Ok(_) if first[0] == Kind::Lost as u8 => {
             let deadline = Some(Instant::now() + POLL);
-            Err(read_any_header(stream, deadline).err().unwrap_or(FrameError::TimedOut))
+            Err(read_any_header(stream, deadline)
+                .err()
+                .unwrap_or(FrameError::TimedOut))
         }
         Ok(_) => Ok(()),
         Err(error) => check(&error, None),
@@ -202,7 +263,11 @@ mod tests {
     #[test]
     fn headers_come_back_as_they_were() {
         for kind in KINDS {
-            let header = Header { kind, op: 0x0102_0304, len: 0xfffe_fdfc };
+            let header = Header {
+                kind,
+                op: 0x0102_0304,
+                len: 0xfffe_fdfc,
+            };
             assert_eq!(Header::decode(header.encode()), Some(header));
         }
     }
@@ -210,7 +275,10 @@ mod tests {
     #[test]
     fn odd_headers_are_refused() {
         for kind in [0, 9, 255] {
-            assert_eq!(Header::decode([kind, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]), None);
+            assert_eq!(
+                Header::decode([kind, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+                None
+            );
         }
         assert_eq!(Header::decode([1, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]), None);
     }

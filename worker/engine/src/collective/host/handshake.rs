@@ -81,22 +81,38 @@ impl Transcript {
             return Err(odd("another magic"));
         }
         if short(8) != VERSION {
-            return Err(odd(&format!("version {} (this side speaks {VERSION})", short(8))));
+            return Err(odd(&format!(
+                "version {} (this side speaks {VERSION})",
+                short(8)
+            )));
         }
         let host_bytes = short(10) as usize;
         if host_bytes > HOST_BYTES_MAX {
             return Err(odd("a host id that is too long"));
         }
-        let id = GroupId { group: u64::from_le_bytes(array(12)), generation: u64::from_le_bytes(array(20)) };
+        let id = GroupId {
+            group: u64::from_le_bytes(array(12)),
+            generation: u64::from_le_bytes(array(20)),
+        };
         let (rank, ranks) = (half(28), half(32));
         bytes.resize(FIXED_BYTES + host_bytes, 0);
         read_bytes(stream, &mut bytes[FIXED_BYTES..], Some(deadline))?;
-        let host = String::from_utf8(bytes[FIXED_BYTES..].to_vec()).map_err(|_| odd("a host id that is not UTF-8"))?;
-        Ok((Hello { id, rank, ranks, host }, Transcript(bytes)))
+        let host = String::from_utf8(bytes[FIXED_BYTES..].to_vec())
+            .map_err(|_| odd("a host id that is not UTF-8"))?;
+        Ok((
+            Hello {
+                id,
+                rank,
+                ranks,
+                host,
+            },
+            Transcript(bytes),
+        ))
     }
 
     fn mac(&self, key: &GroupKey, role: &[u8], leader_nonce: &[u8]) -> Hmac<Sha256> {
-        let mut mac = Hmac::<Sha256>::new_from_slice(key.bytes()).expect("HMAC takes keys of any length");
+        let mut mac =
+            Hmac::<Sha256>::new_from_slice(key.bytes()).expect("HMAC takes keys of any length");
         mac.update(role);
         mac.update(&self.0);
         mac.update(leader_nonce);
@@ -113,9 +129,17 @@ impl Transcript {
 }
 
 /// The leader's side, up to where it must know the group: reads a hello.
-pub(super) fn read_hello(stream: &TcpStream, deadline: Instant) -> Result<PendingMember<'_>, FrameError> {
+pub(super) fn read_hello(
+    stream: &TcpStream,
+    deadline: Instant,
+) -> Result<PendingMember<'_>, FrameError> {
     let (hello, transcript) = Transcript::read(stream, deadline)?;
-    Ok(PendingMember { stream, hello, transcript, deadline })
+    Ok(PendingMember {
+        stream,
+        hello,
+        transcript,
+        deadline,
+    })
 }
 
 /// A connection that said hello and has proved nothing yet.
@@ -138,20 +162,32 @@ impl PendingMember<'_> {
         let nonce = nonce()?;
         let mut answer = vec![WELCOME];
         answer.extend(nonce);
-        answer.extend(self.transcript.leader_mac(key, &nonce).finalize().into_bytes());
+        answer.extend(
+            self.transcript
+                .leader_mac(key, &nonce)
+                .finalize()
+                .into_bytes(),
+        );
         write_bytes(self.stream, &answer, Some(self.deadline))?;
         let mut proof = [0; PROOF_BYTES];
         read_bytes(self.stream, &mut proof, Some(self.deadline))?;
         // `verify_slice` compares in constant time.
         match self.transcript.member_mac(key, &nonce).verify_slice(&proof) {
             Ok(()) => Ok(self.hello),
-            Err(_) => Err(FrameError::Unexpected("a proof made with another key".into())),
+            Err(_) => Err(FrameError::Unexpected(
+                "a proof made with another key".into(),
+            )),
         }
     }
 }
 
 /// The member's side.
-pub(super) fn greet(stream: &TcpStream, hello: &Hello, key: &GroupKey, deadline: Instant) -> Result<Greeting, FrameError> {
+pub(super) fn greet(
+    stream: &TcpStream,
+    hello: &Hello,
+    key: &GroupKey,
+    deadline: Instant,
+) -> Result<Greeting, FrameError> {
     let transcript = Transcript::new(hello, nonce()?);
     write_bytes(stream, &transcript.0, Some(deadline))?;
     let mut status = [0; 1];
@@ -159,15 +195,30 @@ pub(super) fn greet(stream: &TcpStream, hello: &Hello, key: &GroupKey, deadline:
     match status[0] {
         WELCOME => {}
         UNKNOWN_GROUP => return Ok(Greeting::UnknownGroup),
-        other => return Err(FrameError::Unexpected(format!("status {other} in a handshake"))),
+        other => {
+            return Err(FrameError::Unexpected(format!(
+                "status {other} in a handshake"
+            )));
+        }
     }
     let mut answer = [0; NONCE_BYTES + PROOF_BYTES];
     read_bytes(stream, &mut answer, Some(deadline))?;
     let (leader_nonce, proof) = answer.split_at(NONCE_BYTES);
-    if transcript.leader_mac(key, leader_nonce).verify_slice(proof).is_err() {
+    if transcript
+        .leader_mac(key, leader_nonce)
+        .verify_slice(proof)
+        .is_err()
+    {
         return Ok(Greeting::OtherKey);
     }
-    write_bytes(stream, &transcript.member_mac(key, leader_nonce).finalize().into_bytes(), Some(deadline))?;
+    write_bytes(
+        stream,
+        &transcript
+            .member_mac(key, leader_nonce)
+            .finalize()
+            .into_bytes(),
+        Some(deadline),
+    )?;
     Ok(Greeting::Welcome)
 }
 

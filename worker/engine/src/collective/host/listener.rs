@@ -66,11 +66,17 @@ impl GroupListener {
     pub fn start(listener: TcpListener) -> io::Result<GroupListener> {
         let shared = Arc::new(Shared::default());
         let address = listener.local_addr()?;
-        let thread = std::thread::Builder::new().name("group-listener".into()).spawn({
-            let shared = Arc::clone(&shared);
-            move || accept(&listener, &shared)
-        })?;
-        Ok(GroupListener { shared, address, thread: Some(thread) })
+        let thread = std::thread::Builder::new()
+            .name("group-listener".into())
+            .spawn({
+                let shared = Arc::clone(&shared);
+                move || accept(&listener, &shared)
+            })?;
+        Ok(GroupListener {
+            shared,
+            address,
+            thread: Some(thread),
+        })
     }
 
     /// Where it listens.
@@ -84,12 +90,25 @@ impl GroupListener {
         let mut expected = self.shared.expected();
         if expected.contains_key(&member.id) {
             let GroupId { group, generation } = member.id;
-            return Err(FormError::Invalid(format!("generation {generation} of group {group} is forming already")));
+            return Err(FormError::Invalid(format!(
+                "generation {generation} of group {group} is forming already"
+            )));
         }
         // Room for members that come twice; the builder takes them out as they come.
         let (sender, arrivals) = sync_channel(2 * member.ranks as usize);
-        expected.insert(member.id, Expected { key: member.key.clone(), ranks: member.ranks, arrivals: sender });
-        Ok(Expectation { shared: Arc::clone(&self.shared), id: member.id, arrivals })
+        expected.insert(
+            member.id,
+            Expected {
+                key: member.key.clone(),
+                ranks: member.ranks,
+                arrivals: sender,
+            },
+        );
+        Ok(Expectation {
+            shared: Arc::clone(&self.shared),
+            id: member.id,
+            arrivals,
+        })
     }
 }
 
@@ -98,7 +117,11 @@ impl Drop for GroupListener {
         self.shared.stopping.store(true, Ordering::SeqCst);
         let mut address = self.address;
         if address.ip().is_unspecified() {
-            address.set_ip(if address.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() });
+            address.set_ip(if address.is_ipv4() {
+                Ipv4Addr::LOCALHOST.into()
+            } else {
+                Ipv6Addr::LOCALHOST.into()
+            });
         }
         // The accepting thread looks at `stopping` when somebody calls.
         let woken = TcpStream::connect_timeout(&address, HANDSHAKE_MAX).is_ok();
@@ -144,12 +167,14 @@ fn spawn_handshake(stream: TcpStream, peer: SocketAddr, shared: &Arc<Shared>) {
         return;
     }
     let in_thread = Arc::clone(shared);
-    let spawned = std::thread::Builder::new().name("group-handshake".into()).spawn(move || {
-        if let Err(reason) = handshake(stream, &in_thread) {
-            tracing::warn!(%peer, reason, "a connection to the group port was closed");
-        }
-        in_thread.handshakes.fetch_sub(1, Ordering::SeqCst);
-    });
+    let spawned = std::thread::Builder::new()
+        .name("group-handshake".into())
+        .spawn(move || {
+            if let Err(reason) = handshake(stream, &in_thread) {
+                tracing::warn!(%peer, reason, "a connection to the group port was closed");
+            }
+            in_thread.handshakes.fetch_sub(1, Ordering::SeqCst);
+        });
     if let Err(error) = spawned {
         shared.handshakes.fetch_sub(1, Ordering::SeqCst);
         tracing::warn!(%peer, %error, "no thread for a handshake, connection closed");
@@ -160,17 +185,27 @@ fn handshake(stream: TcpStream, shared: &Shared) -> Result<(), String> {
     let deadline = Instant::now() + HANDSHAKE_MAX;
     frame::prepare(&stream).map_err(|error| error.to_string())?;
     let pending = handshake::read_hello(&stream, deadline).map_err(describe)?;
-    let Hello { id, rank, ranks, .. } = pending.hello;
-    let expected = shared.expected().get(&id).map(|group| (group.key.clone(), group.ranks));
+    let Hello {
+        id, rank, ranks, ..
+    } = pending.hello;
+    let expected = shared
+        .expected()
+        .get(&id)
+        .map(|group| (group.key.clone(), group.ranks));
     let Some((key, expected_ranks)) = expected else {
         pending.refuse_unknown_group();
         return Ok(());
     };
     if ranks != expected_ranks || rank == 0 || rank >= ranks {
-        return Err(format!("a hello as rank {rank} of {ranks} to a group of {expected_ranks}"));
+        return Err(format!(
+            "a hello as rank {rank} of {ranks} to a group of {expected_ranks}"
+        ));
     }
     let hello = pending.authenticate(&key).map_err(describe)?;
-    let arrivals = shared.expected().get(&id).map(|group| group.arrivals.clone());
+    let arrivals = shared
+        .expected()
+        .get(&id)
+        .map(|group| group.arrivals.clone());
     match arrivals.map(|arrivals| arrivals.try_send(Arrival { hello, stream })) {
         Some(Ok(())) => Ok(()),
         _ => Err("the group it belongs to has formed or has given up".into()),

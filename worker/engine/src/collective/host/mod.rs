@@ -1,14 +1,14 @@
 //! Shard groups of processes: shared memory where all ranks are on one machine, TCP where they are not.
 //!
-//! The group is a star: each rank above 0 holds one TCP connection, to rank 0. It carries the handshake ([`handshake`]),
-//! the forming of the group ([`form`]), the plans, and the news of who is lost; its end is how a death is seen. Sums
-//! and gathers go through shared memory ([`segment`]) or, framed, through the same connections ([`star`]). Both add in
+//! The group is a star: each rank above 0 holds one TCP connection, to rank 0. It carries the handshake (`handshake`),
+//! the forming of the group (`form`), the plans, and the news of who is lost; its end is how a death is seen. Sums
+//! and gathers go through shared memory (`segment`) or, framed, through the same connections (`star`). Both add in
 //! rank order and give the same bits.
 //!
 //! The leader's process has one [`GroupListener`] for all groups it leads; [`GroupBuilder`] forms one of them, and
 //! [`join`] is the other ranks' side.
 //!
-//! Unsafe code stands in [`segment`] and [`sys`] alone.
+//! Unsafe code stands in `segment` and `sys` alone.
 
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
@@ -60,7 +60,10 @@ impl GroupKey {
     /// [`FormError::Invalid`]: fewer.
     pub fn new(bytes: &[u8]) -> Result<GroupKey, FormError> {
         if bytes.len() < 16 {
-            return Err(FormError::Invalid(format!("a group key of {} bytes; at least 16 are needed", bytes.len())));
+            return Err(FormError::Invalid(format!(
+                "a group key of {} bytes; at least 16 are needed",
+                bytes.len()
+            )));
         }
         Ok(GroupKey(bytes.into()))
     }
@@ -112,8 +115,17 @@ pub struct Membership {
 #[must_use]
 pub fn host_id() -> String {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-    let mut id = format!("{}.{}", read("/proc/sys/kernel/random/boot_id").trim(), read("/proc/sys/kernel/hostname").trim());
-    id.truncate((0..=handshake::HOST_BYTES_MAX.min(id.len())).rev().find(|end| id.is_char_boundary(*end)).unwrap_or(0));
+    let mut id = format!(
+        "{}.{}",
+        read("/proc/sys/kernel/random/boot_id").trim(),
+        read("/proc/sys/kernel/hostname").trim()
+    );
+    id.truncate(
+        (0..=handshake::HOST_BYTES_MAX.min(id.len()))
+            .rev()
+            .find(|end| id.is_char_boundary(*end))
+            .unwrap_or(0),
+    );
     id
 }
 
@@ -148,11 +160,18 @@ impl Links {
 
 impl HostGroup {
     fn new(member: &Membership, streams: Vec<TcpStream>, segment: Option<Segment>) -> HostGroup {
-        let grace = if member.rank == 0 { Duration::ZERO } else { FOLLOWER_GRACE };
+        let grace = if member.rank == 0 {
+            Duration::ZERO
+        } else {
+            FOLLOWER_GRACE
+        };
         HostGroup {
             rank: member.rank,
             ranks: member.ranks,
-            links: Arc::new(Links { streams, aborted: AtomicBool::new(false) }),
+            links: Arc::new(Links {
+                streams,
+                aborted: AtomicBool::new(false),
+            }),
             segment,
             op: 0,
             round: 0,
@@ -164,7 +183,11 @@ impl HostGroup {
     /// How the ranks' numbers travel: never [`Transport::Auto`].
     #[must_use]
     pub fn transport(&self) -> Transport {
-        if self.segment.is_some() { Transport::Shm } else { Transport::Tcp }
+        if self.segment.is_some() {
+            Transport::Shm
+        } else {
+            Transport::Tcp
+        }
     }
 
     /// This rank, from 0.
@@ -184,14 +207,26 @@ impl HostGroup {
     /// # Errors
     /// As there.
     pub fn all_reduce_sum(&mut self, values: &mut [f32]) -> Result<(), CollectiveError> {
-        self.step(|group| if group.segment.is_some() { group.shared_sum(values) } else { group.star_sum(values) })
+        self.step(|group| {
+            if group.segment.is_some() {
+                group.shared_sum(values)
+            } else {
+                group.star_sum(values)
+            }
+        })
     }
 
     /// [`Collective::gather_columns`] over plain numbers.
     ///
     /// # Errors
     /// As there.
-    pub fn gather_columns(&mut self, part: &[f32], rows: usize, widths: &[usize], out: &mut [f32]) -> Result<(), CollectiveError> {
+    pub fn gather_columns(
+        &mut self,
+        part: &[f32],
+        rows: usize,
+        widths: &[usize],
+        out: &mut [f32],
+    ) -> Result<(), CollectiveError> {
         let whole = check_gather(self.rank, self.ranks, rows, widths, part.len(), out.len())?;
         let part = &part[..rows * widths[self.rank as usize]];
         self.step(|group| {
@@ -213,11 +248,16 @@ impl HostGroup {
     pub fn send_plan(&mut self, plan: &[u8]) -> Result<(), CollectiveError> {
         self.step(|group| {
             if group.rank != 0 || plan.len() > PLAN_BYTES_MAX {
-                return Err(CollectiveError::OutOfStep(format!("rank {} sends a plan of {} bytes", group.rank, plan.len())));
+                return Err(CollectiveError::OutOfStep(format!(
+                    "rank {} sends a plan of {} bytes",
+                    group.rank,
+                    plan.len()
+                )));
             }
             let deadline = group.deadline();
             for rank in 1..group.ranks {
-                frame::write_frame(group.link(rank), Kind::Plan, 0, plan, deadline).map_err(|error| group.lost(rank, error))?;
+                frame::write_frame(group.link(rank), Kind::Plan, 0, plan, deadline)
+                    .map_err(|error| group.lost(rank, error))?;
             }
             Ok(())
         })
@@ -230,12 +270,18 @@ impl HostGroup {
     pub fn recv_plan(&mut self, plan: &mut Vec<u8>) -> Result<(), CollectiveError> {
         self.step(|group| {
             if group.rank == 0 {
-                return Err(CollectiveError::OutOfStep("rank 0 receives no plans".into()));
+                return Err(CollectiveError::OutOfStep(
+                    "rank 0 receives no plans".into(),
+                ));
             }
             let stream = group.link(0);
-            let header = frame::read_header(stream, Kind::Plan, None).map_err(|error| group.lost(0, error))?;
+            let header = frame::read_header(stream, Kind::Plan, None)
+                .map_err(|error| group.lost(0, error))?;
             if header.len as usize > PLAN_BYTES_MAX {
-                return Err(CollectiveError::OutOfStep(format!("a plan of {} bytes", header.len)));
+                return Err(CollectiveError::OutOfStep(format!(
+                    "a plan of {} bytes",
+                    header.len
+                )));
             }
             plan.resize(header.len as usize, 0);
             frame::read_bytes(stream, plan, group.deadline()).map_err(|error| group.lost(0, error))
@@ -255,13 +301,24 @@ impl HostGroup {
     }
 
     /// Runs one collective. The first error ends the group: it is told to the others and given again ever after.
-    fn step(&mut self, run: impl FnOnce(&mut Self) -> Result<(), CollectiveError>) -> Result<(), CollectiveError> {
+    fn step(
+        &mut self,
+        run: impl FnOnce(&mut Self) -> Result<(), CollectiveError>,
+    ) -> Result<(), CollectiveError> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
-        let result = if self.aborted() { Err(CollectiveError::Aborted) } else { run(self) };
+        let result = if self.aborted() {
+            Err(CollectiveError::Aborted)
+        } else {
+            run(self)
+        };
         result.map_err(|error| {
-            let error = if self.aborted() { CollectiveError::Aborted } else { error };
+            let error = if self.aborted() {
+                CollectiveError::Aborted
+            } else {
+                error
+            };
             self.end(error.clone());
             error
         })
@@ -299,9 +356,15 @@ impl HostGroup {
             },
             FrameError::TimedOut => (rank, self.silence()),
             FrameError::Lost { rank, reason } => (rank, reason),
-            FrameError::Unexpected(what) => return CollectiveError::OutOfStep(format!("rank {rank} sent {what}")),
+            FrameError::Unexpected(what) => {
+                return CollectiveError::OutOfStep(format!("rank {rank} sent {what}"));
+            }
         };
-        CollectiveError::RankLost { rank, ranks: self.ranks, reason }
+        CollectiveError::RankLost {
+            rank,
+            ranks: self.ranks,
+            reason,
+        }
     }
 
     /// A leader that ended the group said why before it closed the connection: while this rank was still writing, that
@@ -327,26 +390,41 @@ impl HostGroup {
             for rank in 0..self.ranks {
                 self.wait_for(rank, round)?;
             }
-            let Some(segment) = &self.segment else { return Ok(()) };
+            let Some(segment) = &self.segment else {
+                return Ok(());
+            };
             for (i, strip) in chunk.chunks_mut(STRIP).enumerate() {
                 let len = strip.len();
                 let part = |rank| &segment.values(rank, round, segment::SLOT)[i * STRIP..][..len];
                 strip.copy_from_slice(part(0));
                 for rank in 1..self.ranks {
-                    strip.iter_mut().zip(part(rank)).for_each(|(sum, x)| *sum += x);
+                    strip
+                        .iter_mut()
+                        .zip(part(rank))
+                        .for_each(|(sum, x)| *sum += x);
                 }
             }
         }
         Ok(())
     }
 
-    fn shared_gather(&mut self, part: &[f32], rows: usize, widths: &[usize], out: &mut [f32]) -> Result<(), CollectiveError> {
+    fn shared_gather(
+        &mut self,
+        part: &[f32],
+        rows: usize,
+        widths: &[usize],
+        out: &mut [f32],
+    ) -> Result<(), CollectiveError> {
         let whole = widths.iter().sum::<usize>();
         let longest = rows * widths[1..].iter().copied().max().unwrap_or(0);
         for start in (0..longest).step_by(segment::SLOT) {
             let chunk = |len: usize| start.min(len)..(start + segment::SLOT).min(len);
             // Rank 0 publishes too, nothing: the others must know when it has read their slots.
-            let own = if self.rank == 0 { &[] } else { &part[chunk(part.len())] };
+            let own = if self.rank == 0 {
+                &[]
+            } else {
+                &part[chunk(part.len())]
+            };
             let round = self.publish(own)?;
             if self.rank != 0 {
                 continue;
@@ -354,7 +432,9 @@ impl HostGroup {
             let mut column = widths[0];
             for (rank, width) in (1..).zip(&widths[1..]) {
                 self.wait_for(rank, round)?;
-                let Some(segment) = &self.segment else { return Ok(()) };
+                let Some(segment) = &self.segment else {
+                    return Ok(());
+                };
                 let values = segment.values(rank, round, chunk(rows * width).len());
                 place_columns(out, whole, column, values, start.min(rows * width), *width);
                 column += width;
@@ -377,7 +457,9 @@ impl HostGroup {
 
     /// Waits for another rank in the shared memory, looking now and then whether anybody is lost.
     fn wait_for(&self, rank: u32, round: u32) -> Result<(), CollectiveError> {
-        let Some(segment) = &self.segment else { return Ok(()) };
+        let Some(segment) = &self.segment else {
+            return Ok(());
+        };
         let mut deadline = None;
         segment.wait(rank, round, &mut || {
             if self.aborted() {
@@ -391,7 +473,11 @@ impl HostGroup {
             if now < *deadline.get_or_insert(now + self.wait_max) {
                 return Ok(());
             }
-            Err(CollectiveError::RankLost { rank, ranks: self.ranks, reason: self.silence() })
+            Err(CollectiveError::RankLost {
+                rank,
+                ranks: self.ranks,
+                reason: self.silence(),
+            })
         })
     }
 }
@@ -404,7 +490,11 @@ impl Drop for HostGroup {
 
 impl std::fmt::Debug for HostGroup {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("HostGroup").field("rank", &self.rank).field("ranks", &self.ranks).field("transport", &self.transport()).finish()
+        f.debug_struct("HostGroup")
+            .field("rank", &self.rank)
+            .field("ranks", &self.ranks)
+            .field("transport", &self.transport())
+            .finish()
     }
 }
 
@@ -421,7 +511,13 @@ impl<Buf: AsRef<[f32]> + AsMut<[f32]>> Collective<Buf> for HostGroup {
         HostGroup::all_reduce_sum(self, &mut buf.as_mut()[..len])
     }
 
-    fn gather_columns(&mut self, part: &Buf, rows: usize, widths: &[usize], out: &mut Buf) -> Result<(), CollectiveError> {
+    fn gather_columns(
+        &mut self,
+        part: &Buf,
+        rows: usize,
+        widths: &[usize],
+        out: &mut Buf,
+    ) -> Result<(), CollectiveError> {
         HostGroup::gather_columns(self, part.as_ref(), rows, widths, out.as_mut())
     }
 
@@ -439,7 +535,14 @@ impl<Buf: AsRef<[f32]> + AsMut<[f32]>> Collective<Buf> for HostGroup {
 }
 
 /// Puts `values`, numbers `start ..` of a rank's `[rows, width]`, into columns `column ..` of `out [rows, whole]`.
-fn place_columns(out: &mut [f32], whole: usize, column: usize, mut values: &[f32], start: usize, width: usize) {
+fn place_columns(
+    out: &mut [f32],
+    whole: usize,
+    column: usize,
+    mut values: &[f32],
+    start: usize,
+    width: usize,
+) {
     let mut at = start;
     while !values.is_empty() {
         let (row, offset) = (at / width, at % width);

@@ -54,7 +54,10 @@ impl Name {
     fn path(name: &str) -> io::Result<PathBuf> {
         let valid = name.len() == 32 && name.bytes().all(|c| c.is_ascii_hexdigit());
         if !valid {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "odd name of shared memory"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "odd name of shared memory",
+            ));
         }
         Ok(PathBuf::from(format!("/dev/shm/tandem-{name}")))
     }
@@ -71,7 +74,12 @@ impl Drop for Name {
 impl Segment {
     /// Makes the shared memory for a group, under a random name that only this user can open.
     pub(super) fn create(ranks: u32) -> io::Result<(Segment, Name)> {
-        let name = Name(super::random::<16>()?.iter().map(|byte| format!("{byte:02x}")).collect());
+        let name = Name(
+            super::random::<16>()?
+                .iter()
+                .map(|byte| format!("{byte:02x}"))
+                .collect(),
+        );
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -97,14 +105,28 @@ impl Segment {
             .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
             .open(Name::path(name)?)?;
         let metadata = file.metadata()?;
-        if !metadata.is_file() || metadata.len() != bytes(ranks) as u64 || metadata.mode() & 0o077 != 0 {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "shared memory of an odd size or mode"));
+        if !metadata.is_file()
+            || metadata.len() != bytes(ranks) as u64
+            || metadata.mode() & 0o077 != 0
+        {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "shared memory of an odd size or mode",
+            ));
         }
         let segment = Segment::map(&file, ranks)?;
         // SAFETY: the mapping is longer than the header; rank 0 wrote it before it told the name.
-        let header = unsafe { (segment.map.as_ptr().cast::<u64>().read(), segment.map.as_ptr().add(8).cast::<u32>().read()) };
+        let header = unsafe {
+            (
+                segment.map.as_ptr().cast::<u64>().read(),
+                segment.map.as_ptr().add(8).cast::<u32>().read(),
+            )
+        };
         if header != (MAGIC, ranks) {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "shared memory of another layout"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "shared memory of another layout",
+            ));
         }
         Ok(segment)
     }
@@ -113,7 +135,11 @@ impl Segment {
         let map = MmapOptions::new().len(bytes(ranks)).map_raw(file)?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         // With more ranks than cores a spinning rank keeps the one it waits for from running.
-        let spin = if cores >= ranks as usize { SPIN } else { Duration::ZERO };
+        let spin = if cores >= ranks as usize {
+            SPIN
+        } else {
+            Duration::ZERO
+        };
         Ok(Segment { map, ranks, spin })
     }
 
@@ -132,7 +158,12 @@ impl Segment {
     }
 
     /// Waits until `rank` has published `round`. Spins, then sleeps, calling `alive` between two sleeps.
-    pub(super) fn wait<E>(&self, rank: u32, round: u32, alive: &mut dyn FnMut() -> Result<(), E>) -> Result<(), E> {
+    pub(super) fn wait<E>(
+        &self,
+        rank: u32,
+        round: u32,
+        alive: &mut dyn FnMut() -> Result<(), E>,
+    ) -> Result<(), E> {
         let counter = self.counter(rank);
         let reached = || reaches(counter.round.load(Ordering::Acquire), round);
         if reached() || self.spin(&reached) {
@@ -181,7 +212,8 @@ impl Segment {
 
     fn slot(&self, rank: u32, round: u32) -> *mut f32 {
         let index = rank as usize * 2 + (round % 2) as usize;
-        let offset = HEADER_BYTES + self.ranks as usize * COUNTER_BYTES + index * SLOT * size_of::<f32>();
+        let offset =
+            HEADER_BYTES + self.ranks as usize * COUNTER_BYTES + index * SLOT * size_of::<f32>();
         // SAFETY: `bytes` counts two slots per rank after the counters, so the offset lies inside the mapping.
         unsafe { self.map.as_mut_ptr().add(offset).cast() }
     }
@@ -189,7 +221,13 @@ impl Segment {
     fn counter(&self, rank: u32) -> &Counter {
         assert!(rank < self.ranks);
         // SAFETY: inside the mapping, aligned to 128 bytes, zero at first; all access to it is atomic.
-        unsafe { &*self.map.as_ptr().add(HEADER_BYTES + rank as usize * COUNTER_BYTES).cast::<Counter>() }
+        unsafe {
+            &*self
+                .map
+                .as_ptr()
+                .add(HEADER_BYTES + rank as usize * COUNTER_BYTES)
+                .cast::<Counter>()
+        }
     }
 }
 

@@ -15,7 +15,15 @@ pub(super) fn futex_wait(word: &AtomicU32, seen: u32, wait_max: Duration) {
         tv_nsec: libc::c_long::from(wait_max.subsec_nanos() as i32),
     };
     // SAFETY: `word` is a live, aligned u32 and `timeout` outlives the call; FUTEX_WAIT reads both and writes nothing.
-    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, seen, &timeout) };
+    unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            word.as_ptr(),
+            libc::FUTEX_WAIT,
+            seen,
+            &timeout,
+        )
+    };
 }
 
 /// Wakes all that sleep on `word`.
@@ -29,7 +37,11 @@ pub(super) fn futex_wake_all(word: &AtomicU32) {
 pub(super) fn reserve(file: &std::fs::File, bytes: usize) -> std::io::Result<()> {
     // SAFETY: the descriptor is open for writing as long as `file` lives.
     let error = unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, bytes as libc::off_t) };
-    if error == 0 { Ok(()) } else { Err(std::io::Error::from_raw_os_error(error)) }
+    if error == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::from_raw_os_error(error))
+    }
 }
 
 /// Makes the kernel probe an idle connection, so that a machine that lost its power ends it within 11 seconds.
@@ -44,7 +56,13 @@ pub(super) fn keep_alive(stream: &TcpStream) -> std::io::Result<()> {
         let value: libc::c_int = value;
         // SAFETY: the option's value is a c_int that outlives the call, and its size is passed.
         let result = unsafe {
-            libc::setsockopt(stream.as_raw_fd(), level, name, (&raw const value).cast(), size_of::<libc::c_int>() as libc::socklen_t)
+            libc::setsockopt(
+                stream.as_raw_fd(),
+                level,
+                name,
+                (&raw const value).cast(),
+                size_of::<libc::c_int>() as libc::socklen_t,
+            )
         };
         if result != 0 {
             return Err(std::io::Error::last_os_error());

@@ -1,0 +1,74 @@
+//! What the actors publish for callers on other threads: where an endpoint's door is, how far the store was seen.
+//!
+//! Actor memory can be rebuilt: a coordinator that is started anew publishes itself here again.
+
+use std::collections::HashMap;
+use std::sync::{PoisonError, RwLock};
+
+use actix::Addr;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::coordinator::CoordinatorActor;
+use super::endpoint::EndpointActor;
+
+/// The published addresses.
+#[derive(Debug)]
+pub struct Directory {
+    endpoints: RwLock<HashMap<String, Addr<EndpointActor>>>,
+    coordinator: RwLock<Option<(Addr<CoordinatorActor>, CancellationToken)>>,
+    /// The store's revision up to which the coordinator has seen changes.
+    seen: watch::Sender<u64>,
+}
+
+impl Default for Directory {
+    fn default() -> Self {
+        let (endpoints, coordinator) = (RwLock::default(), RwLock::default());
+        Directory { endpoints, coordinator, seen: watch::Sender::new(0) }
+    }
+}
+
+impl Directory {
+    /// An endpoint's door.
+    pub fn endpoint(&self, name: &str) -> Option<Addr<EndpointActor>> {
+        self.endpoints.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+    }
+
+    /// Publishes an endpoint's door, or takes it back.
+    pub fn set_endpoint(&self, name: &str, door: Option<Addr<EndpointActor>>) {
+        let mut endpoints = self.endpoints.write().unwrap_or_else(PoisonError::into_inner);
+        match door {
+            Some(door) => endpoints.insert(name.to_owned(), door),
+            None => endpoints.remove(name),
+        };
+    }
+
+    /// The coordinator, when it is up.
+    pub fn coordinator(&self) -> Option<Addr<CoordinatorActor>> {
+        self.incarnation().map(|(addr, _)| addr)
+    }
+
+    /// The coordinator, when it is up, and what is cancelled when it is gone.
+    pub fn incarnation(&self) -> Option<(Addr<CoordinatorActor>, CancellationToken)> {
+        self.coordinator.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Publishes the coordinator, or takes it back with all endpoints.
+    pub fn set_coordinator(&self, coordinator: Option<(Addr<CoordinatorActor>, CancellationToken)>) {
+        if coordinator.is_none() {
+            self.endpoints.write().unwrap_or_else(PoisonError::into_inner).clear();
+        }
+        *self.coordinator.write().unwrap_or_else(PoisonError::into_inner) = coordinator;
+    }
+
+    /// The coordinator has seen the store up to this revision.
+    pub fn set_seen(&self, revision: u64) {
+        self.seen.send_if_modified(|seen| std::mem::replace(seen, revision.max(*seen)) < revision);
+    }
+
+    /// Waits until the coordinator has seen the store up to this revision: what was written is then in force.
+    pub async fn wait_seen(&self, revision: u64) {
+        // The sender is part of this directory: it cannot be gone.
+        let _ = self.seen.subscribe().wait_for(|seen| *seen >= revision).await;
+    }
+}

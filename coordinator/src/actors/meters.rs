@@ -1,0 +1,103 @@
+//! The cluster's numbers, through the `metrics` facade. Labels are bounded: the endpoint's name and a closed list of
+//! outcomes.
+
+use std::time::Duration;
+
+use common::request::End;
+use common::wire::message::Health;
+use metrics::{counter, gauge, histogram};
+
+/// Describes all meters; call once the recorder is installed.
+pub fn describe() {
+    use metrics::{Unit, describe_counter as counts, describe_gauge as gauges, describe_histogram as times};
+    counts!("tandem_requests_total", "prompts that ended, by endpoint and outcome");
+    counts!("tandem_prompt_tokens_total", "prompt tokens of accepted requests");
+    counts!("tandem_generation_tokens_total", "output tokens delivered");
+    gauges!("tandem_requests_waiting", "prompts waiting in the coordinator");
+    gauges!("tandem_requests_running", "prompts given to replicas");
+    times!("tandem_time_to_first_token_seconds", Unit::Seconds, "from a prompt's arrival to its first token");
+    times!("tandem_inter_token_latency_seconds", Unit::Seconds, "between two tokens of an answer");
+    times!("tandem_step_seconds", Unit::Seconds, "one step of an engine");
+    gauges!("tandem_kv_blocks_used", "KV blocks in use");
+    gauges!("tandem_kv_blocks_total", "KV blocks in all");
+    counts!("tandem_prefix_cache_queries_total", "prompt tokens looked up in the prefix cache");
+    counts!("tandem_prefix_cache_hits_total", "prompt tokens found in the prefix cache");
+    counts!("tandem_preemptions_total", "sequences preempted");
+    gauges!("tandem_workers", "workers with a link");
+}
+
+/// One endpoint's meters.
+#[derive(Debug)]
+pub struct Meters {
+    endpoint: String,
+    prompt_tokens: metrics::Counter,
+    generation_tokens: metrics::Counter,
+    first_token: metrics::Histogram,
+    inter_token: metrics::Histogram,
+}
+
+impl Meters {
+    /// Meters labelled with the endpoint's name.
+    pub fn new(endpoint: &str) -> Self {
+        let endpoint = endpoint.to_owned();
+        Meters {
+            prompt_tokens: counter!("tandem_prompt_tokens_total", "endpoint" => endpoint.clone()),
+            generation_tokens: counter!("tandem_generation_tokens_total", "endpoint" => endpoint.clone()),
+            first_token: histogram!("tandem_time_to_first_token_seconds", "endpoint" => endpoint.clone()),
+            inter_token: histogram!("tandem_inter_token_latency_seconds", "endpoint" => endpoint.clone()),
+            endpoint,
+        }
+    }
+
+    /// A prompt is over.
+    pub fn ended(&self, outcome: &'static str) {
+        counter!("tandem_requests_total", "endpoint" => self.endpoint.clone(), "outcome" => outcome).increment(1);
+    }
+
+    /// A worker has counted a prompt.
+    pub fn accepted(&self, prompt_tokens: u32) {
+        self.prompt_tokens.increment(u64::from(prompt_tokens));
+    }
+
+    /// Output came: how many tokens, after which time.
+    pub fn output(&self, tokens: usize, waited: Duration, first: bool) {
+        self.generation_tokens.increment(tokens as u64);
+        if first {
+            self.first_token.record(waited.as_secs_f64());
+        } else if tokens > 0 {
+            self.inter_token.record(waited.as_secs_f64() / tokens as f64);
+        }
+    }
+
+    /// What waits and runs now.
+    pub fn load(&self, waiting: u64, running: u64) {
+        gauge!("tandem_requests_waiting", "endpoint" => self.endpoint.clone()).set(waiting as f64);
+        gauge!("tandem_requests_running", "endpoint" => self.endpoint.clone()).set(running as f64);
+    }
+
+    /// A replica's counters went on from `before` to `now`.
+    pub fn health(&self, before: &Health, now: &Health) {
+        let endpoint = || self.endpoint.clone();
+        gauge!("tandem_kv_blocks_used", "endpoint" => endpoint()).set(f64::from(now.kv_blocks_used));
+        gauge!("tandem_kv_blocks_total", "endpoint" => endpoint()).set(f64::from(now.kv_blocks_total));
+        let more = |name: &'static str, before: u64, now: u64| {
+            counter!(name, "endpoint" => endpoint()).increment(now.saturating_sub(before));
+        };
+        more("tandem_prefix_cache_queries_total", before.prefix_queries, now.prefix_queries);
+        more("tandem_prefix_cache_hits_total", before.prefix_hits, now.prefix_hits);
+        more("tandem_preemptions_total", before.preemptions, now.preemptions);
+        let steps = histogram!("tandem_step_seconds", "endpoint" => endpoint());
+        now.step_us.iter().for_each(|&us| steps.record(f64::from(us) / 1e6));
+    }
+}
+
+/// An end as a label.
+pub fn outcome(end: &End) -> &'static str {
+    match end {
+        End::Stop => "stop",
+        End::Length => "length",
+        End::Deadline => "deadline",
+        End::Cancelled => "cancelled",
+        End::Error(_) => "error",
+    }
+}

@@ -1,0 +1,352 @@
+//! One generation of one replica: a shard group from its loading to its end.
+//!
+//! Owns the members' links and states, and says how the group stands; gives requests to rank 0. Decides nothing about
+//! where a replica goes: when it is over it says why, and the coordinator makes another generation.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use actix::fut::ActorFutureExt;
+use actix::{Actor, ActorContext, AsyncContext, Context, Handler, Recipient, WrapFuture};
+use common::ids::{Generation, ReplicaId, WorkerId};
+use common::request::FailureKind;
+use common::wire::message::{Command, GroupMember, Health, HeldShard, ModelSource, ShardSpec, ShardState, Start};
+
+use tokio_util::sync::CancellationToken;
+
+use super::death::DeathNotice;
+use super::flight::{Flight, Ticket};
+use super::link::Link;
+use super::messages::{
+    Died, Dispatch, MemberJoined, MemberLeft, MemberNews, ReplicaStatus, Retire, ShardNews, Status, Who,
+};
+use super::meters::Meters;
+use super::permit::{Credits, Permit};
+use super::record::Assignment;
+
+/// Requests on their way to a replica: more than any size admits.
+const MAILBOX: usize = 256;
+/// How often time-outs are looked at.
+const TICK: Duration = Duration::from_millis(200);
+/// A busy link is left alone for so long.
+const BUSY_PAUSE: Duration = Duration::from_millis(50);
+/// A worker whose link broke redials at once; one that does not is lost.
+pub const LOST_GRACE: Duration = Duration::from_millis(1500);
+/// After a restart of the coordinator, workers come back within their longest redial pause.
+pub const RESTART_GRACE: Duration = Duration::from_secs(10);
+
+/// A shard group.
+pub struct Replica {
+    assignment: Assignment,
+    ranks: Vec<Rank>,
+    credits: Arc<Credits>,
+    meters: Arc<Meters>,
+    /// Until when missing members may come back.
+    grace_until: Instant,
+    /// Let go at this moment, or when nothing runs.
+    retire_at: Option<Instant>,
+    health: Health,
+    stalled: bool,
+    /// Why it is over.
+    over: Option<(bool, String)>,
+}
+
+struct Rank {
+    worker: WorkerId,
+    link: Option<Arc<Link>>,
+    state: Option<ShardState>,
+}
+
+/// A member to load a shard on.
+#[derive(Debug, Clone)]
+pub struct Member {
+    /// Its link.
+    pub link: Arc<Link>,
+    /// Where it accepts other ranks.
+    pub group_address: String,
+}
+
+impl Replica {
+    /// A replica whose members are told to load now.
+    pub fn load(assignment: Assignment, members: &[Member], credits: Arc<Credits>, meters: Arc<Meters>, now: Instant) -> Self {
+        let group_key: [u8; 32] = rand::random();
+        let group: Vec<GroupMember> = members
+            .iter()
+            .map(|member| GroupMember { worker: member.link.worker.clone(), group_address: member.group_address.clone() })
+            .collect();
+        let mut ranks = Vec::new();
+        for (rank, member) in members.iter().enumerate() {
+            let shard = ShardSpec {
+                replica: assignment.replica,
+                generation: assignment.generation,
+                rank: rank as u32,
+                members: group.clone(),
+                group_key,
+                source: ModelSource::Folder(assignment.folder.clone()),
+                options: assignment.options.wire(),
+            };
+            member.link.command(Command::Load { term: member.link.term(), shard: Box::new(shard) });
+            ranks.push(Rank { worker: member.link.worker.clone(), link: Some(member.link.clone()), state: None });
+        }
+        Self::with_ranks(assignment, ranks, credits, meters, now + LOST_GRACE)
+    }
+
+    /// A replica of before the coordinator's restart: its members may come back with their shards.
+    pub fn restored(assignment: Assignment, credits: Arc<Credits>, meters: Arc<Meters>, now: Instant) -> Self {
+        let rank = |worker: &WorkerId| Rank { worker: worker.clone(), link: None, state: None };
+        let ranks = assignment.members.iter().map(rank).collect();
+        Self::with_ranks(assignment, ranks, credits, meters, now + RESTART_GRACE)
+    }
+
+    fn with_ranks(assignment: Assignment, ranks: Vec<Rank>, credits: Arc<Credits>, meters: Arc<Meters>, grace_until: Instant) -> Self {
+        let (health, retire_at, over) = (Health::default(), None, None);
+        Replica { assignment, ranks, credits, meters, grace_until, retire_at, health, stalled: false, over }
+    }
+
+    fn id(&self) -> (ReplicaId, Generation) {
+        (self.assignment.replica, self.assignment.generation)
+    }
+
+    fn rank_of(&mut self, link: &Link) -> Option<&mut Rank> {
+        self.ranks.iter_mut().find(|rank| rank.worker == link.worker)
+    }
+
+    /// A member's worker is there again, with its shard or without.
+    fn joined(&mut self, link: Arc<Link>, held: Option<HeldShard>) {
+        let Some(position) = self.ranks.iter().position(|rank| rank.worker == link.worker) else { return };
+        let rank = &mut self.ranks[position];
+        rank.link = Some(link);
+        match held {
+            Some(held) if held.rank as usize == position => self.state(position, held.state),
+            _ => {
+                let message = format!("worker {} came back without its shard", rank.worker);
+                self.end(false, message);
+            }
+        }
+    }
+
+    /// A member's link is gone.
+    fn left(&mut self, link: &Arc<Link>, reason: &str, now: Instant) {
+        let Some(rank) = self.rank_of(link) else { return };
+        // A newer link of the same worker stays.
+        if rank.link.as_ref().is_some_and(|current| !Arc::ptr_eq(current, link)) {
+            return;
+        }
+        rank.link = None;
+        tracing::warn!(worker = %link.worker, reason, "a member of a replica is gone");
+        self.grace_until = now + LOST_GRACE;
+    }
+
+    fn news(&mut self, link: &Link, news: ShardNews) {
+        let Some(position) = self.ranks.iter().position(|rank| rank.worker == link.worker) else { return };
+        match news {
+            ShardNews::State(state) => self.state(position, state),
+            ShardNews::Health(health) if position == 0 => {
+                self.meters.health(&self.health, &health);
+                self.stalled = health.stalled;
+                self.health = *health;
+            }
+            ShardNews::Health(_) => {}
+        }
+    }
+
+    fn state(&mut self, position: usize, state: ShardState) {
+        let rank = &mut self.ranks[position];
+        let worker = rank.worker.clone();
+        rank.state = Some(state.clone());
+        match state {
+            ShardState::Failed(failure) => {
+                let fatal = matches!(failure.kind, FailureKind::BadRequest | FailureKind::TooLarge);
+                self.end(fatal, format!("rank {position} on {worker}: {}", failure.message));
+            }
+            ShardState::Unloaded => self.end(false, format!("rank {position} on {worker} was let go")),
+            ShardState::Loading { .. } | ShardState::Ready(_) => {}
+        }
+    }
+
+    /// Looks at the time-outs.
+    fn tick(&mut self, now: Instant) {
+        let missing = self.ranks.iter().find(|rank| rank.link.is_none());
+        if let Some(rank) = missing
+            && now >= self.grace_until
+        {
+            let message = format!("worker {} is lost", rank.worker);
+            self.end(false, message);
+        }
+        if self.retire_at.is_some_and(|at| now >= at || self.credits.running() == 0) {
+            self.end(false, "the replica is not wanted any more".to_owned());
+        }
+    }
+
+    /// The first reason counts.
+    fn end(&mut self, fatal: bool, message: String) {
+        self.over.get_or_insert((fatal, message));
+    }
+
+    fn status(&self) -> Status {
+        if let Some((fatal, message)) = &self.over {
+            return Status::Over { fatal: *fatal, message: message.clone() };
+        }
+        if let Some(rank) = self.ranks.iter().find(|rank| rank.link.is_none()) {
+            return Status::Waiting(format!("waiting for worker {}", rank.worker));
+        }
+        if self.stalled {
+            return Status::Stalled;
+        }
+        let (mut stage, mut done, mut total, mut ready) = (None, 0, 0, None);
+        for rank in &self.ranks {
+            match &rank.state {
+                Some(ShardState::Ready(facts)) => {
+                    done += facts.weight_bytes;
+                    total += facts.weight_bytes;
+                    ready = ready.or(Some(facts));
+                }
+                Some(ShardState::Loading { stage: said, done_bytes, total_bytes }) => {
+                    done += done_bytes;
+                    total += total_bytes;
+                    stage = stage.or(Some(said.as_str()));
+                }
+                _ => stage = stage.or(Some("asking the workers")),
+            }
+        }
+        match (stage, ready) {
+            (None, Some(facts)) => Status::Ready { task: facts.task.clone(), numerics_id: facts.numerics_id },
+            (stage, _) => {
+                let percent = if total > 0 { format!(" {} %", done * 100 / total) } else { String::new() };
+                Status::Starting(format!("{}{percent}", stage.unwrap_or("asking the workers")))
+            }
+        }
+    }
+
+    /// Gives a request to rank 0, or back to the queue.
+    fn dispatch(&self, ticket: Ticket, permit: Permit) {
+        let (replica, generation) = self.id();
+        let flight = Flight::new(ticket, replica, permit);
+        let leader = self.ranks.first().and_then(|rank| rank.link.clone()).filter(|_| self.over.is_none());
+        let Some(leader) = leader else { return flight.put_back(BUSY_PAUSE) };
+        let start = |flight: &Flight| {
+            let ticket = flight.ticket();
+            let left = ticket.deadline.saturating_duration_since(Instant::now());
+            Start {
+                request: ticket.request,
+                replica,
+                generation,
+                attempt: ticket.attempt,
+                generate: ticket.generate.clone(),
+                resume: Vec::new(),
+                deadline_ms: Some(left.as_millis() as u64),
+            }
+        };
+        if let Err(flight) = leader.start(flight, start) {
+            flight.put_back(BUSY_PAUSE);
+        }
+    }
+
+    /// It is over: requests go elsewhere, shards go.
+    fn let_go(&self, reason: &str) {
+        let (replica, generation) = self.id();
+        self.credits.set_up(false, Instant::now());
+        for link in self.ranks.iter().filter_map(|rank| rank.link.as_ref()) {
+            link.replica_lost(replica, reason);
+            link.command(Command::Unload { term: link.term(), replica, generation });
+        }
+    }
+}
+
+/// A [`Replica`] as an actor.
+pub struct ReplicaActor {
+    replica: Replica,
+    told: Option<Status>,
+    parent: Recipient<ReplicaStatus>,
+    incarnation: CancellationToken,
+    death: DeathNotice,
+}
+
+impl ReplicaActor {
+    /// An actor that tells `parent` how the replica stands and `watcher` when it is gone. It ends with `incarnation`.
+    pub fn new(
+        replica: Replica,
+        parent: Recipient<ReplicaStatus>,
+        watcher: Recipient<Died>,
+        incarnation: CancellationToken,
+    ) -> Self {
+        let (id, generation) = replica.id();
+        let death = DeathNotice::new(watcher, Who::Replica(id, generation));
+        ReplicaActor { replica, told: None, parent, incarnation, death }
+    }
+
+    /// After each message: tells the parent what is new, and ends when the replica is over.
+    fn settle(&mut self, ctx: &mut Context<Self>) {
+        let status = self.replica.status();
+        let serving = matches!(status, Status::Ready { .. }) && self.replica.retire_at.is_none();
+        self.replica.credits.set_up(serving, Instant::now());
+        if self.told.as_ref() == Some(&status) {
+            return;
+        }
+        if let Status::Over { message, .. } = &status {
+            self.replica.let_go(message);
+            self.death.orderly();
+            ctx.stop();
+        }
+        let (replica, generation) = self.replica.id();
+        // Once per change of a status: control, and it must arrive.
+        self.parent.do_send(ReplicaStatus { replica, generation, status: status.clone() });
+        self.told = Some(status);
+    }
+}
+
+impl Actor for ReplicaActor {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        ctx.set_mailbox_capacity(MAILBOX);
+        ctx.run_interval(TICK, |actor, ctx| {
+            actor.replica.tick(Instant::now());
+            actor.settle(ctx);
+        });
+        let over = self.incarnation.clone();
+        ctx.spawn(async move { over.cancelled().await }.into_actor(self).map(|(), _, ctx| ctx.stop()));
+        self.settle(ctx);
+    }
+}
+
+impl Handler<Dispatch> for ReplicaActor {
+    type Result = ();
+    fn handle(&mut self, message: Dispatch, _: &mut Self::Context) {
+        self.replica.dispatch(message.ticket, message.permit);
+    }
+}
+
+impl Handler<MemberJoined> for ReplicaActor {
+    type Result = ();
+    fn handle(&mut self, message: MemberJoined, ctx: &mut Self::Context) {
+        self.replica.joined(message.link, message.held);
+        self.settle(ctx);
+    }
+}
+
+impl Handler<MemberLeft> for ReplicaActor {
+    type Result = ();
+    fn handle(&mut self, message: MemberLeft, ctx: &mut Self::Context) {
+        self.replica.left(&message.link, &message.reason, Instant::now());
+        self.settle(ctx);
+    }
+}
+
+impl Handler<MemberNews> for ReplicaActor {
+    type Result = ();
+    fn handle(&mut self, message: MemberNews, ctx: &mut Self::Context) {
+        self.replica.news(&message.link, message.news);
+        self.settle(ctx);
+    }
+}
+
+impl Handler<Retire> for ReplicaActor {
+    type Result = ();
+    fn handle(&mut self, message: Retire, ctx: &mut Self::Context) {
+        let now = Instant::now();
+        self.replica.retire_at = Some(now + message.drain);
+        self.replica.tick(now);
+        self.settle(ctx);
+    }
+}

@@ -1,0 +1,159 @@
+//! Faults: workers and actors that die, links that break.
+
+use common::request::{End, Failure, FailureKind};
+use tempfile::TempDir;
+
+use crate::Core;
+use crate::actors::testing::{FakeWorker, cluster, config, held, whole};
+use crate::api::{DeploymentState, ErrorKind, Gateway};
+
+async fn empty() -> (TempDir, Core) {
+    let folder = tempfile::tempdir().unwrap();
+    let core = cluster(folder.path(), |text| text).await;
+    (folder, core)
+}
+
+#[actix::test]
+async fn a_worker_that_dies_and_comes_back_is_used_again() {
+    let (_folder, core) = empty().await;
+    let mut worker = FakeWorker::join(&core, "0").await;
+    core.create("e", config("tiny", "CPU")).await.unwrap();
+    let before = worker.serve().await;
+    core.until_ready("e").await;
+    drop(worker);
+    let view = core.until("e", "lost", |view| !view.ready).await;
+    assert_eq!(view.active.unwrap().entities[0].state, DeploymentState::Recovering);
+    assert_eq!(core.ask("e", "p").await.unwrap_err().kind, ErrorKind::Unavailable);
+    let mut worker = FakeWorker::join(&core, "0").await;
+    let after = worker.serve().await;
+    assert_eq!(after.replica, before.replica);
+    assert!(after.generation > before.generation);
+    core.until_ready("e").await;
+}
+
+#[actix::test]
+async fn a_link_that_breaks_and_comes_back_with_its_shard_loads_nothing() {
+    let (_folder, core) = empty().await;
+    let mut worker = FakeWorker::join(&core, "0").await;
+    core.create("e", config("tiny", "CPU")).await.unwrap();
+    let shard = worker.serve().await;
+    core.until_ready("e").await;
+    drop(worker);
+    let mut worker = FakeWorker::join_with(&core, "0", vec![held(&shard)]).await;
+    core.until_ready("e").await;
+    let (answer, start) = tokio::join!(core.ask("e", "p"), worker.accept());
+    assert_eq!((start.generation, answer.is_ok()), (shard.generation, true));
+}
+
+#[actix::test]
+async fn a_request_without_output_is_run_again_elsewhere() {
+    let (_folder, core) = empty().await;
+    let mut first = FakeWorker::join(&core, "0").await;
+    core.create("e", config("tiny", "CPU")).await.unwrap();
+    first.serve().await;
+    core.until_ready("e").await;
+    let mut second = FakeWorker::join(&core, "1").await;
+    let (answer, start) = tokio::join!(core.ask("e", "p"), async {
+        let started = first.accept().await;
+        drop(first);
+        second.serve().await;
+        let again = second.accept().await;
+        second.token(&again, "done").await;
+        second.end(&again, End::Stop).await;
+        (started, again)
+    });
+    assert_eq!((start.0.request, start.0.attempt), (start.1.request, 0));
+    assert_eq!(start.1.attempt, 1);
+    assert_eq!(whole(answer.unwrap()).await, ("done".into(), End::Stop));
+}
+
+#[actix::test]
+async fn a_request_with_output_ends_with_an_error_that_may_be_tried_again() {
+    let (_folder, core) = empty().await;
+    let mut worker = FakeWorker::join(&core, "0").await;
+    core.create("e", config("tiny", "CPU")).await.unwrap();
+    worker.serve().await;
+    core.until_ready("e").await;
+    let (answer, start) = tokio::join!(core.ask("e", "p"), worker.accept());
+    worker.token(&start, "half").await;
+    let mut answer = answer.unwrap();
+    // Seen by the client before the worker dies.
+    assert!(answer.generations[0].events.recv().await.is_some());
+    drop(worker);
+    let (_, end) = whole(answer).await;
+    let End::Error(failure) = end else { panic!("{end:?}") };
+    assert!(failure.kind.retryable() && failure.message.contains("worker n/0"), "{failure:?}");
+}
+
+#[actix::test]
+async fn a_group_that_loses_a_rank_is_formed_anew_with_the_next_generation() {
+    let (_folder, core) = empty().await;
+    let mut first = FakeWorker::join(&core, "0").await;
+    let mut second = FakeWorker::join(&core, "1").await;
+    core.create("e", config("tiny", "PAIR")).await.unwrap();
+    let (one, _) = (first.serve().await, second.serve().await);
+    core.until_ready("e").await;
+    drop(second);
+    assert_eq!(first.unload().await, one.replica);
+    core.until("e", "lost", |view| !view.ready).await;
+    let mut second = FakeWorker::join(&core, "1").await;
+    let (again, other) = (first.serve().await, second.serve().await);
+    assert!(again.generation > one.generation && again.generation == other.generation);
+    assert_ne!(again.group_key, one.group_key);
+    core.until_ready("e").await;
+}
+
+#[actix::test]
+async fn a_shard_that_fails_while_serving_is_loaded_again() {
+    let (_folder, core) = empty().await;
+    let mut worker = FakeWorker::join(&core, "0").await;
+    core.create("e", config("tiny", "CPU")).await.unwrap();
+    let shard = worker.serve().await;
+    core.until_ready("e").await;
+    let failure = Failure::new(FailureKind::Internal, "the engine panicked");
+    worker.state(&shard, common::wire::message::ShardState::Failed(failure)).await;
+    assert_eq!(worker.unload().await, shard.replica);
+    assert!(worker.serve().await.generation > shard.generation);
+    core.until_ready("e").await;
+}
+
+#[actix::test]
+async fn actors_that_panic_are_started_again() {
+    let (_folder, core) = empty().await;
+    let mut worker = FakeWorker::join(&core, "0").await;
+    core.create("e", config("tiny", "CPU")).await.unwrap();
+    let shard = worker.serve().await;
+    core.until_ready("e").await;
+    let directory = core.doorkeeper.directory.clone();
+
+    directory.endpoint("e").unwrap().do_send(super::Panic);
+    let mut patience = 0;
+    let start = loop {
+        // The door may be the old one for a moment.
+        let asked = async { core.ask("e", "p").await };
+        tokio::select! {
+            answer = asked => assert_eq!(answer.unwrap_err().kind, ErrorKind::Unavailable),
+            start = worker.start() => break start,
+        }
+        patience += 1;
+        assert!(patience < 1000);
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    };
+    assert_eq!(worker.cancel().await, start.request);
+
+    directory.coordinator().unwrap().do_send(super::Panic);
+    assert!(worker.command().await.is_none(), "its links are cut");
+    let mut worker = loop {
+        let mut worker = FakeWorker::dial(
+            &core,
+            common::wire::message::Hello { shards: vec![held(&shard)], ..FakeWorker::hello(&core, "0") },
+        )
+        .await;
+        if worker.command().await.is_some() {
+            break worker;
+        }
+    };
+    core.until_ready("e").await;
+    let (answer, start) = tokio::join!(core.ask("e", "p"), worker.accept());
+    assert_eq!((start.generation, answer.is_ok()), (shard.generation, true));
+}

@@ -1,0 +1,227 @@
+//! `coordinator check`: what would be placed where, from cluster.toml and the models' headers alone.
+//!
+//! Takes every worker to be there. Starts nothing and writes nothing.
+
+use std::fmt::Write;
+use std::sync::Arc;
+
+use anyhow::Result;
+use common::config::Cluster;
+use common::wire::message::DeviceKind;
+
+use crate::api::WorkloadSize;
+use crate::policy::bytes_text;
+use crate::policy::fit::{self, Fit, Wish};
+use crate::policy::memory_plan;
+use crate::policy::placement::Place;
+use crate::policy::workload;
+use crate::registry::{LocalRegistry, ModelFacts};
+use crate::seed;
+
+/// The report, and whether everything in it is well.
+#[derive(Debug)]
+pub struct Report {
+    /// Lines for people.
+    pub text: String,
+    /// No model is broken and every endpoint has a place.
+    pub well: bool,
+}
+
+/// Checks models, workload types and endpoints. Blocks: reads headers.
+///
+/// # Errors
+/// Never for what is wrong with the cluster: that is in the report.
+pub fn report(cluster: &Cluster) -> Result<Report> {
+    let registry = LocalRegistry::new(cluster.models.clone());
+    let mut report = Report { text: String::new(), well: true };
+    devices(cluster, &mut report)?;
+    models(cluster, &registry, &mut report)?;
+    endpoints(cluster, &registry, &mut report)?;
+    Ok(report)
+}
+
+fn places(cluster: &Cluster) -> Vec<Place> {
+    let mut places = Vec::new();
+    for node in &cluster.nodes {
+        for device in &node.devices {
+            places.push(Place {
+                worker: device.worker.0.clone(),
+                node: node.name.clone(),
+                kind: device.kind,
+                free_bytes: device.memory_bytes,
+                linked: true,
+            });
+        }
+    }
+    places
+}
+
+fn devices(cluster: &Cluster, report: &mut Report) -> Result<()> {
+    writeln!(report.text, "Devices")?;
+    for node in &cluster.nodes {
+        for device in &node.devices {
+            let kind = match device.kind {
+                DeviceKind::Cpu => "cpu".to_owned(),
+                DeviceKind::Cuda => format!("cuda:{}", device.ordinal),
+            };
+            let memory = device.memory_bytes.map_or("as the device says".into(), bytes_text);
+            writeln!(report.text, "  {:<24} {kind:<8} {memory:<20} at {}", device.worker.0, node.address)?;
+        }
+    }
+    writeln!(report.text)?;
+    Ok(())
+}
+
+/// One line per model and workload type: bytes per rank, and how many sequences at the longest context then fit.
+fn models(cluster: &Cluster, registry: &LocalRegistry, report: &mut Report) -> Result<()> {
+    writeln!(report.text, "Models by workload type, bytes on each rank (KV sized for workload size Large where there is room)")?;
+    let head = ["model", "type", "ranks", "weights", "workspace", "KV pool", "sum", "context", "concurrency"];
+    let mut rows: Vec<[String; 9]> = vec![head.map(str::to_owned)];
+    let mut notes = Vec::new();
+    for model in registry.models() {
+        let name = format!("{} v{}", model.name, model.version);
+        let facts = match registry.facts(model) {
+            Ok(facts) => facts,
+            Err(error) => {
+                report.well = false;
+                notes.push(format!("  {name}: {error}"));
+                continue;
+            }
+        };
+        for workload in &cluster.workload_types {
+            let concurrency = WorkloadSize::Large.concurrency();
+            let need = match memory_plan::need(&facts, workload.device, workload.shards, concurrency) {
+                Ok(need) => need,
+                Err(error) => {
+                    notes.push(format!("  {name} on {}: {error}", workload.name));
+                    continue;
+                }
+            };
+            let fitted = fit::fit(Wish { facts: &facts, workload, concurrency }, &places(cluster), &cluster.workload_types);
+            let plan = fitted.map(|fit| fit.plan);
+            if let Err(error) = &plan {
+                notes.push(format!("  {name} on {}: {error}", workload.name));
+            }
+            let planned = |text: &dyn Fn(&memory_plan::MemoryPlan) -> String| plan.as_ref().map_or("-".to_owned(), text);
+            rows.push([
+                name.clone(),
+                workload.name.clone(),
+                workload.shards.to_string(),
+                bytes_text(need.weight_bytes),
+                bytes_text(need.workspace_bytes + need.overhead_bytes),
+                planned(&|plan| bytes_text(plan.kv_bytes())),
+                planned(&|plan| bytes_text(plan.bytes())),
+                need.context_max.to_string(),
+                planned(&|plan| plan.concurrency().to_string()),
+            ]);
+        }
+    }
+    table(&rows, &mut report.text)?;
+    for note in notes {
+        writeln!(report.text, "{note}")?;
+    }
+    writeln!(report.text)?;
+    Ok(())
+}
+
+fn table(rows: &[[String; 9]], text: &mut String) -> Result<()> {
+    let widths: Vec<usize> = (0..9).map(|i| rows.iter().map(|row| row[i].chars().count()).max().unwrap_or(0)).collect();
+    for row in rows {
+        let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:<width$}")).collect();
+        writeln!(text, "  {}", cells.join("  ").trim_end())?;
+    }
+    Ok(())
+}
+
+/// The endpoints of cluster.toml, placed one after another.
+fn endpoints(cluster: &Cluster, registry: &LocalRegistry, report: &mut Report) -> Result<()> {
+    if cluster.endpoints.is_empty() {
+        writeln!(report.text, "No endpoints in cluster.toml; the API creates them.")?;
+        return Ok(());
+    }
+    writeln!(report.text, "Endpoints")?;
+    let mut places = places(cluster);
+    for entry in &cluster.endpoints {
+        let config = match seed::config(entry) {
+            Ok(config) => config,
+            Err(error) => {
+                report.well = false;
+                writeln!(report.text, "  {}: {error}", entry.name)?;
+                continue;
+            }
+        };
+        for entity in config.entities {
+            let size = entity.workload_size;
+            let placed = registry.facts(&entity.model).map(Arc::new).map_err(|e| e.to_string()).and_then(|facts: Arc<ModelFacts>| {
+                let workload =
+                    workload::resolve(&cluster.workload_types, &entity.workload_type, size).map_err(|e| e.message)?;
+                let wish = Wish { facts: &facts, workload, concurrency: size.concurrency() };
+                let fit = fit::fit(wish, &places, &cluster.workload_types).map_err(|e| e.to_string())?;
+                Ok((fit, workload::stand_in(workload)))
+            });
+            let label = format!("  {} / {} ({}, {})", entry.name, entity.name, entity.workload_type, size.name());
+            match placed {
+                Ok((Fit { devices, plan }, stand_in)) => {
+                    let mut workers = Vec::new();
+                    for device in devices {
+                        let place = &mut places[device];
+                        workers.push(place.worker.clone());
+                        place.free_bytes = place.free_bytes.map(|free| free.saturating_sub(plan.bytes()));
+                    }
+                    let stand_in = stand_in.map(|words| format!("; {words}")).unwrap_or_default();
+                    writeln!(report.text, "{label}: on {}, {} each{stand_in}", workers.join(", "), bytes_text(plan.bytes()))?;
+                }
+                Err(error) => {
+                    report.well = false;
+                    writeln!(report.text, "{label}: {error}")?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn check(change: impl FnOnce(String) -> String) -> Report {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let models = root.join("tests/models").canonicalize().unwrap();
+        let text = std::fs::read_to_string(root.join("cluster.toml")).unwrap();
+        let text = text.replace("path = \"tests/models", &format!("path = \"{}", models.display()));
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("cluster.toml"), change(text)).unwrap();
+        let cluster = common::config::load(&folder.path().join("cluster.toml")).unwrap();
+        report(&cluster).unwrap()
+    }
+
+    const ENDPOINT: &str = "\n[[endpoints]]\nname = \"e\"\n[[endpoints.served_entities]]\n\
+        entity_name = \"ml.demo.tiny-llama\"\nentity_version = 1\nworkload_type = \"GPU_LARGE_2\"\n";
+
+    #[test]
+    fn the_committed_cluster_is_well_and_every_model_fits_every_type() {
+        let report = check(|text| text);
+        assert!(report.well, "{}", report.text);
+        for words in ["local/cpu0", "ml.demo.tiny-mpt v1", "GPU_LARGE_2", "concurrency", "No endpoints"] {
+            assert!(report.text.contains(words), "no {words} in\n{}", report.text);
+        }
+    }
+
+    #[test]
+    fn an_endpoint_is_placed_and_one_that_cannot_be_is_not_well() {
+        let report = check(|text| text + ENDPOINT);
+        assert!(report.well && report.text.contains("e / tiny-llama-1 (GPU_LARGE_2, Small): on local/cpu0, local/cpu1"), "{}", report.text);
+        assert!(report.text.contains("2 CPU shards stand in for 2 x A100 80 GB"), "{}", report.text);
+        let tight = check(|text| text.replace("memory = \"4GiB\"", "memory = \"8MiB\"") + ENDPOINT);
+        assert!(!tight.well && tight.text.contains("does not fit workload type GPU_LARGE_2"), "{}", tight.text);
+    }
+
+    #[test]
+    fn a_model_whose_folder_is_gone_is_named() {
+        let report = check(|text| text.replace("tiny-mpt\"\n", "tiny-gone\"\n"));
+        assert!(!report.well && report.text.contains("is not a folder"), "{}", report.text);
+    }
+}

@@ -1,0 +1,158 @@
+//! The HTTP API: JSON in, JSON or events out, and nothing else.
+//!
+//! Knows the cluster through [`Gateway`] alone. Bodies are parsed at the door into checked types (`spec`, `inputs`,
+//! `openai`); handlers are shims (`endpoints`, `invocations`, `ops`); status codes are in `error`.
+
+mod auth;
+mod endpoints;
+mod error;
+mod inputs;
+mod invocations;
+mod json;
+mod openai;
+mod ops;
+mod parts;
+mod replies;
+mod sampling;
+mod spec;
+mod sse;
+#[cfg(test)]
+mod tests;
+mod view;
+
+pub use auth::TokenTable;
+pub use ops::build_recorder;
+
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use actix_web::body::{BoxBody, MessageBody};
+use actix_web::dev::{Server, ServiceFactory, ServiceRequest, ServiceResponse};
+use actix_web::http::header::{HeaderMap, HeaderName, HeaderValue};
+use actix_web::middleware::{Next, NormalizePath, from_fn};
+use actix_web::web::{Data, PayloadConfig};
+use actix_web::{App, HttpMessage, HttpServer};
+use common::config::Limits;
+use metrics_exporter_prometheus::PrometheusHandle;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::api::Gateway;
+
+/// Threads that parse and write; they leave the machine to the engines.
+const THREADS: usize = 2;
+/// Connections per thread; more wait in the listener's backlog. Bounds memory against idle or deaf clients.
+const CONNECTIONS_MAX: usize = 4096;
+/// Idle connections are kept a little longer than proxies and client pools keep theirs.
+const KEEP_ALIVE: Duration = Duration::from_secs(75);
+/// A request's head must be here by then.
+const HEAD_READ_MAX: Duration = Duration::from_secs(10);
+/// Requests in flight may finish for this long after the signal to stop.
+const DRAIN_S: u64 = 10;
+/// The request's id, echoed or given.
+const ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
+/// Longest id: some clients cut longer ones.
+const ID_CHARS_MAX: usize = 64;
+
+/// What handlers work with.
+pub struct HttpState {
+    /// The cluster.
+    pub gateway: Arc<dyn Gateway>,
+    /// Who may call.
+    pub tokens: TokenTable,
+    /// Sizes and times.
+    pub limits: Limits,
+    /// What `/metrics` shows.
+    pub metrics: PrometheusHandle,
+}
+
+/// Serves the API on a listener until `shutdown`, then lets requests in flight finish for a short time. The returned
+/// server is a future to await inside an actix system.
+///
+/// # Errors
+/// When the listener cannot be used.
+pub fn serve(
+    listener: TcpListener,
+    state: HttpState,
+    shutdown: CancellationToken,
+) -> std::io::Result<Server> {
+    tokio::spawn(ops::upkeep(state.metrics.clone(), shutdown.clone()));
+    let state = Data::new(state);
+    let server = HttpServer::new(move || app(state.clone()))
+        .workers(THREADS)
+        .max_connections(CONNECTIONS_MAX)
+        .keep_alive(KEEP_ALIVE)
+        .client_request_timeout(HEAD_READ_MAX)
+        .tcp_nodelay(true)
+        // A client that left is noticed while its handler runs, and the handler is dropped: that is what cancels.
+        .h1_allow_half_closed(false)
+        .shutdown_timeout(DRAIN_S)
+        .shutdown_signal(shutdown.cancelled_owned())
+        .listen(listener)?
+        .run();
+    Ok(server)
+}
+
+/// All routes and what stands around them, outermost last.
+fn app(
+    state: Data<HttpState>,
+) -> App<
+    impl ServiceFactory<
+        ServiceRequest,
+        Config = (),
+        Response = ServiceResponse<BoxBody>,
+        Error = actix_web::Error,
+        InitError = (),
+    >,
+> {
+    let bytes_max = usize::try_from(state.limits.body_bytes_max).unwrap_or(usize::MAX);
+    App::new()
+        .app_data(state)
+        .app_data(PayloadConfig::new(bytes_max))
+        .configure(ops::routes)
+        .configure(endpoints::routes)
+        .configure(invocations::routes)
+        .wrap(from_fn(auth::require_token))
+        // Clients write paths with and without a slash at the end, and follow no redirect of a POST.
+        .wrap(NormalizePath::trim())
+        .wrap(from_fn(observe))
+}
+
+/// The id under which a request is in logs.
+#[derive(Debug, Clone)]
+struct RequestId(String);
+
+impl RequestId {
+    /// The client's own, when it is one that can be written anywhere; else a new one.
+    fn of(headers: &HeaderMap) -> Self {
+        let plain = |id: &&str| {
+            (1..=ID_CHARS_MAX).contains(&id.len())
+                && id
+                    .chars()
+                    .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+        };
+        let given = headers
+            .get(ID_HEADER)
+            .and_then(|value| value.to_str().ok())
+            .filter(plain);
+        RequestId(given.map_or_else(|| Uuid::new_v4().simple().to_string(), str::to_owned))
+    }
+}
+
+/// Gives each request its id, each error its body, and counts.
+async fn observe(
+    request: ServiceRequest,
+    next: Next<impl MessageBody + 'static>,
+) -> Result<ServiceResponse<BoxBody>, actix_web::Error> {
+    let started = Instant::now();
+    let method = request.method().clone();
+    let id = RequestId::of(request.headers());
+    request.extensions_mut().insert(id.clone());
+    let mut response = error::render(next.call(request).await?.map_into_boxed_body());
+    if let Ok(value) = HeaderValue::from_str(&id.0) {
+        response.headers_mut().insert(ID_HEADER, value);
+    }
+    ops::count(&method, started, &response);
+    Ok(response)
+}

@@ -1,0 +1,350 @@
+//! Control-plane bodies as checked types: what an endpoint shall be called and serve.
+//!
+//! Pure: whether models, versions and memory exist is the cluster's matter. Both spellings of fields are taken
+//! (`served_models` with `model_name`, `served_entities` with `entity_name`).
+
+use std::collections::HashSet;
+
+use common::model_ref::{ModelRef, ModelRefError};
+use serde_json::Value;
+
+use super::json::{Field, FieldError, Fields, Object};
+use crate::api::{ConfigSpec, CreateEndpoint, EntitySpec, Route, WorkloadSize};
+
+/// Longest name of an endpoint or served entity.
+const NAME_CHARS_MAX: usize = 63;
+/// Words that stand in some path where endpoints' names stand.
+const NAMES_RESERVED: [&str; 7] = [
+    "chat",
+    "completions",
+    "embeddings",
+    "get-model-optimization-info",
+    "models",
+    "pt",
+    "v1",
+];
+/// The vendor's own endpoints are called so; clients treat such names specially.
+const NAME_PREFIX_RESERVED: &str = "databricks-";
+/// Most served entities of an endpoint.
+const ENTITIES_MAX: usize = 10;
+/// Most tags of an endpoint and environment variables of a served entity.
+const PAIRS_MAX: usize = 64;
+/// Longest tag, environment variable or description in bytes: what the store is willing to keep.
+const TEXT_BYTES_MAX: usize = 4096;
+/// The vendor's own text, which notebooks show.
+const SCALE_TO_ZERO_UNDEFINED: &str =
+    "scaleToZeroEnabled is undefined. Please set it to either true or false.";
+
+/// The body of a create.
+pub(super) fn create(
+    body: &Object,
+    workload_types: &[String],
+) -> Result<CreateEndpoint, FieldError> {
+    let fields = Fields::of("", body);
+    let name = endpoint_name(&fields.need("name")?)?;
+    refuse_unsupported(&fields, &["rate_limits", "ai_gateway"])?;
+    let config = config(&fields.need("config")?.fields()?, workload_types)?;
+    let tags = fields
+        .get("tags")
+        .map_or(Ok(Vec::new()), |field| tags(&field))?;
+    let description = fields
+        .get("description")
+        .map(|field| short_text(&field))
+        .transpose()?;
+    Ok(CreateEndpoint {
+        name,
+        config,
+        tags,
+        description,
+    })
+}
+
+/// The body of an update of the configuration.
+pub(super) fn update(body: &Object, workload_types: &[String]) -> Result<ConfigSpec, FieldError> {
+    config(&Fields::of("", body), workload_types)
+}
+
+fn endpoint_name(field: &Field<'_>) -> Result<String, FieldError> {
+    let name = checked_name(field)?;
+    if NAMES_RESERVED.contains(&name.as_str()) || name.starts_with(NAME_PREFIX_RESERVED) {
+        let words = NAMES_RESERVED.join(", ");
+        return Err(field.refuse(format!(
+            "'{name}' is reserved, as are {words} and everything that begins with {NAME_PREFIX_RESERVED}"
+        )));
+    }
+    Ok(name)
+}
+
+fn checked_name(field: &Field<'_>) -> Result<String, FieldError> {
+    let name = field.text()?;
+    let starts_well = name.starts_with(|c: char| c.is_ascii_alphanumeric());
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
+    if !starts_well || !name.chars().all(allowed) || name.len() > NAME_CHARS_MAX {
+        return Err(field.wrong(&format!(
+            "1 to {NAME_CHARS_MAX} letters, digits, '-' and '_', beginning with a letter or digit"
+        )));
+    }
+    Ok(name.to_owned())
+}
+
+fn config(fields: &Fields<'_>, workload_types: &[String]) -> Result<ConfigSpec, FieldError> {
+    refuse_unsupported(fields, &["auto_capture_config"])?;
+    let (list, spelling) = match (fields.get("served_entities"), fields.get("served_models")) {
+        (Some(_), Some(models)) => {
+            return Err(models.refuse("and served_entities say the same thing: give one of them"));
+        }
+        (None, Some(models)) => (models, Spelling::Model),
+        (Some(entities), None) => (entities, Spelling::Entity),
+        (None, None) => (fields.need("served_entities")?, Spelling::Entity),
+    };
+    let values = list.list()?;
+    if values.is_empty() || values.len() > ENTITIES_MAX {
+        return Err(list.refuse(format!(
+            "must have 1 to {ENTITIES_MAX} entries, got {}",
+            values.len()
+        )));
+    }
+    let mut names = HashSet::new();
+    let mut entities = Vec::with_capacity(values.len());
+    for (i, value) in values.iter().enumerate() {
+        let item = list.item(i, value);
+        let entity = entity(&item.fields()?, spelling, workload_types)?;
+        if !names.insert(entity.name.clone()) {
+            return Err(item.refuse(format!(
+                "would be the second named '{}': give each its own name",
+                entity.name
+            )));
+        }
+        entities.push(entity);
+    }
+    let routes = routes(fields, &entities)?;
+    Ok(ConfigSpec { entities, routes })
+}
+
+/// How the fields of served entities are called.
+#[derive(Clone, Copy)]
+enum Spelling {
+    Entity,
+    Model,
+}
+
+impl Spelling {
+    fn name_keys(self) -> [&'static str; 2] {
+        match self {
+            Spelling::Entity => ["entity_name", "model_name"],
+            Spelling::Model => ["model_name", "entity_name"],
+        }
+    }
+
+    fn version_keys(self) -> [&'static str; 2] {
+        match self {
+            Spelling::Entity => ["entity_version", "model_version"],
+            Spelling::Model => ["model_version", "entity_version"],
+        }
+    }
+}
+
+fn entity(
+    fields: &Fields<'_>,
+    spelling: Spelling,
+    workload_types: &[String],
+) -> Result<EntitySpec, FieldError> {
+    refuse_unsupported(
+        fields,
+        &[
+            "external_model",
+            "foundation_model",
+            "provisioned_model_units",
+            "min_provisioned_throughput",
+            "max_provisioned_throughput",
+            "min_provisioned_concurrency",
+            "max_provisioned_concurrency",
+        ],
+    )?;
+    let model = model(
+        &fields.need_any(spelling.name_keys())?,
+        &fields.need_any(spelling.version_keys())?,
+    )?;
+    let name = match fields.get("name") {
+        Some(field) => checked_name(&field)?,
+        None => format!("{}-{}", model.short_name(), model.version),
+    };
+    let workload_size = fields
+        .get("workload_size")
+        .map_or(Ok(WorkloadSize::Small), |field| workload_size(&field))?;
+    let workload_type = fields
+        .get("workload_type")
+        .map_or(Ok("CPU"), |field| field.text())?
+        .to_owned();
+    if !workload_types.contains(&workload_type) {
+        return Err(FieldError {
+            field: fields.get("workload_type").map(|field| field.path),
+            message: format!(
+                "Workload type '{workload_type}' with size '{workload_size:?}' is not supported. \
+                 Please choose a node type from {}.",
+                workload_types.join(", ")
+            ),
+        });
+    }
+    let scale_to_zero = scale_to_zero(fields, &workload_type)?;
+    let environment_vars = fields
+        .get("environment_vars")
+        .map_or(Ok(Vec::new()), |field| environment_vars(&field))?;
+    Ok(EntitySpec {
+        name,
+        model,
+        workload_type,
+        workload_size,
+        scale_to_zero,
+        environment_vars,
+    })
+}
+
+/// Versions come as numbers (the seed) and as strings (the SDK).
+fn model(name: &Field<'_>, version: &Field<'_>) -> Result<ModelRef, FieldError> {
+    let digits = match version.value {
+        Value::String(text) => text.clone(),
+        Value::Number(number) => number.to_string(),
+        _ => return Err(version.wrong("a positive whole number")),
+    };
+    ModelRef::new(name.text()?, &digits).map_err(|error| match error {
+        ModelRefError::Name(_) => name.wrong(
+            "one level or three (catalog.schema.model) of letters, digits, '-' and '_', at most 255 characters",
+        ),
+        ModelRefError::Version(_) => version.wrong("a positive whole number"),
+    })
+}
+
+fn workload_size(field: &Field<'_>) -> Result<WorkloadSize, FieldError> {
+    match field.text()? {
+        "Small" => Ok(WorkloadSize::Small),
+        "Medium" => Ok(WorkloadSize::Medium),
+        "Large" => Ok(WorkloadSize::Large),
+        _ => Err(field.wrong("Small, Medium or Large")),
+    }
+}
+
+fn scale_to_zero(fields: &Fields<'_>, workload_type: &str) -> Result<bool, FieldError> {
+    let Ok(field) = fields.need("scale_to_zero_enabled") else {
+        return Err(FieldError::whole(SCALE_TO_ZERO_UNDEFINED));
+    };
+    let enabled = field.flag()?;
+    let is_cpu = workload_type == "CPU" || workload_type.starts_with("CPU_");
+    if enabled && !is_cpu {
+        return Err(field.refuse(format!(
+            "must be false for workload type {workload_type}: only CPU types scale to zero"
+        )));
+    }
+    Ok(enabled)
+}
+
+fn environment_vars(field: &Field<'_>) -> Result<Vec<(String, String)>, FieldError> {
+    let object = field.object()?;
+    if object.len() > PAIRS_MAX {
+        return Err(field.refuse(format!(
+            "must have at most {PAIRS_MAX} entries, got {}",
+            object.len()
+        )));
+    }
+    let fields = field.fields()?;
+    object
+        .keys()
+        .map(|key| Ok((key.clone(), short_text(&fields.need(key)?)?)))
+        .collect()
+}
+
+fn tags(field: &Field<'_>) -> Result<Vec<(String, String)>, FieldError> {
+    let list = field.list()?;
+    if list.len() > PAIRS_MAX {
+        return Err(field.refuse(format!(
+            "must have at most {PAIRS_MAX} entries, got {}",
+            list.len()
+        )));
+    }
+    let tag = |(i, value)| {
+        let fields = field.item(i, value).fields()?;
+        let value = fields
+            .get("value")
+            .map_or(Ok(String::new()), |field| short_text(&field))?;
+        Ok((short_text(&fields.need("key")?)?, value))
+    };
+    list.iter().enumerate().map(tag).collect()
+}
+
+fn short_text(field: &Field<'_>) -> Result<String, FieldError> {
+    let text = field.text()?;
+    if text.len() > TEXT_BYTES_MAX {
+        return Err(field.refuse(format!(
+            "must be at most {TEXT_BYTES_MAX} bytes long, got {}",
+            text.len()
+        )));
+    }
+    Ok(text.to_owned())
+}
+
+fn routes(fields: &Fields<'_>, entities: &[EntitySpec]) -> Result<Vec<Route>, FieldError> {
+    let traffic = fields
+        .get("traffic_config")
+        .map(|field| field.fields())
+        .transpose()?;
+    let field = traffic.and_then(|traffic| traffic.get("routes"));
+    let values = field.as_ref().map_or(Ok(&[][..]), Field::list)?;
+    let Some(field) = field.filter(|_| !values.is_empty()) else {
+        return match entities {
+            [only] => Ok(vec![Route {
+                entity: only.name.clone(),
+                percentage: 100,
+            }]),
+            _ => Err(FieldError::at(
+                "traffic_config.routes",
+                "is missing: with several served entities say how much traffic each one gets",
+            )),
+        };
+    };
+    let mut routes: Vec<Route> = Vec::with_capacity(values.len());
+    for (i, value) in values.iter().enumerate() {
+        let route = field.item(i, value).fields()?;
+        let name_field = route.need_any(["served_model_name", "served_entity_name"])?;
+        let name = name_field.text()?;
+        if !entities.iter().any(|entity| entity.name == name) {
+            let names: Vec<&str> = entities.iter().map(|entity| entity.name.as_str()).collect();
+            return Err(name_field.refuse(format!(
+                "'{name}' is not a served entity; these are: {}",
+                names.join(", ")
+            )));
+        }
+        if routes.iter().any(|route| route.entity == name) {
+            return Err(name_field.refuse(format!("'{name}' already has a route")));
+        }
+        let percentage = route.need("traffic_percentage")?.whole(0..=100)? as u32;
+        routes.push(Route {
+            entity: name.to_owned(),
+            percentage,
+        });
+    }
+    let sum: u32 = routes.iter().map(|route| route.percentage).sum();
+    if sum != 100 {
+        return Err(field.refuse(format!(
+            "must have traffic percentages that sum to 100, got {sum}"
+        )));
+    }
+    Ok(routes)
+}
+
+/// What would change how an endpoint behaves is refused rather than forgotten; what is empty asks for nothing.
+fn refuse_unsupported(fields: &Fields<'_>, keys: &[&str]) -> Result<(), FieldError> {
+    for key in keys {
+        let asked = fields.get(key).filter(|field| match field.value {
+            Value::Array(values) => !values.is_empty(),
+            Value::Object(object) => !object.is_empty(),
+            _ => true,
+        });
+        if let Some(field) = asked {
+            return Err(field.refuse("is not supported by this server: leave it out"));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,328 @@
+//! Endpoints as JSON: the shapes that Databricks' clients read.
+
+use serde::Serialize;
+
+use crate::api::{ConfigView, DeploymentState, EndpointView, EntityView, Route, UpdateState};
+
+/// One endpoint with everything known of it.
+#[derive(Serialize)]
+pub(super) struct Detailed<'a> {
+    #[serde(flatten)]
+    head: Head<'a>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    config: Option<Config<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pending_config: Option<Config<'a>>,
+    permission_level: &'static str,
+    route_optimized: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    description: Option<&'a str>,
+}
+
+impl<'a> Detailed<'a> {
+    pub fn of(view: &'a EndpointView) -> Self {
+        Detailed {
+            head: Head::of(view),
+            config: view.active.as_ref().map(|config| Config::of(config, None)),
+            pending_config: view
+                .pending
+                .as_ref()
+                .map(|config| Config::of(config, Some(config.started_ms))),
+            permission_level: "CAN_MANAGE",
+            route_optimized: false,
+            description: view.description.as_deref(),
+        }
+    }
+}
+
+/// All endpoints, in short.
+#[derive(Serialize)]
+pub(super) struct List<'a> {
+    endpoints: Vec<Summary<'a>>,
+}
+
+impl<'a> List<'a> {
+    pub fn of(views: &'a [EndpointView]) -> Self {
+        List {
+            endpoints: views.iter().map(Summary::of).collect(),
+        }
+    }
+}
+
+/// All endpoints as OpenAI's clients list models.
+#[derive(Serialize)]
+pub(super) struct Models<'a> {
+    object: &'static str,
+    data: Vec<Model<'a>>,
+}
+
+impl<'a> Models<'a> {
+    pub fn of(views: &'a [EndpointView]) -> Self {
+        let model = |view: &'a EndpointView| Model {
+            id: &view.name,
+            object: "model",
+            created: view.created_ms / 1000,
+            owned_by: &view.creator,
+        };
+        Models {
+            object: "list",
+            data: views.iter().map(model).collect(),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Model<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    owned_by: &'a str,
+}
+
+#[derive(Serialize)]
+struct Head<'a> {
+    name: &'a str,
+    creator: &'a str,
+    creation_timestamp: u64,
+    last_updated_timestamp: u64,
+    state: State,
+    id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    task: Option<&'a str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tags: Vec<Tag<'a>>,
+}
+
+impl<'a> Head<'a> {
+    fn of(view: &'a EndpointView) -> Self {
+        Head {
+            name: &view.name,
+            creator: &view.creator,
+            creation_timestamp: view.created_ms,
+            last_updated_timestamp: view.updated_ms,
+            state: State {
+                ready: if view.ready { "READY" } else { "NOT_READY" },
+                config_update: match view.update {
+                    UpdateState::NotUpdating => "NOT_UPDATING",
+                    UpdateState::InProgress => "IN_PROGRESS",
+                    UpdateState::Failed => "UPDATE_FAILED",
+                    UpdateState::Cancelled => "UPDATE_CANCELED",
+                },
+            },
+            id: &view.id,
+            task: view.task.as_deref(),
+            tags: view
+                .tags
+                .iter()
+                .map(|(key, value)| Tag { key, value })
+                .collect(),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct State {
+    ready: &'static str,
+    config_update: &'static str,
+}
+
+#[derive(Serialize)]
+struct Tag<'a> {
+    key: &'a str,
+    value: &'a str,
+}
+
+/// A configuration; every served entity stands in it under its old and its new name.
+#[derive(Serialize)]
+pub(super) struct Config<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    start_time: Option<u64>,
+    served_models: Vec<ServedModel<'a>>,
+    served_entities: Vec<ServedEntity<'a>>,
+    config_version: u64,
+    traffic_config: Traffic<'a>,
+}
+
+impl<'a> Config<'a> {
+    pub fn of(view: &'a ConfigView, start_time: Option<u64>) -> Self {
+        let route = |route: &'a Route| RouteJson {
+            served_model_name: &route.entity,
+            traffic_percentage: route.percentage,
+            served_entity_name: &route.entity,
+        };
+        Config {
+            start_time,
+            served_models: view.entities.iter().map(ServedModel::of).collect(),
+            served_entities: view.entities.iter().map(ServedEntity::of).collect(),
+            config_version: view.version,
+            traffic_config: Traffic {
+                routes: view.routes.iter().map(route).collect(),
+            },
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Traffic<'a> {
+    routes: Vec<RouteJson<'a>>,
+}
+
+#[derive(Serialize)]
+struct RouteJson<'a> {
+    served_model_name: &'a str,
+    traffic_percentage: u32,
+    served_entity_name: &'a str,
+}
+
+#[derive(Serialize)]
+struct ServedModel<'a> {
+    name: &'a str,
+    model_name: &'a str,
+    model_version: &'a str,
+    #[serde(flatten)]
+    rest: ServedRest<'a>,
+}
+
+impl<'a> ServedModel<'a> {
+    fn of(view: &'a EntityView) -> Self {
+        let model = &view.spec.model;
+        let (name, rest) = (&view.spec.name, ServedRest::of(view));
+        ServedModel {
+            name,
+            model_name: &model.name,
+            model_version: &model.version,
+            rest,
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct ServedEntity<'a> {
+    name: &'a str,
+    entity_name: &'a str,
+    entity_version: &'a str,
+    #[serde(flatten)]
+    rest: ServedRest<'a>,
+}
+
+impl<'a> ServedEntity<'a> {
+    fn of(view: &'a EntityView) -> Self {
+        let model = &view.spec.model;
+        let (name, rest) = (&view.spec.name, ServedRest::of(view));
+        ServedEntity {
+            name,
+            entity_name: &model.name,
+            entity_version: &model.version,
+            rest,
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct ServedRest<'a> {
+    workload_size: String,
+    workload_type: &'a str,
+    scale_to_zero_enabled: bool,
+    #[serde(skip_serializing_if = "serde_json::Map::is_empty")]
+    environment_vars: serde_json::Map<String, serde_json::Value>,
+    state: Deployment<'a>,
+    creator: &'a str,
+    creation_timestamp: u64,
+}
+
+impl<'a> ServedRest<'a> {
+    fn of(view: &'a EntityView) -> Self {
+        let spec = &view.spec;
+        ServedRest {
+            workload_size: format!("{:?}", spec.workload_size),
+            workload_type: &spec.workload_type,
+            scale_to_zero_enabled: spec.scale_to_zero,
+            environment_vars: spec
+                .environment_vars
+                .iter()
+                .map(|(k, v)| (k.clone(), v.as_str().into()))
+                .collect(),
+            state: Deployment {
+                deployment: match view.state {
+                    DeploymentState::Creating => "DEPLOYMENT_CREATING",
+                    DeploymentState::Ready => "DEPLOYMENT_READY",
+                    DeploymentState::Recovering => "DEPLOYMENT_RECOVERING",
+                    DeploymentState::Failed => "DEPLOYMENT_FAILED",
+                    DeploymentState::Aborted => "DEPLOYMENT_ABORTED",
+                },
+                deployment_state_message: &view.message,
+            },
+            creator: &view.creator,
+            creation_timestamp: view.created_ms,
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Deployment<'a> {
+    deployment: &'static str,
+    deployment_state_message: &'a str,
+}
+
+#[derive(Serialize)]
+struct Summary<'a> {
+    #[serde(flatten)]
+    head: Head<'a>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    config: Option<ShortConfig<'a>>,
+}
+
+impl<'a> Summary<'a> {
+    fn of(view: &'a EndpointView) -> Self {
+        let config = view.active.as_ref().or(view.pending.as_ref());
+        Summary {
+            head: Head::of(view),
+            config: config.map(ShortConfig::of),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct ShortConfig<'a> {
+    served_entities: Vec<ShortEntity<'a>>,
+    served_models: Vec<ShortModel<'a>>,
+}
+
+impl<'a> ShortConfig<'a> {
+    fn of(view: &'a ConfigView) -> Self {
+        let specs = || view.entities.iter().map(|entity| &entity.spec);
+        ShortConfig {
+            served_entities: specs()
+                .map(|s| ShortEntity {
+                    name: &s.name,
+                    entity_name: &s.model.name,
+                    entity_version: &s.model.version,
+                })
+                .collect(),
+            served_models: specs()
+                .map(|s| ShortModel {
+                    name: &s.name,
+                    model_name: &s.model.name,
+                    model_version: &s.model.version,
+                })
+                .collect(),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct ShortEntity<'a> {
+    name: &'a str,
+    entity_name: &'a str,
+    entity_version: &'a str,
+}
+
+#[derive(Serialize)]
+struct ShortModel<'a> {
+    name: &'a str,
+    model_name: &'a str,
+    model_version: &'a str,
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,206 @@
+//! How much memory a replica needs on each rank, and how many sequences then fit: from headers alone.
+//!
+//! Follows the engine: query heads, the MLP's middle and the vocabulary are cut among ranks, KV heads too, or repeated
+//! when there are fewer than ranks; norms are whole on each rank. Figures are for the rank that has most.
+
+use common::wire::message::DeviceKind;
+
+use super::bytes_text;
+use crate::registry::ModelFacts;
+use crate::registry::tensors::{Slice, WeightTensor};
+
+/// Tokens per KV block.
+pub const BLOCK_TOKENS: u64 = 16;
+/// Most sequences in one step, also for small sizes: candidates of one request run side by side.
+const SEQUENCES_MIN: u32 = 64;
+/// Tokens in one step on a CPU: prefill is compute-bound from far fewer on, and a long step delays all decodes.
+const STEP_TOKENS_CPU: u32 = 512;
+/// Tokens in one step on a GPU.
+const STEP_TOKENS_CUDA: u32 = 2048;
+/// Tokenizer, tables and allocator slack of a shard.
+const OVERHEAD_BYTES: u64 = 32 << 20;
+/// Packed weights are padded to whole tiles: one part in so many.
+const PADDING_SHARE: u64 = 32;
+
+/// What one rank of a replica needs, before its KV pool is sized.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RankNeed {
+    /// Ranks of the group.
+    pub ranks: u32,
+    /// Bytes of weights.
+    pub weight_bytes: u64,
+    /// Bytes of activations and logits for the largest step.
+    pub workspace_bytes: u64,
+    /// Bytes of everything else.
+    pub overhead_bytes: u64,
+    /// Bytes of K and V of 16 tokens, all layers.
+    pub block_bytes: u64,
+    /// Longest sequence served.
+    pub context_max: u32,
+    /// Most tokens in one step.
+    pub step_tokens_max: u32,
+    /// Most sequences in one step.
+    pub sequences_max: u32,
+}
+
+/// A rank's memory, KV pool included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// The fixed part.
+    pub need: RankNeed,
+    /// KV blocks in the pool, the null block included.
+    pub kv_blocks: u32,
+}
+
+/// The model cannot be divided among so many ranks.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{what} cannot be divided among {ranks} shards; choose a workload type with {instead}")]
+pub struct Indivisible {
+    what: String,
+    ranks: u32,
+    instead: String,
+}
+
+/// What each of `ranks` ranks on devices of `kind` needs for `concurrency` sequences at a time.
+///
+/// # Errors
+/// [`Indivisible`] says how many ranks would do.
+pub fn need(facts: &ModelFacts, kind: DeviceKind, ranks: u32, concurrency: u32) -> Result<RankNeed, Indivisible> {
+    let shape = &facts.shape;
+    let r = u64::from(ranks);
+    let indivisible = |what: String, instead: String| Err(Indivisible { what, ranks, instead });
+    if shape.heads % r != 0 {
+        return indivisible(format!("{} attention heads", shape.heads), format!("a divisor of {} shards", shape.heads));
+    }
+    if shape.kv_heads % r != 0 && r % shape.kv_heads != 0 {
+        let instead = format!("a divisor or a multiple of {} shards", shape.kv_heads);
+        return indivisible(format!("{} KV heads", shape.kv_heads), instead);
+    }
+    if shape.intermediate < r || shape.vocab < r {
+        return indivisible(format!("{} columns of the MLP", shape.intermediate.min(shape.vocab)), "fewer shards".into());
+    }
+    let part = Part {
+        q: shape.heads / r * shape.head_width,
+        kv: shape.kv_heads.div_ceil(r) * shape.head_width,
+        middle: shape.intermediate.div_ceil(r),
+        vocab: shape.vocab.div_ceil(r),
+    };
+    let raw: u64 = facts.tensors.iter().map(|tensor| part.bytes(tensor, shape)).sum();
+    let step_tokens_max = match kind {
+        DeviceKind::Cpu => STEP_TOKENS_CPU,
+        DeviceKind::Cuda => STEP_TOKENS_CUDA,
+    };
+    let sequences_max = concurrency.max(SEQUENCES_MIN);
+    // Residual, its norm and the sum over ranks; qkv and attention's output; the MLP's middle, gate and up.
+    let per_token = 4 * shape.hidden + 2 * part.q + 2 * part.kv + 3 * part.middle;
+    let per_row = shape.vocab + 2 * part.vocab + shape.hidden;
+    let workspace_bytes = 4 * (u64::from(step_tokens_max) * per_token + u64::from(sequences_max) * per_row);
+    Ok(RankNeed {
+        ranks,
+        weight_bytes: raw + raw / PADDING_SHARE,
+        workspace_bytes,
+        overhead_bytes: OVERHEAD_BYTES,
+        block_bytes: 2 * BLOCK_TOKENS * shape.layers * part.kv * facts.kv_dtype.bytes(),
+        context_max: facts.context_max,
+        step_tokens_max,
+        sequences_max,
+    })
+}
+
+/// One rank's widths.
+struct Part {
+    q: u64,
+    kv: u64,
+    middle: u64,
+    vocab: u64,
+}
+
+impl Part {
+    fn bytes(&self, tensor: &WeightTensor, shape: &crate::registry::Shape) -> u64 {
+        let all: u64 = tensor.dims.iter().product();
+        let share = |part: u64, whole: u64| all / whole * part;
+        let elements = match tensor.slice {
+            Slice::Whole => all,
+            Slice::Heads => share(self.q, shape.heads * shape.head_width),
+            Slice::KvHeads => share(self.kv, shape.kv_heads * shape.head_width),
+            Slice::Fused => share(self.q + 2 * self.kv, 3 * shape.hidden),
+            Slice::Middle => share(self.middle, shape.intermediate),
+            Slice::Vocabulary => share(self.vocab, shape.vocab),
+        };
+        // Vectors (biases) are few; those of row-parallel products are whole on each rank.
+        let elements = if tensor.dims.len() == 1 { all } else { elements };
+        // Norms and biases are kept as f32.
+        elements * if tensor.dims.len() == 1 { 4 } else { tensor.loaded_bytes }
+    }
+}
+
+impl RankNeed {
+    /// Blocks of one sequence at the longest context.
+    pub fn sequence_blocks(&self) -> u64 {
+        u64::from(self.context_max).div_ceil(BLOCK_TOKENS)
+    }
+
+    /// Bytes before any KV.
+    pub fn fixed_bytes(&self) -> u64 {
+        self.weight_bytes + self.workspace_bytes + self.overhead_bytes
+    }
+
+    /// Bytes with KV for this many sequences at the longest context.
+    pub fn bytes_for(&self, sequences: u64) -> u64 {
+        self.fixed_bytes() + (1 + sequences * self.sequence_blocks()) * self.block_bytes
+    }
+
+    /// Least bytes that serve at all: one sequence at the longest context.
+    pub fn least_bytes(&self) -> u64 {
+        self.bytes_for(1)
+    }
+
+    /// The longest context of which one sequence fits into `budget`, in whole blocks; 0 when the weights alone do not.
+    pub fn context_within(&self, budget: u64) -> u64 {
+        let blocks = budget.saturating_sub(self.fixed_bytes()) / self.block_bytes;
+        (blocks.saturating_sub(1) * BLOCK_TOKENS).min(u64::from(self.context_max))
+    }
+
+    /// Sizes the KV pool: for `concurrency` sequences at the longest context, or as many blocks as `budget` has room
+    /// for. `None` when not even one sequence fits.
+    pub fn fit(self, budget: u64, concurrency: u32) -> Option<MemoryPlan> {
+        if self.least_bytes() > budget {
+            return None;
+        }
+        let wanted = 1 + u64::from(concurrency) * self.sequence_blocks();
+        let possible = (budget - self.fixed_bytes()) / self.block_bytes;
+        let kv_blocks = u32::try_from(wanted.min(possible)).unwrap_or(u32::MAX);
+        Some(MemoryPlan { need: self, kv_blocks })
+    }
+
+    /// The parts in words.
+    pub fn text(&self) -> String {
+        format!(
+            "{} of weights + {} of workspace + {} of KV for one sequence of {} tokens",
+            bytes_text(self.weight_bytes),
+            bytes_text(self.workspace_bytes + self.overhead_bytes),
+            bytes_text((1 + self.sequence_blocks()) * self.block_bytes),
+            self.context_max
+        )
+    }
+}
+
+impl MemoryPlan {
+    /// Bytes of the KV pool.
+    pub fn kv_bytes(&self) -> u64 {
+        u64::from(self.kv_blocks) * self.need.block_bytes
+    }
+
+    /// Bytes in all.
+    pub fn bytes(&self) -> u64 {
+        self.need.fixed_bytes() + self.kv_bytes()
+    }
+
+    /// Sequences at the longest context that fit at a time.
+    pub fn concurrency(&self) -> u64 {
+        (u64::from(self.kv_blocks) - 1) / self.need.sequence_blocks()
+    }
+}
+
+#[cfg(test)]
+mod tests;

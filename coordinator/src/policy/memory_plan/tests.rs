@@ -1,0 +1,122 @@
+//! The plan against models whose numbers are known.
+
+use common::model_ref::ModelRef;
+use common::wire::message::KvDtype;
+use proptest::prelude::*;
+
+use super::*;
+use crate::registry::Shape;
+use crate::registry::shape::Family;
+
+/// A bf16 Llama of this shape, with the tensors its checkpoint would have.
+fn llama(hidden: u64, layers: u64, heads: u64, kv_heads: u64, intermediate: u64, vocab: u64, context: u32) -> ModelFacts {
+    let head_width = hidden / heads;
+    let shape = Shape {
+        architecture: "LlamaForCausalLM".into(),
+        family: Family::Llama,
+        hidden,
+        layers,
+        heads,
+        kv_heads,
+        head_width,
+        intermediate,
+        vocab,
+        context_max: context,
+        tied: false,
+        attention_bias: false,
+        mlp_bias: false,
+        norm_bias: false,
+        qk_norm: false,
+    };
+    let mut tensors = Vec::new();
+    let mut add = |name: &str, dims: &[u64], slice| {
+        tensors.push(WeightTensor { name: name.into(), dims: dims.to_vec(), loaded_bytes: 2, slice });
+    };
+    add("embed", &[vocab, hidden], Slice::Vocabulary);
+    add("head", &[vocab, hidden], Slice::Vocabulary);
+    for _ in 0..layers {
+        add("q", &[hidden, hidden], Slice::Heads);
+        add("k", &[kv_heads * head_width, hidden], Slice::KvHeads);
+        add("v", &[kv_heads * head_width, hidden], Slice::KvHeads);
+        add("o", &[hidden, hidden], Slice::Heads);
+        add("gate", &[intermediate, hidden], Slice::Middle);
+        add("up", &[intermediate, hidden], Slice::Middle);
+        add("down", &[hidden, intermediate], Slice::Middle);
+        add("norm", &[hidden], Slice::Whole);
+        add("norm", &[hidden], Slice::Whole);
+    }
+    add("norm", &[hidden], Slice::Whole);
+    let model = ModelRef::new("m", "1").unwrap();
+    let folder = "/m".into();
+    ModelFacts { model, folder, task: None, shape, tensors, kv_dtype: KvDtype::Bf16, context_max: context }
+}
+
+fn llama_70b() -> ModelFacts {
+    llama(8192, 80, 64, 8, 28672, 32000, 4096)
+}
+
+const A100: u64 = 80 << 30;
+
+#[test]
+fn a_70b_model_needs_two_a100_and_a_34b_one() {
+    let one = need(&llama_70b(), DeviceKind::Cuda, 1, 4).unwrap();
+    assert!(one.fit(A100, 4).is_none(), "{}", one.text());
+    let two = need(&llama_70b(), DeviceKind::Cuda, 2, 4).unwrap();
+    let plan = two.fit(A100, 64).unwrap();
+    // 69e9 parameters of two bytes, half on each, and padding.
+    assert!((64..70).contains(&(plan.need.weight_bytes >> 30)), "{}", plan.need.text());
+    // 2 (K, V) x 80 layers x 4 heads x 128 x 2 bytes x 16 tokens.
+    assert_eq!(plan.need.block_bytes, 2 * 80 * 4 * 128 * 2 * 16);
+    assert!(plan.concurrency() >= 4 && plan.bytes() <= A100);
+    let code_llama_34b = llama(8192, 48, 64, 8, 22016, 32000, 16384);
+    assert!(need(&code_llama_34b, DeviceKind::Cuda, 1, 4).unwrap().fit(A100, 4).is_some());
+}
+
+#[test]
+fn kv_heads_are_repeated_when_there_are_fewer_than_ranks() {
+    let facts = llama(64, 2, 8, 2, 96, 100, 128);
+    let block = |ranks| need(&facts, DeviceKind::Cpu, ranks, 4).unwrap().block_bytes;
+    assert_eq!(block(2), block(1) / 2);
+    assert_eq!(block(4), block(2), "one head each, whatever the ranks");
+    assert_eq!(block(8), block(2));
+}
+
+#[test]
+fn ranks_that_do_not_divide_the_heads_are_refused_with_what_would_do() {
+    let facts = llama(96, 2, 12, 3, 96, 100, 128);
+    let message = |ranks| need(&facts, DeviceKind::Cpu, ranks, 4).unwrap_err().to_string();
+    assert_eq!(message(5), "12 attention heads cannot be divided among 5 shards; choose a workload type with a divisor of 12 shards");
+    assert!(message(2).contains("3 KV heads cannot be divided among 2 shards"));
+}
+
+#[test]
+fn a_pool_shrinks_to_the_memory_and_holds_one_sequence_at_least() {
+    let facts = llama(64, 2, 8, 4, 96, 100, 128);
+    let need = need(&facts, DeviceKind::Cpu, 1, 64).unwrap();
+    assert_eq!(need.fit(u64::MAX / 2, 64).unwrap().concurrency(), 64);
+    let least = need.fit(need.least_bytes(), 64).unwrap();
+    assert_eq!((least.concurrency(), least.bytes()), (1, need.least_bytes()));
+    assert_eq!(need.fit(need.least_bytes() - 1, 64), None);
+    assert_eq!(need.context_within(need.least_bytes()), 128);
+    assert_eq!(need.context_within(need.least_bytes() - need.block_bytes), 112);
+    assert_eq!(need.context_within(0), 0);
+}
+
+proptest! {
+    #[test]
+    fn ranks_together_hold_the_whole_model_and_each_less_than_it(
+        kv_heads in 1u64..5, per_kv in 1u64..4, ranks in 1u32..9, layers in 1u64..4,
+    ) {
+        let heads = kv_heads * per_kv;
+        let facts = llama(heads * 8, layers, heads, kv_heads, 96, 100, 64);
+        let whole: u64 = facts.tensors.iter().map(|t| t.dims.iter().product::<u64>() * 2).sum();
+        if let Ok(rank) = need(&facts, DeviceKind::Cpu, ranks, 4) {
+            prop_assert!(rank.weight_bytes * u64::from(ranks) >= whole);
+            let alone = need(&facts, DeviceKind::Cpu, 1, 4).unwrap();
+            prop_assert!(rank.weight_bytes <= alone.weight_bytes && rank.block_bytes <= alone.block_bytes);
+            let plan = rank.fit(rank.bytes_for(3), 3).unwrap();
+            prop_assert_eq!(plan.concurrency(), 3);
+            prop_assert!(plan.bytes() <= rank.bytes_for(3));
+        }
+    }
+}

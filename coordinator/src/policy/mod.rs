@@ -1,0 +1,29 @@
+//! The coordinator's decisions: functions over values, `now` is an argument. No clock, no I/O, no actors.
+//!
+//! * [`workload`]: a workload type's name -> devices and memory.
+//! * [`memory_plan`]: a model's headers -> bytes per rank and the largest concurrency.
+//! * [`placement`]: a roster with free memory -> the devices of a shard group.
+//! * [`fit`]: both of these together, and what would help when a model does not fit.
+//! * [`admission`]: what an entity takes now, what waits, what is refused and when to come again.
+//! * [`routing`]: which entity gets a call, which replica a request.
+//! * [`lifecycle`]: an endpoint's states, event by event.
+
+pub mod admission;
+pub mod fit;
+pub mod lifecycle;
+pub mod memory_plan;
+pub mod placement;
+pub mod routing;
+pub mod workload;
+
+/// Bytes for people: `1.5 GiB`, `12 MiB`, `512 B`.
+pub fn bytes_text(bytes: u64) -> String {
+    const UNITS: [(&str, u64); 4] = [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
+    for (name, unit) in UNITS {
+        if bytes >= unit {
+            let value = bytes as f64 / unit as f64;
+            return if value < 10.0 { format!("{value:.1} {name}") } else { format!("{value:.0} {name}") };
+        }
+    }
+    format!("{bytes} B")
+}

@@ -1,0 +1,150 @@
+//! Hostile and broken checkpoints: each is an error that names the file or the tensor.
+
+use std::fs;
+use std::path::PathBuf;
+
+use super::*;
+
+/// A copy of a tiny model's folder that tests may break.
+struct Checkpoint(tempfile::TempDir);
+
+impl Checkpoint {
+    fn tiny_llama() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/tiny-llama");
+        for name in ["config.json", SINGLE] {
+            fs::copy(model.join(name), folder.path().join(name)).unwrap();
+        }
+        Checkpoint(folder)
+    }
+
+    fn file(&self) -> PathBuf {
+        self.0.path().join(SINGLE)
+    }
+
+    fn change(&self, change: impl FnOnce(Vec<u8>) -> Vec<u8>) -> &Self {
+        let bytes = change(fs::read(self.file()).unwrap());
+        fs::write(self.file(), bytes).unwrap();
+        self
+    }
+
+    /// Replaces words in the header by others of the same length.
+    fn header(&self, from: &str, to: &str) -> &Self {
+        assert_eq!(from.len(), to.len());
+        self.change(|mut bytes| {
+            let at = bytes.windows(from.len()).position(|window| window == from.as_bytes()).expect("the words are there");
+            bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
+            bytes
+        })
+    }
+
+    fn read(&self) -> Result<Vec<WeightTensor>, String> {
+        let shape = Shape::read(&self.0.path().join("config.json")).unwrap();
+        read(self.0.path(), &shape).map_err(|e| e.to_string())
+    }
+
+    fn message(&self) -> String {
+        self.read().unwrap_err()
+    }
+}
+
+#[test]
+fn a_truncated_file_is_noticed_from_its_header() {
+    let checkpoint = Checkpoint::tiny_llama();
+    let message = checkpoint.change(|bytes| bytes[..bytes.len() - 1].to_vec()).message();
+    assert!(message.contains("model.safetensors: is corrupt or cut short: tensor"), "{message}");
+    let message = checkpoint.change(|bytes| bytes[..500].to_vec()).message();
+    assert!(message.contains("its header claims"), "{message}");
+    let message = checkpoint.change(|bytes| bytes[..5].to_vec()).message();
+    assert!(message.contains("5 bytes cannot hold a header"), "{message}");
+}
+
+#[test]
+fn a_lying_header_length_allocates_nothing() {
+    let message = Checkpoint::tiny_llama()
+        .change(|mut bytes| {
+            bytes[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+            bytes
+        })
+        .message();
+    assert!(message.contains("its header claims 18446744073709551615 bytes"), "{message}");
+}
+
+#[test]
+fn garbage_in_the_header_is_corrupt() {
+    let message = Checkpoint::tiny_llama()
+        .change(|mut bytes| {
+            bytes[8..20].fill(b'x');
+            bytes
+        })
+        .message();
+    assert!(message.contains("its header is not JSON"), "{message}");
+}
+
+#[test]
+fn a_renamed_tensor_is_missing_and_an_odd_shape_is_shown() {
+    let message = Checkpoint::tiny_llama().header("layers.2.self_attn.k_proj", "layers.2.self_attn.x_proj").message();
+    assert!(message.contains("no tensor model.layers.2.self_attn.k_proj.weight [64, 128]"), "{message}");
+    let message = Checkpoint::tiny_llama().header("[64,128]", "[128,64]").message();
+    assert!(message.contains("has the shape [128, 64]; config.json asks for [64, 128]"), "{message}");
+    let message = Checkpoint::tiny_llama().header("[64,128]", "[64,129]").message();
+    assert!(message.contains("does not fill bytes"), "{message}");
+}
+
+#[test]
+fn a_dtype_that_cannot_be_served_is_named() {
+    let message = Checkpoint::tiny_llama().header("\"BF16\"", "\"I16\" ").message();
+    assert!(message.contains("has the dtype I16; supported are BF16, F16 and F32"), "{message}");
+}
+
+#[test]
+fn pickled_weights_must_be_converted() {
+    let checkpoint = Checkpoint::tiny_llama();
+    fs::rename(checkpoint.file(), checkpoint.0.path().join("pytorch_model.bin")).unwrap();
+    assert!(checkpoint.message().contains("neither model.safetensors nor model.safetensors.index.json"));
+}
+
+/// The tiny llama as two files with an index.
+fn sharded() -> Checkpoint {
+    let checkpoint = Checkpoint::tiny_llama();
+    let whole = checkpoint.read().unwrap();
+    let map: BTreeMap<String, &str> = whole
+        .iter()
+        .map(|tensor| (tensor.name.clone(), if tensor.name.contains("layers.3") { "b.safetensors" } else { "a.safetensors" }))
+        .collect();
+    let index = serde_json::json!({ "metadata": {}, "weight_map": map });
+    fs::write(checkpoint.0.path().join(INDEX), index.to_string()).unwrap();
+    // Both files hold everything: the index decides.
+    fs::copy(checkpoint.file(), checkpoint.0.path().join("a.safetensors")).unwrap();
+    fs::rename(checkpoint.file(), checkpoint.0.path().join("b.safetensors")).unwrap();
+    checkpoint
+}
+
+#[test]
+fn shards_are_read_through_their_index() {
+    assert_eq!(sharded().read().unwrap(), Checkpoint::tiny_llama().read().unwrap());
+}
+
+#[test]
+fn a_truncated_or_missing_shard_is_named() {
+    let checkpoint = sharded();
+    let shard = checkpoint.0.path().join("b.safetensors");
+    let bytes = fs::read(&shard).unwrap();
+    fs::write(&shard, &bytes[..bytes.len() / 2]).unwrap();
+    let message = checkpoint.message();
+    assert!(message.contains("b.safetensors: is corrupt or cut short"), "{message}");
+    fs::remove_file(&shard).unwrap();
+    assert!(checkpoint.message().contains("b.safetensors: No such file"));
+}
+
+#[test]
+fn an_index_that_leads_elsewhere_is_refused() {
+    let checkpoint = sharded();
+    for path in ["../b.safetensors", "/etc/passwd", "", "x/y"] {
+        let index = serde_json::json!({ "weight_map": { "t": path } });
+        fs::write(checkpoint.0.path().join(INDEX), index.to_string()).unwrap();
+        assert!(checkpoint.message().contains("which is not beside it"), "{path}");
+    }
+    fs::write(checkpoint.0.path().join(INDEX), "{\"weight_map\": 7}").unwrap();
+    assert!(checkpoint.message().contains("is not an index"));
+}

@@ -1,0 +1,243 @@
+//! Accepts workers' links: TLS, Hello, Welcome, then a reader and a writer until either side is gone.
+//!
+//! Owns the check at the door and the heartbeat. Tokens go from the reader straight into the requests' channels; the
+//! rest goes to the coordinator. A bad frame closes its link and nothing else.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use common::config::Cluster;
+use common::ids::Term;
+use common::wire::codec::CodecError;
+use common::wire::link::{self, LinkError, Receiver, Sender, Stream};
+use common::wire::message::{Command, Hello, PROTOCOL_MAX, PROTOCOL_MIN, Report};
+use subtle::ConstantTimeEq;
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, mpsc};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+
+use crate::actors::directory::Directory;
+use crate::actors::link::Link;
+use crate::actors::messages::{Joined, Left, ShardNews, ShardReport};
+use common::request::{Failure, FailureKind};
+
+/// Time for TLS and Hello.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// Connections that have not said Hello yet.
+const STRANGERS_MAX: usize = 64;
+/// How often a link is pinged.
+const PING: Duration = Duration::from_secs(1);
+/// A link that is silent for so long is cut.
+const SILENCE_MAX: Duration = Duration::from_secs(10);
+
+/// What links need of the coordinator.
+pub struct Doorkeeper {
+    /// The configuration: which workers there are.
+    pub cluster: Arc<Cluster>,
+    /// The cluster's shared secret.
+    pub secret: String,
+    /// This start's number.
+    pub term: Term,
+    /// Where the coordinator is.
+    pub directory: Arc<Directory>,
+}
+
+impl Doorkeeper {
+    /// Accepts links until `stop`.
+    ///
+    /// # Errors
+    /// When the certificates of [tls] cannot be used.
+    pub async fn serve(self: Arc<Self>, listener: TcpListener, stop: CancellationToken) -> Result<()> {
+        let tls = match &self.cluster.tls {
+            Some(files) => Some(TlsAcceptor::from(common::tls::server(files).context("[tls]")?)),
+            None => None,
+        };
+        let strangers = Arc::new(Semaphore::new(STRANGERS_MAX));
+        loop {
+            // Full: wait; the system's own backlog holds the rest.
+            let Ok(place) = strangers.clone().acquire_owned().await else { return Ok(()) };
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = stop.cancelled() => return Ok(()),
+            };
+            let (socket, peer) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(%error, "a worker's connection cannot be accepted");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            };
+            let (me, tls) = (self.clone(), tls.clone());
+            tokio::spawn(async move {
+                let _ = link::prepare(&socket);
+                let stream: Result<Box<dyn Stream>> = match tls {
+                    Some(tls) => match tokio::time::timeout(HELLO_TIMEOUT, tls.accept(socket)).await {
+                        Ok(Ok(stream)) => Ok(Box::new(stream)),
+                        Ok(Err(error)) => Err(error.into()),
+                        Err(_) => Err(anyhow::anyhow!("no TLS handshake in {} s", HELLO_TIMEOUT.as_secs())),
+                    },
+                    None => Ok(Box::new(socket)),
+                };
+                match stream {
+                    Ok(stream) => me.run(stream, &peer.to_string(), || drop(place)).await,
+                    Err(error) => tracing::warn!(%peer, %error, "a worker's connection is closed"),
+                }
+            });
+        }
+    }
+
+    /// One link from Hello to its end. `known` is called once the worker is known.
+    pub async fn run(&self, stream: impl Stream + 'static, peer: &str, known: impl FnOnce()) {
+        let (mut sender, mut receiver) = link::split::<Command, Report>(stream);
+        let hello = match tokio::time::timeout(HELLO_TIMEOUT, receiver.receive()).await {
+            Ok(Ok(Some(Report::Hello(hello)))) => hello,
+            Ok(Ok(Some(_))) => return tracing::warn!(peer, "a link did not begin with Hello; it is closed"),
+            Ok(Ok(None)) => return tracing::debug!(peer, "a link was closed before Hello"),
+            Ok(Err(error)) => return tracing::warn!(peer, %error, "a link is closed"),
+            Err(_) => return tracing::warn!(peer, "a link said no Hello; it is closed"),
+        };
+        let protocol = match check(&hello, &self.cluster, &self.secret) {
+            Ok(protocol) => protocol,
+            Err(reason) => {
+                tracing::warn!(peer, worker = %hello.worker, reason, "a worker is refused");
+                let _ = tokio::time::timeout(HELLO_TIMEOUT, sender.send(&Command::Refused { reason })).await;
+                return;
+            }
+        };
+        known();
+        let Some((coordinator, incarnation)) = self.directory.incarnation() else {
+            return tracing::info!(peer, "a worker comes while the coordinator is being started; it dials again");
+        };
+        let (link, commands) = Link::new(hello.worker.clone(), hello.boot, self.term, incarnation.child_token());
+        link.command(Command::Welcome { protocol, term: self.term });
+        if coordinator.send(Joined { hello, link: link.clone() }).await.is_err() {
+            return;
+        }
+        let idle = Duration::from_millis(self.cluster.limits.idle_stream_ms);
+        let reason = tokio::select! {
+            reason = read(&link, receiver, &coordinator) => reason,
+            reason = write(&link, sender, commands, idle) => reason,
+            () = link.cut_token().cancelled() => "the link was cut".to_owned(),
+        };
+        link.cut();
+        link.flights.close(&format!("worker {}: {reason}", link.worker));
+        let _ = coordinator.send(Left { link, reason }).await;
+    }
+}
+
+/// Whether a worker may join, and the protocol to speak with it.
+fn check(hello: &Hello, cluster: &Cluster, secret: &str) -> Result<u32, String> {
+    // The secret first: a stranger learns nothing else.
+    if !bool::from(hello.secret.as_bytes().ct_eq(secret.as_bytes())) {
+        return Err("the worker's secret is not the coordinator's: give both the same auth.worker_secret_file".into());
+    }
+    if hello.protocol_min > PROTOCOL_MAX || hello.protocol_max < PROTOCOL_MIN {
+        return Err(format!(
+            "the worker speaks protocol {} to {}, the coordinator {PROTOCOL_MIN} to {PROTOCOL_MAX}: run one version of tandem on all machines",
+            hello.protocol_min, hello.protocol_max
+        ));
+    }
+    let Some((_, device)) = cluster.device(&hello.worker.0) else {
+        let known: Vec<&str> = cluster.workers().map(|worker| worker.0.as_str()).collect();
+        return Err(format!("cluster.toml has no device {}; it has {}", hello.worker, known.join(", ")));
+    };
+    if device.kind != hello.device.kind {
+        return Err(format!(
+            "cluster.toml says that {} is of kind {:?}; the worker has {:?}",
+            hello.worker, device.kind, hello.device.kind
+        ));
+    }
+    Ok(hello.protocol_max.min(PROTOCOL_MAX))
+}
+
+/// Reads until the link is over; says why it is.
+async fn read(link: &Arc<Link>, mut receiver: Receiver<Report>, coordinator: &actix::Addr<crate::actors::coordinator::CoordinatorActor>) -> String {
+    loop {
+        let report = match tokio::time::timeout(SILENCE_MAX, receiver.receive()).await {
+            Ok(Ok(Some(report))) => report,
+            Ok(Ok(None)) => return "the worker closed the link".into(),
+            Ok(Err(error)) => return error.to_string(),
+            Err(_) => return format!("the worker was silent for {} s", SILENCE_MAX.as_secs()),
+        };
+        let (replica, generation, news) = match report {
+            Report::Step { outputs, .. } => {
+                for request in link.flights.step(outputs, Instant::now()) {
+                    link.command(Command::Cancel { request });
+                }
+                continue;
+            }
+            Report::Accepted { request, prompt_tokens } => {
+                link.flights.accepted(request, prompt_tokens);
+                continue;
+            }
+            Report::Rejected { request, failure } => {
+                link.flights.rejected(request, failure);
+                continue;
+            }
+            Report::Pong { .. } => continue,
+            Report::Hello(_) => return "the worker said Hello twice".into(),
+            Report::Shard { replica, generation, state, .. } => (replica, generation, ShardNews::State(state)),
+            Report::Health { replica, generation, health } => (replica, generation, ShardNews::Health(Box::new(health))),
+        };
+        let report = ShardReport { link: link.clone(), replica, generation, news };
+        match report.news {
+            // Counters: the next ones come in a second.
+            ShardNews::Health(_) => drop(coordinator.try_send(report)),
+            // States must arrive; a busy coordinator holds up this link alone.
+            ShardNews::State(_) => {
+                if coordinator.send(report).await.is_err() {
+                    return "the coordinator is being started again".into();
+                }
+            }
+        }
+    }
+}
+
+/// Writes commands, pings and sweeps until the link is over; says why it is.
+async fn write(link: &Arc<Link>, mut sender: Sender<Command>, mut commands: mpsc::Receiver<Command>, idle: Duration) -> String {
+    let mut ping = tokio::time::interval(PING);
+    ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut nonce = 0;
+    loop {
+        let mut next = tokio::select! {
+            command = commands.recv() => command,
+            _ = ping.tick() => {
+                link.sweep(Instant::now(), idle);
+                nonce += 1;
+                Some(Command::Ping { nonce })
+            }
+        };
+        let mut refused = false;
+        while let Some(command) = next {
+            refused |= matches!(command, Command::Refused { .. });
+            match tokio::time::timeout(SILENCE_MAX, sender.feed(&command)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(LinkError::Codec(CodecError::Encode(reason)))) => too_long(link, &command, &reason),
+                Ok(Err(error)) => return error.to_string(),
+                Err(_) => return "the worker reads nothing".into(),
+            }
+            next = commands.try_recv().ok();
+        }
+        match tokio::time::timeout(SILENCE_MAX, sender.flush()).await {
+            Ok(Ok(())) if refused => return "the worker was refused".into(),
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return error.to_string(),
+            Err(_) => return "the worker reads nothing".into(),
+        }
+    }
+}
+
+/// A command that no frame can carry: its request alone fails.
+fn too_long(link: &Link, command: &Command, reason: &str) {
+    tracing::error!(worker = %link.worker, reason, "a command cannot be sent");
+    if let Command::Start { start, .. } = command {
+        let message = format!("the request is too long to be sent to a worker: {reason}");
+        link.flights.rejected(start.request, Failure::new(FailureKind::TooLarge, message));
+    }
+}
+
+#[cfg(test)]
+mod tests;

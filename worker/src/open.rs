@@ -1,0 +1,328 @@
+//! Opening a shard: from a model's folder to an engine that runs.
+//!
+//! Owns the order of things (files are checked before memory is taken, memory before the group forms, the group before
+//! weights are read) and what a running shard consists of. Runs on a thread of its own and blocks; who asked for it, and
+//! what becomes of it, is the shard actor's part.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::request::{Failure, FailureKind};
+use common::wire::message::{KvDtype, ModelSource, ReadyShard, ShardOptions, ShardSpec};
+use engine::backend::cpu::{CpuBackend, CpuBuf};
+use engine::backend::{self, WeightDtype};
+use engine::collective::solo::Solo;
+use engine::collective::{AbortHandle, Collective};
+use engine::engine::{Engine, EngineConfig, EngineHandle, OnEnd};
+use engine::follower::{self, FollowerHandle};
+use engine::model_runner::{Footprint, ModelRunner, RunnerOptions};
+use engine::models::checkpoint::{Checkpoint, LoadError};
+use engine::scheduler::Backlog;
+use tokio::sync::mpsc;
+
+use crate::answering::{self, Work};
+use crate::artifacts::ModelFolder;
+use crate::device::Device;
+use crate::group;
+use crate::memory::{Lease, show};
+use crate::outbox::Outbox;
+use crate::text::TextModel;
+use crate::translate::Limits;
+
+/// How long a load waits for memory that an earlier shard is giving back.
+const MEMORY_WAIT_MAX: Duration = Duration::from_secs(60);
+/// Work that may wait in an engine. The coordinator admits by its own, smaller limits; this one only keeps a coordinator
+/// gone wrong from filling memory.
+const BACKLOG: Backlog = Backlog {
+    tokens: 4 << 20,
+    sequences: 4096,
+};
+
+/// Told what is being done, and of how many bytes.
+pub type Progress = Box<dyn Fn(&str, u64) + Send>;
+
+/// Everything that opening needs.
+pub struct Opening {
+    /// What to open.
+    pub spec: ShardSpec,
+    /// On which device.
+    pub device: Arc<Device>,
+    /// The shard's part of the device's memory.
+    pub lease: Arc<Lease>,
+    /// Where a leader's answers go.
+    pub outbox: Arc<Outbox>,
+    /// Hears of each stage.
+    pub progress: Progress,
+    /// Told when the engine is over, after its memory is given back.
+    pub on_end: OnEnd,
+}
+
+/// A running shard.
+pub struct Opened {
+    /// Facts for the coordinator.
+    pub ready: ReadyShard,
+    /// What runs.
+    pub running: Running,
+}
+
+/// What a shard runs. Stops when dropped.
+pub enum Running {
+    /// Rank 0: an engine.
+    Leader(Leader),
+    /// Another rank.
+    Follower(Follower),
+}
+
+/// The engine of rank 0.
+pub struct Leader {
+    /// The engine.
+    pub engine: EngineHandle,
+    /// Its text.
+    pub text: Arc<TextModel>,
+    /// What it takes.
+    pub limits: Limits,
+    /// Its answering thread's queue.
+    pub work: mpsc::Sender<Work>,
+    abort: AbortHandle,
+}
+
+/// A rank that executes the leader's plans.
+pub struct Follower {
+    _handle: FollowerHandle,
+    abort: AbortHandle,
+}
+
+impl Running {
+    /// Ends the shard after its current step; its end is told by `on_end`.
+    pub fn stop(&self) {
+        match self {
+            Running::Leader(leader) => leader.engine.stop(),
+            Running::Follower(follower) => follower.abort.abort(),
+        }
+    }
+
+    /// Ends the shard's group, also inside a step.
+    pub fn abort(&self) {
+        let (Running::Leader(Leader { abort, .. }) | Running::Follower(Follower { abort, .. })) =
+            self;
+        abort.abort();
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// Opens a shard.
+///
+/// # Errors
+/// [`Failure`]: of kind `BadRequest` for the model's files, `TooLarge` for memory, `Unavailable` for the group.
+pub fn open(opening: Opening) -> Result<Opened, Failure> {
+    let started = Instant::now();
+    let Opening {
+        spec,
+        device,
+        lease,
+        outbox,
+        progress,
+        on_end,
+    } = opening;
+    progress("reading the model's files", 0);
+    let ModelSource::Folder(folder) = &spec.source;
+    let folder = ModelFolder::find(Path::new(folder)).map_err(|e| bad(e.to_string()))?;
+    let text = (spec.rank == 0).then(|| open_text(&folder)).transpose()?;
+    let checkpoint = Checkpoint::open(&folder.weights).map_err(|e| bad(e.to_string()))?;
+    let options = runner_options(&spec);
+    let footprint = Footprint::of::<CpuBackend>(
+        &checkpoint.spec,
+        spec.rank as usize,
+        spec.members.len(),
+        &options,
+    )
+    .map_err(|e| bad(e.to_string()))?;
+    let bytes = check_memory(&footprint, &spec.options)?;
+    lease.take(bytes, MEMORY_WAIT_MAX)?;
+    let backend = CpuBackend::new(device.pool.clone()).map_err(|e| internal(e.to_string()))?;
+    let limits = Limits {
+        context_max: spec
+            .options
+            .context_max
+            .min(checkpoint.spec.context_max as u32),
+        vocab: checkpoint.spec.vocab as u32,
+    };
+    let on_end: OnEnd = Box::new(move |end| {
+        drop(lease);
+        on_end(end);
+    });
+    let loading = Loading {
+        spec: &spec,
+        checkpoint: &checkpoint,
+        options,
+        backend,
+        text,
+        limits,
+        outbox,
+        on_end,
+    };
+    let (numerics_id, running, chat) = if spec.members.len() == 1 {
+        progress("reading weights", footprint.weights);
+        loading.load(Solo::new())?
+    } else {
+        progress("joining the shard group", 0);
+        let group = group::form(&spec, &device.groups)?;
+        progress("reading weights", footprint.weights);
+        loading.load(group)?
+    };
+    let ready = ReadyShard {
+        numerics_id,
+        task: folder.task,
+        chat,
+        context_max: limits.context_max,
+        // Block 0 stands for "no block".
+        kv_blocks: spec.options.kv_blocks.saturating_sub(1),
+        weight_bytes: footprint.weights,
+        load_ms: started.elapsed().as_millis() as u64,
+    };
+    Ok(Opened { ready, running })
+}
+
+fn open_text(folder: &ModelFolder) -> Result<Arc<TextModel>, Failure> {
+    TextModel::open(&folder.tokenizer, &folder.weights)
+        .map(Arc::new)
+        .map_err(|e| bad(format!("{e:#}")))
+}
+
+fn runner_options(spec: &ShardSpec) -> RunnerOptions {
+    RunnerOptions {
+        weight_dtype: WeightDtype::Bf16,
+        kv_dtype: match spec.options.kv_dtype {
+            KvDtype::Bf16 => backend::KvDtype::Bf16,
+            KvDtype::F32 => backend::KvDtype::F32,
+        },
+        blocks: spec.options.kv_blocks,
+        step_tokens_max: spec.options.step_tokens_max,
+        spans_max: spec.options.sequences_max,
+        generation: spec.generation.0,
+    }
+}
+
+/// What the shard takes, if that is not more than it may.
+fn check_memory(footprint: &Footprint, options: &ShardOptions) -> Result<u64, Failure> {
+    let kv = footprint
+        .kv_block
+        .saturating_mul(u64::from(options.kv_blocks));
+    let bytes = footprint
+        .weights
+        .saturating_add(kv)
+        .saturating_add(footprint.workspace);
+    if bytes > options.memory_bytes {
+        return Err(Failure::new(
+            FailureKind::TooLarge,
+            format!(
+                "the shard needs {} (weights {}, {} KV blocks {}, workspace {}) and may use {}",
+                show(bytes),
+                show(footprint.weights),
+                options.kv_blocks,
+                show(kv),
+                show(footprint.workspace),
+                show(options.memory_bytes)
+            ),
+        ));
+    }
+    Ok(bytes)
+}
+
+/// A shard whose rank has found its group.
+struct Loading<'a> {
+    spec: &'a ShardSpec,
+    checkpoint: &'a Checkpoint,
+    options: RunnerOptions,
+    backend: CpuBackend,
+    /// On rank 0.
+    text: Option<Arc<TextModel>>,
+    limits: Limits,
+    outbox: Arc<Outbox>,
+    on_end: OnEnd,
+}
+
+impl Loading<'_> {
+    fn load<C: Collective<CpuBuf> + 'static>(
+        self,
+        collective: C,
+    ) -> Result<(u64, Running, bool), Failure> {
+        let Loading {
+            spec,
+            checkpoint,
+            options,
+            backend,
+            text,
+            limits,
+            outbox,
+            on_end,
+        } = self;
+        let abort = collective.abort_handle();
+        let runner =
+            ModelRunner::load(checkpoint, &options, backend, collective).map_err(|e| match e {
+                LoadError::Device(error) => Failure::new(FailureKind::TooLarge, error.to_string()),
+                error => bad(error.to_string()),
+            })?;
+        let numerics_id = u64::from_str_radix(runner.numerics_id(), 16).map_err(|_| {
+            internal(format!(
+                "numerics id {} is not 16 hexadecimal digits",
+                runner.numerics_id()
+            ))
+        })?;
+        let name = format!("shard-{}", spec.replica);
+        let no_thread = |e: std::io::Error| internal(format!("cannot start a thread: {e}"));
+        let Some(text) = text else {
+            let handle = follower::spawn(&name, Box::new(runner), spec.generation.0, on_end)
+                .map_err(no_thread)?;
+            return Ok((
+                numerics_id,
+                Running::Follower(Follower {
+                    _handle: handle,
+                    abort,
+                }),
+                false,
+            ));
+        };
+        let (work, queue) = mpsc::channel(answering::QUEUE_MAX);
+        let events = work.clone();
+        let sink = Box::new(move |step| {
+            // Fails when the answering thread is gone, and with it everybody who waits for answers.
+            let _ = events.blocking_send(Work::Events(step));
+        });
+        let config = EngineConfig {
+            name,
+            generation: spec.generation.0,
+            prefix_salt: spec.group_key.to_vec(),
+            chunk_tokens_max: spec.options.step_tokens_max,
+            backlog: BACKLOG,
+        };
+        let engine = Engine::spawn(Box::new(runner), config, sink, on_end).map_err(no_thread)?;
+        answering::spawn(spec.replica, engine.clone(), outbox, queue).map_err(no_thread)?;
+        let chat = text.template.present();
+        Ok((
+            numerics_id,
+            Running::Leader(Leader {
+                engine,
+                text,
+                limits,
+                work,
+                abort,
+            }),
+            chat,
+        ))
+    }
+}
+
+fn bad(message: String) -> Failure {
+    Failure::new(FailureKind::BadRequest, message)
+}
+
+fn internal(message: String) -> Failure {
+    Failure::new(FailureKind::Internal, message)
+}

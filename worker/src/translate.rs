@@ -1,0 +1,357 @@
+//! A prompt from the wire made ready for the engine: tokenized, checked, with its answer prepared.
+//!
+//! Runs off the session's thread, since tokenizing a long prompt takes a while. What comes back from the engine is
+//! [`crate::answer`]'s part.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::request::{Failure, FailureKind, Generate, Resume};
+use common::wire::message::Start;
+use engine::request::{Candidate, Request, RequestKey, Sampling};
+
+use crate::answer::{Answer, PromptPart};
+use crate::text::TextModel;
+
+/// What a replica can take.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Longest sequence, prompt and output.
+    pub context_max: u32,
+    /// Rows of the vocabulary.
+    pub vocab: u32,
+}
+
+/// A request ready for the engine.
+pub struct Prepared {
+    /// The engine's key for it.
+    pub key: RequestKey,
+    /// For the engine; `None` when all candidates are over already.
+    pub request: Option<Request>,
+    /// Takes the engine's events.
+    pub answer: Answer,
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+}
+
+/// Tokenizes and checks a prompt that arrived at `arrival`. A panic over it is its own failure.
+///
+/// # Errors
+/// [`Failure`] for the client: what was asked, and what would do.
+pub fn prepare(
+    start: Start,
+    text: &Arc<TextModel>,
+    limits: Limits,
+    key: RequestKey,
+    arrival: Instant,
+) -> Result<Prepared, Failure> {
+    catch_unwind(AssertUnwindSafe(|| {
+        translate(start, text, limits, key, arrival)
+    }))
+    .unwrap_or_else(|_| {
+        Err(Failure::new(
+            FailureKind::Internal,
+            "a defect in the worker ended this request",
+        ))
+    })
+}
+
+fn translate(
+    start: Start,
+    text: &Arc<TextModel>,
+    limits: Limits,
+    key: RequestKey,
+    arrival: Instant,
+) -> Result<Prepared, Failure> {
+    let Start {
+        request,
+        generate,
+        resume,
+        deadline_ms,
+        ..
+    } = start;
+    let prompt = text
+        .prompt_ids(&generate.prompt)
+        .map_err(|e| bad(e.to_string()))?;
+    let tokens_max = check(&prompt, &generate, &resume, limits)?;
+    let (prompt_text, stream) = text.tokenizer.vocabulary().prompt_text(&prompt);
+    // An earlier attempt that delivered something has delivered the prompt's part before.
+    let first_attempt = resume
+        .iter()
+        .all(|known| known.emitted.is_empty() && known.delivered_bytes == 0);
+    let part = PromptPart {
+        echo: (generate.echo && first_attempt).then_some(prompt_text),
+        logprobs: generate.prompt_logprobs.is_some() && first_attempt,
+        first: prompt[0],
+    };
+    let prompt_logprobs = generate.prompt_logprobs.filter(|_| part.logprobs);
+    let mut answer = Answer::new(request, text.clone(), part);
+    let mut candidates = Vec::new();
+    for index in 0..generate.candidates {
+        let known = resume.iter().find(|known| known.candidate == index);
+        let (emitted, delivered) = known.map_or((&[][..], 0), |known| {
+            (&known.emitted[..], known.delivered_bytes)
+        });
+        if answer.add_candidate(stream.clone(), &generate.stop.strings, emitted, delivered) {
+            candidates.push(Candidate {
+                index,
+                emitted: emitted.to_vec(),
+            });
+        }
+    }
+    let prompt_tokens = prompt.len() as u32;
+    let mut stop_ids = generate.stop.token_ids;
+    if !generate.stop.ignore_eos {
+        stop_ids.extend(&text.end_ids);
+    }
+    let request = (!candidates.is_empty()).then(|| Request {
+        key,
+        prompt,
+        candidates,
+        sampling: sampling(generate.sampling, generate.logprobs),
+        tokens_max,
+        stop_ids,
+        prompt_logprobs,
+        deadline: deadline_ms.map(|ms| arrival + Duration::from_millis(ms)),
+    });
+    Ok(Prepared {
+        key,
+        request,
+        answer,
+        prompt_tokens,
+    })
+}
+
+/// Checks what only the replica can know; gives the most output tokens of a candidate.
+fn check(
+    prompt: &[u32],
+    generate: &Generate,
+    resume: &[Resume],
+    limits: Limits,
+) -> Result<u32, Failure> {
+    let Limits { context_max, vocab } = limits;
+    if prompt.is_empty() {
+        return Err(bad("the prompt is empty; give at least one token"));
+    }
+    let room = (context_max as usize).checked_sub(prompt.len());
+    let scores_only = generate.stop.tokens_max == Some(0);
+    let Some(room) = room.filter(|&room| room > 0 || scores_only) else {
+        return Err(bad(format!(
+            "the prompt has {} tokens and this model's context is {context_max}, prompt and answer together; shorten \
+             the prompt",
+            prompt.len()
+        )));
+    };
+    let outside = |ids: &[u32]| ids.iter().copied().find(|&id| id >= vocab);
+    let named = [
+        ("the prompt", outside(prompt)),
+        (
+            "logit_bias",
+            generate
+                .sampling
+                .logit_bias
+                .iter()
+                .map(|(id, _)| *id)
+                .find(|&id| id >= vocab),
+        ),
+        (
+            "the ids to resume from",
+            resume.iter().find_map(|known| outside(&known.emitted)),
+        ),
+    ];
+    if let Some((what, Some(id))) = named.into_iter().find(|(_, id)| id.is_some()) {
+        return Err(bad(format!(
+            "{what} has the token id {id}, but this model's ids go from 0 to {}",
+            vocab - 1
+        )));
+    }
+    if !(1..=Generate::CANDIDATES_MAX).contains(&generate.candidates) {
+        let most = Generate::CANDIDATES_MAX;
+        return Err(bad(format!(
+            "{} candidates are asked for; ask for 1 to {most}",
+            generate.candidates
+        )));
+    }
+    let room = room as u32;
+    Ok(generate
+        .stop
+        .tokens_max
+        .map_or(room, |asked| asked.min(room)))
+}
+
+fn sampling(wire: common::request::Sampling, logprobs: Option<u32>) -> Sampling {
+    let common::request::Sampling {
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        logit_bias,
+        seed,
+    } = wire;
+    Sampling {
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        logit_bias,
+        seed,
+        logprobs,
+    }
+}
+
+fn bad(message: impl Into<String>) -> Failure {
+    Failure::new(FailureKind::BadRequest, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use common::ids::{Generation, ReplicaId, RequestId};
+    use common::request::{ChatMessage, Prompt};
+
+    use super::*;
+    use crate::text::tests::text_model;
+
+    const LIMITS: Limits = Limits {
+        context_max: 32,
+        vocab: 2048,
+    };
+
+    fn start(generate: Generate) -> Start {
+        Start {
+            request: RequestId(7),
+            replica: ReplicaId(1),
+            generation: Generation(1),
+            attempt: 0,
+            generate,
+            resume: Vec::new(),
+            deadline_ms: Some(1000),
+        }
+    }
+
+    fn prepared(start: Start) -> Result<Prepared, Failure> {
+        prepare(start, &text_model("tiny-llama"), LIMITS, 9, Instant::now())
+    }
+
+    fn refused(generate: Generate) -> String {
+        let failure = prepared(start(generate)).err().unwrap();
+        assert_eq!(failure.kind, FailureKind::BadRequest);
+        failure.message
+    }
+
+    #[test]
+    fn a_text_becomes_a_request_with_the_models_end_ids_and_what_fits() {
+        let arrival = Instant::now();
+        let text = text_model("tiny-llama");
+        let start = start(Generate::new(Prompt::Text("Hello, world!".into())));
+        let Prepared {
+            request,
+            prompt_tokens,
+            ..
+        } = prepare(start, &text, LIMITS, 9, arrival).unwrap();
+        let request = request.unwrap();
+        assert_eq!(
+            (request.key, request.prompt, prompt_tokens),
+            (9, vec![1, 998, 1990, 564, 2024], 5)
+        );
+        assert_eq!((request.stop_ids, request.tokens_max), (vec![2], 27));
+        assert_eq!(request.deadline, Some(arrival + Duration::from_secs(1)));
+    }
+
+    #[test]
+    fn the_answer_is_cut_at_the_context_and_end_ids_can_be_ignored() {
+        let mut generate = Generate::new(Prompt::Tokens(vec![5; 30]));
+        generate.stop.tokens_max = Some(100);
+        generate.stop.ignore_eos = true;
+        generate.stop.token_ids = vec![13];
+        let request = prepared(start(generate)).unwrap().request.unwrap();
+        assert_eq!((request.tokens_max, request.stop_ids), (2, vec![13]));
+    }
+
+    #[test]
+    fn what_cannot_run_is_refused_with_numbers() {
+        let message = refused(Generate::new(Prompt::Tokens(vec![5; 40])));
+        assert!(
+            message.contains("40 tokens") && message.contains("context is 32"),
+            "{message}"
+        );
+        assert!(
+            refused(Generate::new(Prompt::Tokens(vec![5; 32]))).contains("32 tokens"),
+            "no room for an answer"
+        );
+        assert!(refused(Generate::new(Prompt::Tokens(vec![]))).contains("empty"));
+        assert!(refused(Generate::new(Prompt::Tokens(vec![2048]))).contains("id 2048"));
+        let mut generate = Generate::new(Prompt::Text("hi".into()));
+        generate.sampling.logit_bias = vec![(9999, 1.0)];
+        assert!(refused(generate).contains("logit_bias has the token id 9999"));
+        let wizard = ChatMessage {
+            role: "wizard".into(),
+            content: "hi".into(),
+        };
+        assert!(refused(Generate::new(Prompt::Chat(vec![wizard]))).contains("Only the roles"));
+        let none = Generate {
+            candidates: 0,
+            ..Generate::new(Prompt::Text("hi".into()))
+        };
+        assert!(refused(none).contains("0 candidates"));
+    }
+
+    #[test]
+    fn a_full_context_can_be_scored() {
+        let mut generate = Generate::new(Prompt::Tokens(vec![5; 32]));
+        generate.stop.tokens_max = Some(0);
+        generate.prompt_logprobs = Some(1);
+        let request = prepared(start(generate)).unwrap().request.unwrap();
+        assert_eq!((request.tokens_max, request.prompt_logprobs), (0, Some(1)));
+    }
+
+    #[test]
+    fn a_resumed_request_recomputes_what_was_emitted_and_repeats_no_prompt_part() {
+        let mut generate = Generate::new(Prompt::Tokens(vec![5, 6]));
+        generate.candidates = 2;
+        generate.echo = true;
+        generate.prompt_logprobs = Some(1);
+        generate.stop.strings = vec!["Spark".into()];
+        let spark = text_model("tiny-llama")
+            .tokenizer
+            .encode("Apache Spark", false)
+            .unwrap();
+        let resume = vec![
+            Resume {
+                candidate: 0,
+                emitted: spark,
+                delivered_bytes: 3,
+            },
+            Resume {
+                candidate: 1,
+                emitted: vec![8],
+                delivered_bytes: 0,
+            },
+        ];
+        let request = prepared(Start {
+            resume,
+            attempt: 1,
+            ..start(generate)
+        })
+        .unwrap()
+        .request
+        .unwrap();
+        let running: Vec<(u32, &[u32])> = request
+            .candidates
+            .iter()
+            .map(|c| (c.index, &c.emitted[..]))
+            .collect();
+        assert_eq!(
+            running,
+            [(1, &[8][..])],
+            "candidate 0 has met its stop string"
+        );
+        assert_eq!(request.prompt_logprobs, None);
+    }
+}
