@@ -71,7 +71,7 @@ def up():
 
 
 class Facts:
-    """What cluster.toml says, with its layers, in the words of `coordinator check --plain`."""
+    """What cluster.toml says, with its layers, in the words of `coordinator facts`."""
 
     def __init__(self, lines):
         self.http = self.links = self.user = self.token_file = None
@@ -88,7 +88,7 @@ class Facts:
 
     @staticmethod
     def read():
-        checked = subprocess.run([program("coordinator"), "check", "--plain", CONFIG], capture_output=True, text=True)
+        checked = subprocess.run([program("coordinator"), "--config", CONFIG, "facts"], capture_output=True, text=True)
         if checked.returncode != 0:
             sys.exit(checked.stderr.strip())
         return Facts(checked.stdout.splitlines())

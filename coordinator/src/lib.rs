@@ -6,6 +6,7 @@
 pub mod actors;
 pub mod api;
 pub mod check;
+pub mod facts;
 pub mod http;
 pub mod policy;
 pub mod registry;
@@ -143,8 +144,8 @@ impl Core {
         let directory = Arc::new(Directory::default());
         let means = Means { cluster: cluster.clone(), registry, store, directory: directory.clone(), term };
         let links = CancellationToken::new();
-        let restored = Restored::read(&means.store).await?;
-        let coordinator = actix_rt::spawn(keep_coordinator(means.clone(), restored, links.clone()));
+        let died = start_coordinator(&means, Restored::read(&means.store).await?, &links);
+        let coordinator = actix_rt::spawn(keep_coordinator(means.clone(), died, links.clone()));
         let doorkeeper = Arc::new(Doorkeeper { cluster, secret, term, directory });
         Ok(Core { gateway: ActorGateway::new(means), doorkeeper, tokens, links, coordinator })
     }
@@ -159,16 +160,19 @@ impl Core {
     }
 }
 
-/// Runs the coordinator's actor, and starts it again from the store when it panics: links are cut, workers come back
-/// and are found to hold their shards.
-async fn keep_coordinator(means: Means, mut restored: Restored, links: CancellationToken) -> Result<()> {
+/// Starts the coordinator's actor; it is published when this returns. The receiver is told of its death.
+fn start_coordinator(means: &Means, restored: Restored, links: &CancellationToken) -> mpsc::Receiver<Died> {
+    let (tell, died) = mpsc::channel(1);
+    let watcher: Recipient<Died> = Watcher(tell).start().recipient();
+    let death = DeathNotice::new(watcher, Who::Coordinator);
+    CoordinatorActor::create(|ctx| CoordinatorActor::new(means.clone(), restored, links.child_token(), death, ctx));
+    died
+}
+
+/// Starts the coordinator's actor again from the store when it panics: links are cut, workers come back and are found
+/// to hold their shards.
+async fn keep_coordinator(means: Means, mut died: mpsc::Receiver<Died>, links: CancellationToken) -> Result<()> {
     loop {
-        let (tell, mut died) = mpsc::channel(8);
-        let watcher: Recipient<Died> = Watcher(tell).start().recipient();
-        let incarnation = links.child_token();
-        let death = DeathNotice::new(watcher, Who::Coordinator);
-        let life = incarnation.clone();
-        CoordinatorActor::create(|ctx| CoordinatorActor::new(means.clone(), restored, life, death, ctx));
         let _ = died.recv().await;
         means.directory.set_coordinator(None);
         if links.is_cancelled() {
@@ -176,7 +180,7 @@ async fn keep_coordinator(means: Means, mut restored: Restored, links: Cancellat
         }
         tracing::error!("the coordinator's actor ended unexpectedly; it is started again from the store");
         tokio::time::sleep(RESTART_PAUSE).await;
-        restored = Restored::read(&means.store).await?;
+        died = start_coordinator(&means, Restored::read(&means.store).await?, &links);
     }
 }
 

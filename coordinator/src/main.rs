@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
 use common::config::{self, Cluster};
-use coordinator::{Listeners, check, http};
+use coordinator::{Listeners, check, facts, http};
 
 /// Exit status for mistakes in arguments or configuration.
 const BAD_CONFIGURATION: u8 = 2;
@@ -32,13 +32,15 @@ enum Verb {
         /// The configuration; that of --config unless given.
         file: Option<PathBuf>,
     },
+    /// Prints addresses, tokens' files and workers of a configuration, tab-separated: for scripts.
+    Facts,
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let checked = match &arguments.command {
         Some(Verb::Check { file }) => file.clone().unwrap_or_else(|| arguments.config.clone()),
-        None => arguments.config.clone(),
+        Some(Verb::Facts) | None => arguments.config.clone(),
     };
     let cluster = match config::load(&checked) {
         Ok(cluster) => cluster,
@@ -49,6 +51,10 @@ fn main() -> ExitCode {
     };
     let outcome = match arguments.command {
         Some(Verb::Check { .. }) => print_check(&cluster),
+        Some(Verb::Facts) => {
+            print!("{}", facts::lines(&cluster));
+            Ok(ExitCode::SUCCESS)
+        }
         None => {
             common::telemetry::init(arguments.log_json);
             run(cluster)

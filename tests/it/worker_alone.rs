@@ -102,6 +102,7 @@ async fn a_request_for_a_shard_that_is_not_held_is_rejected_as_unavailable() {
 }
 
 #[tokio::test]
+#[ignore = "waits a minute for the missing rank: scripts/check --long"]
 async fn a_group_that_cannot_form_says_which_rank_is_missing() {
     let coordinator = FakeCoordinator::listen(Settings::new()).await;
     let _worker = coordinator.start_worker(0);

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use tokio::time::MissedTickBehavior;
 
 /// Long enough for anything that a healthy cluster does on a busy two-core machine.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(90);
 
 /// Between two looks at a condition.
 const LOOK_EVERY: Duration = Duration::from_millis(20);

@@ -146,6 +146,9 @@ impl CoordinatorActor {
         for assignment in restored.replicas {
             coordinator.restore(assignment, now, ctx);
         }
+        let directory = &coordinator.means.directory;
+        directory.set_seen(coordinator.revision);
+        directory.set_coordinator(Some((ctx.address(), coordinator.incarnation.clone())));
         coordinator
     }
 
@@ -622,8 +625,6 @@ impl Actor for CoordinatorActor {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Self::Context) {
-        self.means.directory.set_seen(self.revision);
-        self.means.directory.set_coordinator(Some((ctx.address(), self.incarnation.clone())));
         tokio::spawn(watch(self.means.store.clone(), self.revision, ctx.address(), self.incarnation.clone()));
         ctx.run_interval(TICK, |actor, ctx| actor.reconcile(ctx));
         let over = self.incarnation.clone();

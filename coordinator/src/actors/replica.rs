@@ -114,14 +114,12 @@ impl Replica {
     /// A member's worker is there again, with its shard or without.
     fn joined(&mut self, link: Arc<Link>, held: Option<HeldShard>) {
         let Some(position) = self.ranks.iter().position(|rank| rank.worker == link.worker) else { return };
-        let rank = &mut self.ranks[position];
-        rank.link = Some(link);
         match held {
-            Some(held) if held.rank as usize == position => self.state(position, held.state),
-            _ => {
-                let message = format!("worker {} came back without its shard", rank.worker);
-                self.end(false, message);
+            Some(held) if held.rank as usize == position => {
+                self.ranks[position].link = Some(link);
+                self.state(position, held.state);
             }
+            _ => self.end(false, format!("worker {} came back without its shard", link.worker)),
         }
     }
 
@@ -224,20 +222,7 @@ impl Replica {
         let flight = Flight::new(ticket, replica, permit);
         let leader = self.ranks.first().and_then(|rank| rank.link.clone()).filter(|_| self.over.is_none());
         let Some(leader) = leader else { return flight.put_back(BUSY_PAUSE) };
-        let start = |flight: &Flight| {
-            let ticket = flight.ticket();
-            let left = ticket.deadline.saturating_duration_since(Instant::now());
-            Start {
-                request: ticket.request,
-                replica,
-                generation,
-                attempt: ticket.attempt,
-                generate: ticket.generate.clone(),
-                resume: Vec::new(),
-                deadline_ms: Some(left.as_millis() as u64),
-            }
-        };
-        if let Err(flight) = leader.start(flight, start) {
+        if let Err(flight) = leader.start(flight, |flight| start_of(flight, replica, generation)) {
             flight.put_back(BUSY_PAUSE);
         }
     }
@@ -250,6 +235,21 @@ impl Replica {
             link.replica_lost(replica, reason);
             link.command(Command::Unload { term: link.term(), replica, generation });
         }
+    }
+}
+
+/// A request as its worker is told.
+pub(super) fn start_of(flight: &Flight, replica: ReplicaId, generation: Generation) -> Start {
+    let ticket = flight.ticket();
+    let left = ticket.deadline.saturating_duration_since(Instant::now());
+    Start {
+        request: ticket.request,
+        replica,
+        generation,
+        attempt: ticket.attempt,
+        generate: ticket.generate.clone(),
+        resume: Vec::new(),
+        deadline_ms: Some(left.as_millis() as u64),
     }
 }
 

@@ -1,0 +1,91 @@
+//! The door for workers: who is let in, and what a link that misbehaves costs.
+
+use common::ids::{BootId, WorkerId};
+use common::wire::message::{Command, Hello, Report};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::*;
+use crate::Core;
+use crate::actors::testing::{FakeWorker, cluster, soon};
+use crate::api::Gateway;
+
+async fn empty() -> (tempfile::TempDir, Core) {
+    let folder = tempfile::tempdir().unwrap();
+    let core = cluster(folder.path(), |text| text).await;
+    (folder, core)
+}
+
+async fn refusal(core: &Core, change: impl FnOnce(&mut Hello)) -> String {
+    let mut hello = FakeWorker::hello(core, "0");
+    change(&mut hello);
+    let mut worker = FakeWorker::dial(core, hello).await;
+    let Some(Command::Refused { reason }) = worker.command().await else { panic!("it was let in") };
+    assert!(worker.command().await.is_none(), "the link is closed");
+    reason
+}
+
+#[actix::test]
+async fn who_may_not_join_is_told_why() {
+    let (_folder, core) = empty().await;
+    let reason = refusal(&core, |hello| hello.secret.push('x')).await;
+    assert!(reason.contains("auth.worker_secret_file"), "{reason}");
+    let reason = refusal(&core, |hello| hello.worker = WorkerId("n/9".into())).await;
+    assert_eq!(reason, "cluster.toml has no device n/9; it has n/0, n/1");
+    let reason = refusal(&core, |hello| (hello.protocol_min, hello.protocol_max) = (7, 9)).await;
+    assert!(reason.contains("the worker speaks protocol 7 to 9"), "{reason}");
+    let reason = refusal(&core, |hello| hello.device.kind = common::wire::message::DeviceKind::Cuda).await;
+    assert!(reason.contains("of kind Cpu; the worker has Cuda"), "{reason}");
+    assert_eq!(core.gateway.health().await.workers, 0);
+}
+
+#[actix::test]
+async fn the_newer_process_of_a_name_stays_and_the_older_does_not_dial_again() {
+    let (_folder, core) = empty().await;
+    let mut older = FakeWorker::join(&core, "0").await;
+    let _newer = FakeWorker::join(&core, "0").await;
+    let Some(Command::Refused { reason }) = older.command().await else { panic!("the older one stays") };
+    assert!(reason.contains("another process has joined as n/0"), "{reason}");
+    assert!(older.command().await.is_none());
+    assert_eq!(core.gateway.health().await.workers, 1);
+}
+
+#[actix::test]
+async fn a_worker_that_redials_is_not_refused() {
+    let (_folder, core) = empty().await;
+    let boot = BootId(5);
+    let hello = || Hello { boot, ..FakeWorker::hello(&core, "0") };
+    let mut before = FakeWorker::dial(&core, hello()).await;
+    assert!(matches!(before.command().await, Some(Command::Welcome { .. })));
+    let mut after = FakeWorker::dial(&core, hello()).await;
+    assert!(matches!(after.command().await, Some(Command::Welcome { .. })));
+    assert!(before.command().await.is_none(), "closed without a last word");
+}
+
+#[actix::test]
+async fn a_bad_frame_closes_its_link_and_no_other() {
+    let (_folder, core) = empty().await;
+    let mut good = FakeWorker::join(&core, "0").await;
+    for garbage in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0x1a, 0x7d, 1, 1, 4, 0, 0, 0, 255, 255, 255, 255]] {
+        let (mut ours, theirs) = tokio::io::duplex(1 << 16);
+        let doorkeeper = core.doorkeeper.clone();
+        let link = tokio::spawn(async move { doorkeeper.run(theirs, "stranger", || ()).await });
+        ours.write_all(garbage).await.unwrap();
+        soon("the link's end", link).await.unwrap();
+        assert_eq!(ours.read(&mut [0; 1]).await.unwrap(), 0);
+    }
+    // Also one that was let in before.
+    let hello = FakeWorker::hello(&core, "1");
+    let (ours, theirs) = tokio::io::duplex(1 << 16);
+    let doorkeeper = core.doorkeeper.clone();
+    let link = tokio::spawn(async move { doorkeeper.run(theirs, "worker", || ()).await });
+    let (mut send, mut commands) = link::split::<Report, Command>(ours);
+    send.send(&Report::Hello(Box::new(hello.clone()))).await.unwrap();
+    soon("welcome", commands.receive()).await.unwrap();
+    assert_eq!(core.gateway.health().await.workers, 2);
+    send.send(&Report::Hello(Box::new(hello))).await.unwrap();
+    soon("the link's end", link).await.unwrap();
+    assert_eq!(core.gateway.health().await.workers, 1);
+    let report = Report::Pong { nonce: 1 };
+    good.report(report).await;
+    good.is_left_alone(Duration::from_millis(50)).await;
+}

@@ -1,5 +1,6 @@
 //! The same request gives the same bits however it is run: alone, in a batch, cut into chunks of any size, preempted
-//! and recomputed, or on cached blocks; on any number of threads; on one rank and on two.
+//! and recomputed, resumed after some of its tokens, or on cached blocks; on any number of threads; on one rank and on
+//! two.
 
 use engine::backend::cpu::{CpuBackend, CpuBuf, Pool};
 use engine::backend::{KvDtype, WeightDtype};
@@ -291,6 +292,36 @@ fn assert_same(what: &str, expected: &Answers, got: &Answers) {
     }
 }
 
+/// The requests as they go on elsewhere after half of their tokens, and the answers that are left to give.
+fn resume(requests: &[Request], answers: &Answers) -> (Vec<Request>, Answers) {
+    let half = |answer: &Answer| answer.tokens.len() / 2;
+    let rest = answers.iter().map(|(key, answer)| {
+        let tokens = answer.tokens[half(answer)..].to_vec();
+        (
+            *key,
+            Answer {
+                tokens,
+                prompt: Vec::new(),
+                end: answer.end.clone(),
+            },
+        )
+    });
+    let resumed = requests.iter().cloned().map(|mut request| {
+        for candidate in &mut request.candidates {
+            let answer = &answers[&(request.key, candidate.index)];
+            candidate.emitted = answer.tokens[..half(answer)]
+                .iter()
+                .map(|(id, _)| *id)
+                .collect();
+        }
+        Request {
+            prompt_logprobs: None,
+            ..request
+        }
+    });
+    (resumed.collect(), rest.collect())
+}
+
 fn check(name: &str, ranks: u32) {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../../tests/models")
@@ -334,6 +365,10 @@ fn check(name: &str, ranks: u32) {
         "{warm} prompt tokens were cached, {cached} without a first run"
     );
     assert_same(&format!("{name}, {ranks} ranks, cached"), &alone, &answers);
+
+    let (resumed, rest) = resume(&requests, &alone);
+    let (answers, ..) = model.run(BATCHED, &resumed);
+    assert_same(&format!("{name}, {ranks} ranks, resumed"), &rest, &answers);
 
     // What a batch needs when it runs together, by four.
     let needs = |request: &Request| {

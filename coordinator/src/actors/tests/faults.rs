@@ -5,7 +5,7 @@ use tempfile::TempDir;
 
 use crate::Core;
 use crate::actors::testing::{FakeWorker, cluster, config, held, whole};
-use crate::api::{DeploymentState, ErrorKind, Gateway};
+use crate::api::{DeploymentState, ErrorKind};
 
 async fn empty() -> (TempDir, Core) {
     let folder = tempfile::tempdir().unwrap();

@@ -5,7 +5,7 @@
 //! have the same bits whatever the batch, the chunks and the threads are, and the same on all machines of one path.
 //!
 //! Read in this order: `simd`, `isa`, `tile` (the one inner loop), `linear`, `kv`, `attention`, `rows`,
-//! `pool`. Unsafe code stands in these (but for `kv`) and in `limits`, nowhere else.
+//! `pool`. Unsafe code stands in these (but for `kv`), in `thread` and in `limits`, nowhere else.
 
 use std::sync::Arc;
 
@@ -32,6 +32,8 @@ mod pool;
 mod rows;
 #[allow(unsafe_code)]
 mod simd;
+#[allow(unsafe_code)]
+mod thread;
 #[allow(unsafe_code)]
 mod tile;
 

@@ -15,6 +15,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
+use super::thread::{FlushSubnormals, pin};
+
+#[cfg(test)]
+mod tests;
+
 /// How long a helper spins for the next region, and the caller for the last helper, before sleeping. The gaps between
 /// the regions of a step are shorter.
 const SPIN: Duration = Duration::from_micros(50);
@@ -304,155 +309,5 @@ fn spin(longest: Duration, done: impl Fn() -> bool) -> bool {
         if Instant::now() >= end {
             return false;
         }
-    }
-}
-
-/// Pins the calling thread to a core. A core that does not exist is a warning: the work gets done without.
-fn pin(core: usize) {
-    // SAFETY: `cpu_set_t` is plain bits, CPU_SET stays inside it for cores below its size, and the call reads it only.
-    let result = unsafe {
-        let mut set: libc::cpu_set_t = std::mem::zeroed();
-        if core < 8 * size_of::<libc::cpu_set_t>() {
-            libc::CPU_SET(core, &mut set);
-        }
-        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set)
-    };
-    if result != 0 {
-        tracing::warn!(core, error = %std::io::Error::last_os_error(), "a compute thread could not be pinned");
-    }
-}
-
-/// While it lives, this thread takes subnormal numbers for zero and makes none.
-struct FlushSubnormals {
-    #[cfg(target_arch = "x86_64")]
-    before: u32,
-}
-
-#[cfg(target_arch = "x86_64")]
-impl FlushSubnormals {
-    fn new() -> FlushSubnormals {
-        /// Flush-to-zero and denormals-are-zero.
-        const FTZ_DAZ: u32 = 0x8040;
-        let before = read_mxcsr();
-        write_mxcsr(before | FTZ_DAZ);
-        FlushSubnormals { before }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-impl Drop for FlushSubnormals {
-    fn drop(&mut self) {
-        write_mxcsr(self.before);
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-impl FlushSubnormals {
-    fn new() -> FlushSubnormals {
-        FlushSubnormals {}
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-fn read_mxcsr() -> u32 {
-    let mut value = 0u32;
-    // SAFETY: stores four bytes to a live u32.
-    unsafe { std::arch::asm!("stmxcsr [{}]", in(reg) &raw mut value, options(nostack)) };
-    value
-}
-
-#[cfg(target_arch = "x86_64")]
-fn write_mxcsr(value: u32) {
-    // SAFETY: the value is what the register held before, with two bits that every x86-64 processor knows. Rust promises
-    // nothing for floating-point code under another mode; that a subnormal may be taken for zero is what we ask for.
-    unsafe { std::arch::asm!("ldmxcsr [{}]", in(reg) &raw const value, options(nostack)) };
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_item_runs_exactly_once() {
-        for threads in [1, 2, 5] {
-            let pool = Pool::new(threads, &[]).unwrap();
-            for items in [0, 1, 2, 3, 100, 1000] {
-                let runs: Vec<AtomicUsize> = (0..items).map(|_| AtomicUsize::new(0)).collect();
-                pool.run(items, &|item, thread| {
-                    assert!(thread < threads);
-                    runs[item].fetch_add(1, Ordering::Relaxed);
-                });
-                assert!(
-                    runs.iter().all(|runs| runs.load(Ordering::Relaxed) == 1),
-                    "{threads} threads, {items} items"
-                );
-            }
-        }
-    }
-
-    #[test]
-    fn many_short_regions_of_two_engines_do_not_mix() {
-        let pool = Pool::new(3, &[]).unwrap();
-        let total = AtomicUsize::new(0);
-        std::thread::scope(|scope| {
-            for _ in 0..2 {
-                scope.spawn(|| {
-                    for _ in 0..3000 {
-                        let sum = AtomicUsize::new(0);
-                        pool.run(4, &|item, _| {
-                            sum.fetch_add(item + 1, Ordering::Relaxed);
-                        });
-                        total.fetch_add(sum.into_inner(), Ordering::Relaxed);
-                    }
-                });
-            }
-        });
-        assert_eq!(total.into_inner(), 2 * 3000 * 10);
-    }
-
-    #[test]
-    fn a_panic_reaches_the_caller_and_the_pool_goes_on() {
-        let pool = Pool::new(2, &[]).unwrap();
-        for bad in 0..8 {
-            let result = catch_unwind(AssertUnwindSafe(|| {
-                pool.run(8, &|item, _| assert!(item != bad, "item {item} fails"));
-            }));
-            let message = *result.unwrap_err().downcast::<String>().unwrap();
-            assert_eq!(message, format!("item {bad} fails"));
-        }
-        let done = AtomicUsize::new(0);
-        pool.run(8, &|_, _| {
-            done.fetch_add(1, Ordering::Relaxed);
-        });
-        assert_eq!(done.into_inner(), 8);
-    }
-
-    #[test]
-    fn subnormals_are_zero_inside_and_not_outside() {
-        let pool = Pool::new(2, &[]).unwrap();
-        let tiny = std::hint::black_box(1e-39f32);
-        pool.run(64, &|_, _| {
-            #[cfg(target_arch = "x86_64")]
-            assert_eq!(std::hint::black_box(tiny) * std::hint::black_box(0.5), 0.0);
-        });
-        assert!(std::hint::black_box(tiny) * std::hint::black_box(0.5) > 0.0);
-    }
-
-    #[test]
-    fn a_parked_helper_comes_back() {
-        let pool = Pool::new(2, &[]).unwrap();
-        let began = Instant::now();
-        while !pool.shared.parked[0].load(Ordering::SeqCst) {
-            assert!(
-                began.elapsed() < Duration::from_secs(30),
-                "the helper never parked"
-            );
-            std::thread::yield_now();
-        }
-        // Two items that wait for each other need two threads.
-        let met = std::sync::Barrier::new(2);
-        pool.run(2, &|_, _| {
-            met.wait();
-        });
     }
 }

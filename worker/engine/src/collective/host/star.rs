@@ -3,8 +3,9 @@
 //! Owns who sends when. Rank 0 reads all parts before it writes a sum, so that no two ends ever wait for each other to
 //! read.
 
+use super::CollectiveError;
 use super::frame::{Header, Kind, read_bytes, read_header, write_frame};
-use super::{CollectiveError, HostGroup};
+use super::group::HostGroup;
 
 /// Numbers read and added at a time.
 const STRIP: usize = 16 << 10;

@@ -1,0 +1,121 @@
+//! AVX-512 (F, BW, VL, DQ).
+
+use std::arch::x86_64::*;
+
+use super::{Element, HIGH_HALVES, Simd, Tile};
+
+/// AVX-512: a vector is one register.
+#[derive(Clone, Copy)]
+pub(in super::super) struct Avx512;
+
+impl Simd for Avx512 {
+    type V = __m512;
+    const ROWS: usize = 12;
+    const SUMS: usize = 24;
+
+    #[inline(always)]
+    unsafe fn tile<E: Element>(tile: &Tile<E>, rows: usize, panels: usize) {
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+        #[inline(never)]
+        unsafe fn compiled<E: Element>(tile: &Tile<E>, rows: usize, panels: usize) {
+            // SAFETY: this function has the path's features; the rest is the trait's.
+            unsafe { tile.compute::<Avx512>(rows, panels) }
+        }
+        // SAFETY: the trait's.
+        unsafe { compiled(tile, rows, panels) }
+    }
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::V {
+        // SAFETY: the trait's.
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn splat_at(from: *const f32) -> Self::V {
+        // SAFETY: the trait's.
+        unsafe { Self::splat(_mm_cvtss_f32(_mm_load_ss(from))) }
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self::V {
+        // SAFETY: the trait's.
+        unsafe { _mm512_loadu_ps(from) }
+    }
+    #[inline(always)]
+    unsafe fn store(to: *mut f32, x: Self::V) {
+        // SAFETY: the trait's.
+        unsafe { _mm512_storeu_ps(to, x) }
+    }
+    #[inline(always)]
+    unsafe fn load_aligned(from: *const f32) -> Self::V {
+        // SAFETY: the trait's.
+        unsafe { _mm512_load_ps(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_even(from: *const u16) -> Self::V {
+        // SAFETY: the trait's.
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_load_si512(from.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_odd(from: *const u16) -> Self::V {
+        // SAFETY: the trait's.
+        unsafe {
+            _mm512_castsi512_ps(_mm512_and_si512(
+                _mm512_load_si512(from.cast()),
+                _mm512_set1_epi32(HIGH_HALVES as i32),
+            ))
+        }
+    }
+    #[inline(always)]
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: the trait's.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: the trait's.
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: the trait's.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn div(a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: the trait's.
+        unsafe { _mm512_div_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: the trait's.
+        unsafe { _mm512_max_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: the trait's.
+        unsafe { _mm512_min_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        // SAFETY: the trait's.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn shift_to_exponent(a: Self::V) -> Self::V {
+        // SAFETY: the trait's.
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(a))) }
+    }
+    #[inline(always)]
+    unsafe fn copy_sign(a: Self::V, sign: Self::V) -> Self::V {
+        // SAFETY: the trait's.
+        unsafe {
+            let bit = _mm512_set1_ps(-0.0);
+            _mm512_or_ps(_mm512_andnot_ps(bit, a), _mm512_and_ps(bit, sign))
+        }
+    }
+    #[inline(always)]
+    unsafe fn prefetch(at: *const u8) {
+        // SAFETY: the trait's.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+}

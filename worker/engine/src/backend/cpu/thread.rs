@@ -1,0 +1,62 @@
+//! The state of a compute thread: the core it runs on, what it does with subnormal numbers.
+
+/// Pins the calling thread to a core. A core that does not exist is a warning: the work gets done without.
+pub(super) fn pin(core: usize) {
+    // SAFETY: `cpu_set_t` is plain bits, CPU_SET stays inside it for cores below its size, and the call reads it only.
+    let result = unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        if core < 8 * size_of::<libc::cpu_set_t>() {
+            libc::CPU_SET(core, &mut set);
+        }
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set)
+    };
+    if result != 0 {
+        tracing::warn!(core, error = %std::io::Error::last_os_error(), "a compute thread could not be pinned");
+    }
+}
+
+/// While it lives, this thread takes subnormal numbers for zero and makes none.
+pub(super) struct FlushSubnormals {
+    #[cfg(target_arch = "x86_64")]
+    before: u32,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl FlushSubnormals {
+    pub(super) fn new() -> FlushSubnormals {
+        /// Flush-to-zero and denormals-are-zero.
+        const FTZ_DAZ: u32 = 0x8040;
+        let before = read_mxcsr();
+        write_mxcsr(before | FTZ_DAZ);
+        FlushSubnormals { before }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Drop for FlushSubnormals {
+    fn drop(&mut self) {
+        write_mxcsr(self.before);
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+impl FlushSubnormals {
+    pub(super) fn new() -> FlushSubnormals {
+        FlushSubnormals {}
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn read_mxcsr() -> u32 {
+    let mut value = 0u32;
+    // SAFETY: stores four bytes to a live u32.
+    unsafe { std::arch::asm!("stmxcsr [{}]", in(reg) &raw mut value, options(nostack)) };
+    value
+}
+
+#[cfg(target_arch = "x86_64")]
+fn write_mxcsr(value: u32) {
+    // SAFETY: the value is what the register held before, with two bits that every x86-64 processor knows. Rust promises
+    // nothing for floating-point code under another mode; that a subnormal may be taken for zero is what we ask for.
+    unsafe { std::arch::asm!("ldmxcsr [{}]", in(reg) &raw const value, options(nostack)) };
+}
