@@ -1,7 +1,8 @@
 """Tokens per second over HTTP: streams of greedy text from one endpoint, 1, 8 and 32 at a time.
 
 All streams ask for the same number of tokens and go on past the model's end token, so that every run does the same work.
-Times include HTTP, JSON, tokenizing and scheduling. Prints a table; say which machine it was when you quote it.
+Times include HTTP, JSON, tokenizing, scheduling, and this client, which runs on the same cores. Prints a table; say which
+machine it was when you quote it.
 """
 
 import threading
@@ -38,7 +39,7 @@ def row(count):
     seconds = time.monotonic() - started
     assert len(times) == count, "a stream failed"
     first = median([moments[0] - start for start, moments in times])
-    between = median([(moments[-1] - moments[0]) / (len(moments) - 1) for _, moments in times])
+    between = median([(moments[-1] - moments[0]) / (TOKENS - 1) for _, moments in times])
     return f"{count * TOKENS / seconds:8.0f}  {1000 * first:16.1f} ms  {1000 * between:19.2f} ms"
 
 

@@ -50,7 +50,11 @@ pub enum ErrorKind {
 impl ApiError {
     /// An error of this kind.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        ApiError { kind, message: message.into(), retry_after_s: None }
+        ApiError {
+            kind,
+            message: message.into(),
+            retry_after_s: None,
+        }
     }
 
     /// The same, with a time to come again.
@@ -207,7 +211,11 @@ pub enum DeploymentState {
 /// What HTTP may ask of the cluster.
 pub trait Gateway: Send + Sync + 'static {
     /// Creates an endpoint; answers as soon as the wish is stored.
-    fn create(&self, user: String, endpoint: CreateEndpoint) -> BoxFuture<'_, Result<EndpointView, ApiError>>;
+    fn create(
+        &self,
+        user: String,
+        endpoint: CreateEndpoint,
+    ) -> BoxFuture<'_, Result<EndpointView, ApiError>>;
 
     /// One endpoint.
     fn get(&self, name: String) -> BoxFuture<'_, Result<EndpointView, ApiError>>;
@@ -216,7 +224,12 @@ pub trait Gateway: Send + Sync + 'static {
     fn list(&self) -> BoxFuture<'_, Result<Vec<EndpointView>, ApiError>>;
 
     /// Deploys another configuration; the active one serves until it is ready.
-    fn update(&self, user: String, name: String, config: ConfigSpec) -> BoxFuture<'_, Result<EndpointView, ApiError>>;
+    fn update(
+        &self,
+        user: String,
+        name: String,
+        config: ConfigSpec,
+    ) -> BoxFuture<'_, Result<EndpointView, ApiError>>;
 
     /// Deletes an endpoint; requests in flight end as unavailable.
     fn delete(&self, name: String) -> BoxFuture<'_, Result<(), ApiError>>;

@@ -33,7 +33,10 @@ pub struct Report {
 /// Never for what is wrong with the cluster: that is in the report.
 pub fn report(cluster: &Cluster) -> Result<Report> {
     let registry = LocalRegistry::new(cluster.models.clone());
-    let mut report = Report { text: String::new(), well: true };
+    let mut report = Report {
+        text: String::new(),
+        well: true,
+    };
     devices(cluster, &mut report)?;
     models(cluster, &registry, &mut report)?;
     endpoints(cluster, &registry, &mut report)?;
@@ -64,8 +67,14 @@ fn devices(cluster: &Cluster, report: &mut Report) -> Result<()> {
                 DeviceKind::Cpu => "cpu".to_owned(),
                 DeviceKind::Cuda => format!("cuda:{}", device.ordinal),
             };
-            let memory = device.memory_bytes.map_or("as the device says".into(), bytes_text);
-            writeln!(report.text, "  {:<24} {kind:<8} {memory:<20} at {}", device.worker.0, node.address)?;
+            let memory = device
+                .memory_bytes
+                .map_or("as the device says".into(), bytes_text);
+            writeln!(
+                report.text,
+                "  {:<24} {kind:<8} {memory:<20} at {}",
+                device.worker.0, node.address
+            )?;
         }
     }
     writeln!(report.text)?;
@@ -74,8 +83,21 @@ fn devices(cluster: &Cluster, report: &mut Report) -> Result<()> {
 
 /// One line per model and workload type: bytes per rank, and how many sequences at the longest context then fit.
 fn models(cluster: &Cluster, registry: &LocalRegistry, report: &mut Report) -> Result<()> {
-    writeln!(report.text, "Models by workload type, bytes on each rank (KV sized for workload size Large where there is room)")?;
-    let head = ["model", "type", "ranks", "weights", "workspace", "KV pool", "sum", "context", "concurrency"];
+    writeln!(
+        report.text,
+        "Models by workload type, bytes on each rank (KV sized for workload size Large where there is room)"
+    )?;
+    let head = [
+        "model",
+        "type",
+        "ranks",
+        "weights",
+        "workspace",
+        "KV pool",
+        "sum",
+        "context",
+        "concurrency",
+    ];
     let mut rows: Vec<[String; 9]> = vec![head.map(str::to_owned)];
     let mut notes = Vec::new();
     for model in registry.models() {
@@ -90,19 +112,30 @@ fn models(cluster: &Cluster, registry: &LocalRegistry, report: &mut Report) -> R
         };
         for workload in &cluster.workload_types {
             let concurrency = WorkloadSize::Large.concurrency();
-            let need = match memory_plan::need(&facts, workload.device, workload.shards, concurrency) {
-                Ok(need) => need,
-                Err(error) => {
-                    notes.push(format!("  {name} on {}: {error}", workload.name));
-                    continue;
-                }
-            };
-            let fitted = fit::fit(Wish { facts: &facts, workload, concurrency }, &places(cluster), &cluster.workload_types);
+            let need =
+                match memory_plan::need(&facts, workload.device, workload.shards, concurrency) {
+                    Ok(need) => need,
+                    Err(error) => {
+                        notes.push(format!("  {name} on {}: {error}", workload.name));
+                        continue;
+                    }
+                };
+            let fitted = fit::fit(
+                Wish {
+                    facts: &facts,
+                    workload,
+                    concurrency,
+                },
+                &places(cluster),
+                &cluster.workload_types,
+            );
             let plan = fitted.map(|fit| fit.plan);
             if let Err(error) = &plan {
                 notes.push(format!("  {name} on {}: {error}", workload.name));
             }
-            let planned = |text: &dyn Fn(&memory_plan::MemoryPlan) -> String| plan.as_ref().map_or("-".to_owned(), text);
+            let planned = |text: &dyn Fn(&memory_plan::MemoryPlan) -> String| {
+                plan.as_ref().map_or("-".to_owned(), text)
+            };
             rows.push([
                 name.clone(),
                 workload.name.clone(),
@@ -125,9 +158,20 @@ fn models(cluster: &Cluster, registry: &LocalRegistry, report: &mut Report) -> R
 }
 
 fn table(rows: &[[String; 9]], text: &mut String) -> Result<()> {
-    let widths: Vec<usize> = (0..9).map(|i| rows.iter().map(|row| row[i].chars().count()).max().unwrap_or(0)).collect();
+    let widths: Vec<usize> = (0..9)
+        .map(|i| {
+            rows.iter()
+                .map(|row| row[i].chars().count())
+                .max()
+                .unwrap_or(0)
+        })
+        .collect();
     for row in rows {
-        let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:<width$}")).collect();
+        let cells: Vec<String> = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, &width)| format!("{cell:<width$}"))
+            .collect();
         writeln!(text, "  {}", cells.join("  ").trim_end())?;
     }
     Ok(())
@@ -136,7 +180,10 @@ fn table(rows: &[[String; 9]], text: &mut String) -> Result<()> {
 /// The endpoints of cluster.toml, placed one after another.
 fn endpoints(cluster: &Cluster, registry: &LocalRegistry, report: &mut Report) -> Result<()> {
     if cluster.endpoints.is_empty() {
-        writeln!(report.text, "No endpoints in cluster.toml; the API creates them.")?;
+        writeln!(
+            report.text,
+            "No endpoints in cluster.toml; the API creates them."
+        )?;
         return Ok(());
     }
     writeln!(report.text, "Endpoints")?;
@@ -152,24 +199,49 @@ fn endpoints(cluster: &Cluster, registry: &LocalRegistry, report: &mut Report) -
         };
         for entity in config.entities {
             let size = entity.workload_size;
-            let placed = registry.facts(&entity.model).map(Arc::new).map_err(|e| e.to_string()).and_then(|facts: Arc<ModelFacts>| {
-                let workload =
-                    workload::resolve(&cluster.workload_types, &entity.workload_type, size).map_err(|e| e.message)?;
-                let wish = Wish { facts: &facts, workload, concurrency: size.concurrency() };
-                let fit = fit::fit(wish, &places, &cluster.workload_types).map_err(|e| e.to_string())?;
-                Ok((fit, workload::stand_in(workload)))
-            });
-            let label = format!("  {} / {} ({}, {})", entry.name, entity.name, entity.workload_type, size.name());
+            let placed = registry
+                .facts(&entity.model)
+                .map(Arc::new)
+                .map_err(|e| e.to_string())
+                .and_then(|facts: Arc<ModelFacts>| {
+                    let workload =
+                        workload::resolve(&cluster.workload_types, &entity.workload_type, size)
+                            .map_err(|e| e.message)?;
+                    let wish = Wish {
+                        facts: &facts,
+                        workload,
+                        concurrency: size.concurrency(),
+                    };
+                    let fit = fit::fit(wish, &places, &cluster.workload_types)
+                        .map_err(|e| e.to_string())?;
+                    Ok((fit, workload::stand_in(workload)))
+                });
+            let label = format!(
+                "  {} / {} ({}, {})",
+                entry.name,
+                entity.name,
+                entity.workload_type,
+                size.name()
+            );
             match placed {
                 Ok((Fit { devices, plan }, stand_in)) => {
                     let mut workers = Vec::new();
                     for device in devices {
                         let place = &mut places[device];
                         workers.push(place.worker.clone());
-                        place.free_bytes = place.free_bytes.map(|free| free.saturating_sub(plan.bytes()));
+                        place.free_bytes = place
+                            .free_bytes
+                            .map(|free| free.saturating_sub(plan.bytes()));
                     }
-                    let stand_in = stand_in.map(|words| format!("; {words}")).unwrap_or_default();
-                    writeln!(report.text, "{label}: on {}, {} each{stand_in}", workers.join(", "), bytes_text(plan.bytes()))?;
+                    let stand_in = stand_in
+                        .map(|words| format!("; {words}"))
+                        .unwrap_or_default();
+                    writeln!(
+                        report.text,
+                        "{label}: on {}, {} each{stand_in}",
+                        workers.join(", "),
+                        bytes_text(plan.bytes())
+                    )?;
                 }
                 Err(error) => {
                     report.well = false;
@@ -191,7 +263,10 @@ mod tests {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
         let models = root.join("tests/models").canonicalize().unwrap();
         let text = std::fs::read_to_string(root.join("cluster.toml")).unwrap();
-        let text = text.replace("path = \"tests/models", &format!("path = \"{}", models.display()));
+        let text = text.replace(
+            "path = \"tests/models",
+            &format!("path = \"{}", models.display()),
+        );
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("cluster.toml"), change(text)).unwrap();
         let cluster = common::config::load(&folder.path().join("cluster.toml")).unwrap();
@@ -205,23 +280,57 @@ mod tests {
     fn the_committed_cluster_is_well_and_every_model_fits_every_type() {
         let report = check(|text| text);
         assert!(report.well, "{}", report.text);
-        for words in ["local/cpu0", "ml.demo.tiny-mpt v1", "GPU_LARGE_2", "concurrency", "No endpoints"] {
-            assert!(report.text.contains(words), "no {words} in\n{}", report.text);
+        for words in [
+            "local/cpu0",
+            "ml.demo.tiny-mpt v1",
+            "GPU_LARGE_2",
+            "concurrency",
+            "No endpoints",
+        ] {
+            assert!(
+                report.text.contains(words),
+                "no {words} in\n{}",
+                report.text
+            );
         }
     }
 
     #[test]
     fn an_endpoint_is_placed_and_one_that_cannot_be_is_not_well() {
         let report = check(|text| text + ENDPOINT);
-        assert!(report.well && report.text.contains("e / tiny-llama-1 (GPU_LARGE_2, Small): on local/cpu0, local/cpu1"), "{}", report.text);
-        assert!(report.text.contains("2 CPU shards stand in for 2 x A100 80 GB"), "{}", report.text);
+        assert!(
+            report.well
+                && report
+                    .text
+                    .contains("e / tiny-llama-1 (GPU_LARGE_2, Small): on local/cpu0, local/cpu1"),
+            "{}",
+            report.text
+        );
+        assert!(
+            report
+                .text
+                .contains("2 CPU shards stand in for 2 x A100 80 GB"),
+            "{}",
+            report.text
+        );
         let tight = check(|text| text.replace("memory = \"4GiB\"", "memory = \"8MiB\"") + ENDPOINT);
-        assert!(!tight.well && tight.text.contains("does not fit workload type GPU_LARGE_2"), "{}", tight.text);
+        assert!(
+            !tight.well
+                && tight
+                    .text
+                    .contains("does not fit workload type GPU_LARGE_2"),
+            "{}",
+            tight.text
+        );
     }
 
     #[test]
     fn a_model_whose_folder_is_gone_is_named() {
         let report = check(|text| text.replace("tiny-mpt\"\n", "tiny-gone\"\n"));
-        assert!(!report.well && report.text.contains("is not a folder"), "{}", report.text);
+        assert!(
+            !report.well && report.text.contains("is not a folder"),
+            "{}",
+            report.text
+        );
     }
 }

@@ -12,7 +12,10 @@ use common::config::{Cluster, TokenSource};
 /// The lines. Tokens known by their digest alone have none.
 pub fn lines(cluster: &Cluster) -> String {
     let coordinator = &cluster.coordinator;
-    let mut lines = format!("http\t{}\nlinks\t{}\n", coordinator.listen, coordinator.worker_listen);
+    let mut lines = format!(
+        "http\t{}\nlinks\t{}\n",
+        coordinator.listen, coordinator.worker_listen
+    );
     for token in &cluster.auth.tokens {
         if let TokenSource::File(file) = &token.source {
             lines += &format!("token\t{}\t{}\n", token.user, file.display());
@@ -36,9 +39,18 @@ mod tests {
     fn the_committed_configuration_is_told_line_by_line() {
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../cluster.toml");
         let lines = lines(&common::config::load(&file).unwrap());
-        let kinds: Vec<&str> = lines.lines().map(|line| line.split('\t').next().unwrap()).collect();
+        let kinds: Vec<&str> = lines
+            .lines()
+            .map(|line| line.split('\t').next().unwrap())
+            .collect();
         assert_eq!(kinds, ["http", "links", "token", "worker", "worker"]);
-        assert!(lines.contains("\nworker\tlocal/cpu1\t127.0.0.1\n"), "{lines}");
-        assert!(lines.contains("\ntoken\tadmin\t") && lines.contains("var/admin.token\n"), "{lines}");
+        assert!(
+            lines.contains("\nworker\tlocal/cpu1\t127.0.0.1\n"),
+            "{lines}"
+        );
+        assert!(
+            lines.contains("\ntoken\tadmin\t") && lines.contains("var/admin.token\n"),
+            "{lines}"
+        );
     }
 }

@@ -58,11 +58,16 @@ impl Listeners {
                 let why = if e.kind() == std::io::ErrorKind::AddrInUse { "the port is in use".to_owned() } else { e.to_string() };
                 anyhow!("cannot listen on {address} ({key}): {why}; stop what uses it or set another {key}")
             })?;
-            listener.set_nonblocking(true).with_context(|| format!("{key} {address}"))?;
+            listener
+                .set_nonblocking(true)
+                .with_context(|| format!("{key} {address}"))?;
             anyhow::Ok(listener)
         };
         let http = open(cluster.coordinator.listen, "coordinator.listen")?;
-        let workers = open(cluster.coordinator.worker_listen, "coordinator.worker_listen")?;
+        let workers = open(
+            cluster.coordinator.worker_listen,
+            "coordinator.worker_listen",
+        )?;
         Ok(Listeners { http, workers })
     }
 
@@ -92,7 +97,12 @@ pub async fn run(
     let doors = tokio::spawn(core.doorkeeper.clone().serve(workers, core.links.clone()));
     let state = HttpState {
         gateway: Arc::new(core.gateway.clone()),
-        tokens: TokenTable::new(core.tokens.iter().map(|token| (token.user.clone(), token.digest)).collect()),
+        tokens: TokenTable::new(
+            core.tokens
+                .iter()
+                .map(|token| (token.user.clone(), token.digest))
+                .collect(),
+        ),
         limits: cluster.limits.clone(),
         metrics,
     };
@@ -142,12 +152,29 @@ impl Core {
         actors::meters::describe();
         let registry = Arc::new(LocalRegistry::new(cluster.models.clone()));
         let directory = Arc::new(Directory::default());
-        let means = Means { cluster: cluster.clone(), registry, store, directory: directory.clone(), term };
+        let means = Means {
+            cluster: cluster.clone(),
+            registry,
+            store,
+            directory: directory.clone(),
+            term,
+        };
         let links = CancellationToken::new();
         let died = start_coordinator(&means, Restored::read(&means.store).await?, &links);
         let coordinator = actix_rt::spawn(keep_coordinator(means.clone(), died, links.clone()));
-        let doorkeeper = Arc::new(Doorkeeper { cluster, secret, term, directory });
-        Ok(Core { gateway: ActorGateway::new(means), doorkeeper, tokens, links, coordinator })
+        let doorkeeper = Arc::new(Doorkeeper {
+            cluster,
+            secret,
+            term,
+            directory,
+        });
+        Ok(Core {
+            gateway: ActorGateway::new(means),
+            doorkeeper,
+            tokens,
+            links,
+            coordinator,
+        })
     }
 
     /// Ends links and actors, and waits until the store is closed.
@@ -161,24 +188,36 @@ impl Core {
 }
 
 /// Starts the coordinator's actor; it is published when this returns. The receiver is told of its death.
-fn start_coordinator(means: &Means, restored: Restored, links: &CancellationToken) -> mpsc::Receiver<Died> {
+fn start_coordinator(
+    means: &Means,
+    restored: Restored,
+    links: &CancellationToken,
+) -> mpsc::Receiver<Died> {
     let (tell, died) = mpsc::channel(1);
     let watcher: Recipient<Died> = Watcher(tell).start().recipient();
     let death = DeathNotice::new(watcher, Who::Coordinator);
-    CoordinatorActor::create(|ctx| CoordinatorActor::new(means.clone(), restored, links.child_token(), death, ctx));
+    CoordinatorActor::create(|ctx| {
+        CoordinatorActor::new(means.clone(), restored, links.child_token(), death, ctx)
+    });
     died
 }
 
 /// Starts the coordinator's actor again from the store when it panics: links are cut, workers come back and are found
 /// to hold their shards.
-async fn keep_coordinator(means: Means, mut died: mpsc::Receiver<Died>, links: CancellationToken) -> Result<()> {
+async fn keep_coordinator(
+    means: Means,
+    mut died: mpsc::Receiver<Died>,
+    links: CancellationToken,
+) -> Result<()> {
     loop {
         let _ = died.recv().await;
         means.directory.set_coordinator(None);
         if links.is_cancelled() {
             return Ok(());
         }
-        tracing::error!("the coordinator's actor ended unexpectedly; it is started again from the store");
+        tracing::error!(
+            "the coordinator's actor ended unexpectedly; it is started again from the store"
+        );
         tokio::time::sleep(RESTART_PAUSE).await;
         died = start_coordinator(&means, Restored::read(&means.store).await?, &links);
     }

@@ -69,7 +69,11 @@ fn main() -> ExitCode {
 fn print_check(cluster: &Cluster) -> anyhow::Result<ExitCode> {
     let report = check::report(cluster)?;
     print!("{}", report.text);
-    Ok(if report.well { ExitCode::SUCCESS } else { ExitCode::from(BAD_CONFIGURATION) })
+    Ok(if report.well {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(BAD_CONFIGURATION)
+    })
 }
 
 fn run(cluster: Cluster) -> anyhow::Result<ExitCode> {
@@ -79,7 +83,10 @@ fn run(cluster: Cluster) -> anyhow::Result<ExitCode> {
     let metrics = recorder.handle();
     metrics::set_global_recorder(recorder)?;
     // Actors live on the system's own thread; links and timers on the runtime's.
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
     let system = actix_rt::System::with_tokio_rt(|| runtime);
     system.block_on(async {
         let shutdown = common::shutdown::on_signal()?;

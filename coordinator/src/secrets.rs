@@ -34,7 +34,10 @@ pub fn tokens(auth: &AuthConfig) -> Result<Vec<Token>> {
             TokenSource::Sha256(digest) => *digest,
             TokenSource::File(path) => Sha256::digest(read_or_create(path)?.as_bytes()).into(),
         };
-        tokens.push(Token { user: entry.user.clone(), digest });
+        tokens.push(Token {
+            user: entry.user.clone(),
+            digest,
+        });
     }
     Ok(tokens)
 }
@@ -47,16 +50,23 @@ pub fn tokens(auth: &AuthConfig) -> Result<Vec<Token>> {
 pub fn read_or_create(path: &Path) -> Result<String> {
     match fs::metadata(path) {
         Ok(found) if found.len() > SECRET_BYTES_MAX => {
-            bail!("{}: is no secret, it is longer than {SECRET_BYTES_MAX} bytes", path.display())
+            bail!(
+                "{}: is no secret, it is longer than {SECRET_BYTES_MAX} bytes",
+                path.display()
+            )
         }
         Ok(_) => {}
         Err(e) if e.kind() == ErrorKind::NotFound => create(path)?,
         Err(e) => return Err(e).with_context(|| format!("cannot read {}", path.display())),
     }
-    let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let text =
+        fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let secret = text.trim();
     if secret.is_empty() {
-        bail!("{}: is empty; delete it to have a new one made", path.display());
+        bail!(
+            "{}: is empty; delete it to have a new one made",
+            path.display()
+        );
     }
     Ok(secret.to_owned())
 }
@@ -65,13 +75,20 @@ pub fn read_or_create(path: &Path) -> Result<String> {
 /// one wins.
 fn create(path: &Path) -> Result<()> {
     let context = || format!("cannot make {}", path.display());
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     fs::create_dir_all(folder).with_context(context)?;
     let secret = hex::encode(rand::random::<[u8; 32]>());
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let draft = folder.join(format!(".{name}.{:016x}", rand::random::<u64>()));
     let written = (|| {
-        let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&draft)?;
+        let mut file = fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&draft)?;
         writeln!(file, "{secret}")?;
         file.sync_all()?;
         fs::hard_link(&draft, path)
@@ -95,9 +112,20 @@ mod tests {
         let path = folder.path().join("var/secret");
         let made = read_or_create(&path).unwrap();
         assert_eq!(hex::decode(&made).unwrap().len(), 32);
-        assert_eq!(read_or_create(&path).unwrap(), made, "an existing secret is kept");
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "no draft is left");
+        assert_eq!(
+            read_or_create(&path).unwrap(),
+            made,
+            "an existing secret is kept"
+        );
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+        assert_eq!(
+            fs::read_dir(path.parent().unwrap()).unwrap().count(),
+            1,
+            "no draft is left"
+        );
     }
 
     #[test]
@@ -105,8 +133,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("secret");
         let made: Vec<String> = std::thread::scope(|scope| {
-            let makers: Vec<_> = (0..8).map(|_| scope.spawn(|| read_or_create(&path).unwrap())).collect();
-            makers.into_iter().map(|maker| maker.join().unwrap()).collect()
+            let makers: Vec<_> = (0..8)
+                .map(|_| scope.spawn(|| read_or_create(&path).unwrap()))
+                .collect();
+            makers
+                .into_iter()
+                .map(|maker| maker.join().unwrap())
+                .collect()
         });
         assert!(made.iter().all(|secret| *secret == made[0]));
     }
@@ -116,9 +149,19 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("secret");
         fs::write(&path, " \n").unwrap();
-        assert!(read_or_create(&path).unwrap_err().to_string().contains("is empty"));
+        assert!(
+            read_or_create(&path)
+                .unwrap_err()
+                .to_string()
+                .contains("is empty")
+        );
         fs::write(&path, vec![b'x'; 5000]).unwrap();
-        assert!(read_or_create(&path).unwrap_err().to_string().contains("is no secret"));
+        assert!(
+            read_or_create(&path)
+                .unwrap_err()
+                .to_string()
+                .contains("is no secret")
+        );
     }
 
     #[test]
@@ -126,10 +169,16 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("token");
         fs::write(&file, "secret\n").unwrap();
-        let entry = |source| common::config::TokenEntry { user: "u".into(), source };
+        let entry = |source| common::config::TokenEntry {
+            user: "u".into(),
+            source,
+        };
         let auth = AuthConfig {
             worker_secret_file: folder.path().join("w"),
-            tokens: vec![entry(TokenSource::File(file)), entry(TokenSource::Sha256(Sha256::digest("secret").into()))],
+            tokens: vec![
+                entry(TokenSource::File(file)),
+                entry(TokenSource::Sha256(Sha256::digest("secret").into())),
+            ],
         };
         let tokens = tokens(&auth).unwrap();
         assert_eq!(tokens[0], tokens[1]);

@@ -31,7 +31,10 @@ pub async fn endpoints(cluster: &Arc<Cluster>, store: &SharedStore) -> Result<()
             description: None,
             life: Lifecycle::create(config(entry)?, CREATOR, now_ms),
         };
-        match store.put(endpoint_key(&entry.name), encode(&record)?, Expect::Absent).await {
+        match store
+            .put(endpoint_key(&entry.name), encode(&record)?, Expect::Absent)
+            .await
+        {
             Ok(_) => tracing::info!(endpoint = entry.name, "endpoint of cluster.toml created"),
             Err(StoreError::Conflict { .. }) => {}
             Err(error) => return Err(error.into()),
@@ -48,25 +51,42 @@ pub fn config(entry: &EndpointEntry) -> Result<ConfigSpec> {
     let (mut entities, mut routes) = (Vec::new(), Vec::new());
     let only = entry.served_entities.len() == 1;
     for served in &entry.served_entities {
-        let name = served.name.clone().unwrap_or_else(|| format!("{}-{}", served.model.short_name(), served.model.version));
-        let percentage = served.traffic_percentage.or(only.then_some(100)).unwrap_or(0);
-        routes.push(Route { entity: name.clone(), percentage });
+        let name = served
+            .name
+            .clone()
+            .unwrap_or_else(|| format!("{}-{}", served.model.short_name(), served.model.version));
+        let percentage = served
+            .traffic_percentage
+            .or(only.then_some(100))
+            .unwrap_or(0);
+        routes.push(Route {
+            entity: name.clone(),
+            percentage,
+        });
         entities.push(EntitySpec {
             name,
             model: served.model.clone(),
             workload_type: served.workload_type.clone(),
-            workload_size: WorkloadSize::parse(&served.workload_size).unwrap_or(WorkloadSize::Small),
+            workload_size: WorkloadSize::parse(&served.workload_size)
+                .unwrap_or(WorkloadSize::Small),
             scale_to_zero: false,
             environment_vars: Vec::new(),
         });
     }
     let sum: u32 = routes.iter().map(|route| route.percentage).sum();
     if sum != 100 {
-        bail!("cluster.toml: endpoint {}: the traffic_percentage of its served entities must sum to 100, it is {sum}", entry.name);
+        bail!(
+            "cluster.toml: endpoint {}: the traffic_percentage of its served entities must sum to 100, it is {sum}",
+            entry.name
+        );
     }
     for (i, entity) in entities.iter().enumerate() {
         if entities[..i].iter().any(|other| other.name == entity.name) {
-            bail!("cluster.toml: endpoint {}: two served entities are called {}; give one a name", entry.name, entity.name);
+            bail!(
+                "cluster.toml: endpoint {}: two served entities are called {}; give one a name",
+                entry.name,
+                entity.name
+            );
         }
     }
     Ok(ConfigSpec { entities, routes })

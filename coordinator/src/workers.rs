@@ -49,15 +49,23 @@ impl Doorkeeper {
     ///
     /// # Errors
     /// When the certificates of [tls] cannot be used.
-    pub async fn serve(self: Arc<Self>, listener: TcpListener, stop: CancellationToken) -> Result<()> {
+    pub async fn serve(
+        self: Arc<Self>,
+        listener: TcpListener,
+        stop: CancellationToken,
+    ) -> Result<()> {
         let tls = match &self.cluster.tls {
-            Some(files) => Some(TlsAcceptor::from(common::tls::server(files).context("[tls]")?)),
+            Some(files) => Some(TlsAcceptor::from(
+                common::tls::server(files).context("[tls]")?,
+            )),
             None => None,
         };
         let strangers = Arc::new(Semaphore::new(STRANGERS_MAX));
         loop {
             // Full: wait; the system's own backlog holds the rest.
-            let Ok(place) = strangers.clone().acquire_owned().await else { return Ok(()) };
+            let Ok(place) = strangers.clone().acquire_owned().await else {
+                return Ok(());
+            };
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
                 () = stop.cancelled() => return Ok(()),
@@ -74,11 +82,16 @@ impl Doorkeeper {
             tokio::spawn(async move {
                 let _ = link::prepare(&socket);
                 let stream: Result<Box<dyn Stream>> = match tls {
-                    Some(tls) => match tokio::time::timeout(HELLO_TIMEOUT, tls.accept(socket)).await {
-                        Ok(Ok(stream)) => Ok(Box::new(stream)),
-                        Ok(Err(error)) => Err(error.into()),
-                        Err(_) => Err(anyhow::anyhow!("no TLS handshake in {} s", HELLO_TIMEOUT.as_secs())),
-                    },
+                    Some(tls) => {
+                        match tokio::time::timeout(HELLO_TIMEOUT, tls.accept(socket)).await {
+                            Ok(Ok(stream)) => Ok(Box::new(stream)),
+                            Ok(Err(error)) => Err(error.into()),
+                            Err(_) => Err(anyhow::anyhow!(
+                                "no TLS handshake in {} s",
+                                HELLO_TIMEOUT.as_secs()
+                            )),
+                        }
+                    }
                     None => Ok(Box::new(socket)),
                 };
                 match stream {
@@ -94,7 +107,9 @@ impl Doorkeeper {
         let (mut sender, mut receiver) = link::split::<Command, Report>(stream);
         let hello = match tokio::time::timeout(HELLO_TIMEOUT, receiver.receive()).await {
             Ok(Ok(Some(Report::Hello(hello)))) => hello,
-            Ok(Ok(Some(_))) => return tracing::warn!(peer, "a link did not begin with Hello; it is closed"),
+            Ok(Ok(Some(_))) => {
+                return tracing::warn!(peer, "a link did not begin with Hello; it is closed");
+            }
             Ok(Ok(None)) => return tracing::debug!(peer, "a link was closed before Hello"),
             Ok(Err(error)) => return tracing::warn!(peer, %error, "a link is closed"),
             Err(_) => return tracing::warn!(peer, "a link said no Hello; it is closed"),
@@ -103,17 +118,37 @@ impl Doorkeeper {
             Ok(protocol) => protocol,
             Err(reason) => {
                 tracing::warn!(peer, worker = %hello.worker, reason, "a worker is refused");
-                let _ = tokio::time::timeout(HELLO_TIMEOUT, sender.send(&Command::Refused { reason })).await;
+                let _ =
+                    tokio::time::timeout(HELLO_TIMEOUT, sender.send(&Command::Refused { reason }))
+                        .await;
                 return;
             }
         };
         known();
         let Some((coordinator, incarnation)) = self.directory.incarnation() else {
-            return tracing::info!(peer, "a worker comes while the coordinator is being started; it dials again");
+            return tracing::info!(
+                peer,
+                "a worker comes while the coordinator is being started; it dials again"
+            );
         };
-        let (link, commands) = Link::new(hello.worker.clone(), hello.boot, self.term, incarnation.child_token());
-        link.command(Command::Welcome { protocol, term: self.term });
-        if coordinator.send(Joined { hello, link: link.clone() }).await.is_err() {
+        let (link, commands) = Link::new(
+            hello.worker.clone(),
+            hello.boot,
+            self.term,
+            incarnation.child_token(),
+        );
+        link.command(Command::Welcome {
+            protocol,
+            term: self.term,
+        });
+        if coordinator
+            .send(Joined {
+                hello,
+                link: link.clone(),
+            })
+            .await
+            .is_err()
+        {
             return;
         }
         let idle = Duration::from_millis(self.cluster.limits.idle_stream_ms);
@@ -123,7 +158,8 @@ impl Doorkeeper {
             () = link.cut_token().cancelled() => "the link was cut".to_owned(),
         };
         link.cut();
-        link.flights.close(&format!("worker {}: {reason}", link.worker));
+        link.flights
+            .close(&format!("worker {}: {reason}", link.worker));
         let _ = coordinator.send(Left { link, reason }).await;
     }
 }
@@ -142,7 +178,11 @@ fn check(hello: &Hello, cluster: &Cluster, secret: &str) -> Result<u32, String> 
     }
     let Some((_, device)) = cluster.device(&hello.worker.0) else {
         let known: Vec<&str> = cluster.workers().map(|worker| worker.0.as_str()).collect();
-        return Err(format!("cluster.toml has no device {}; it has {}", hello.worker, known.join(", ")));
+        return Err(format!(
+            "cluster.toml has no device {}; it has {}",
+            hello.worker,
+            known.join(", ")
+        ));
     };
     if device.kind != hello.device.kind {
         return Err(format!(
@@ -154,7 +194,11 @@ fn check(hello: &Hello, cluster: &Cluster, secret: &str) -> Result<u32, String> 
 }
 
 /// Reads until the link is over; says why it is.
-async fn read(link: &Arc<Link>, mut receiver: Receiver<Report>, coordinator: &actix::Addr<crate::actors::coordinator::CoordinatorActor>) -> String {
+async fn read(
+    link: &Arc<Link>,
+    mut receiver: Receiver<Report>,
+    coordinator: &actix::Addr<crate::actors::coordinator::CoordinatorActor>,
+) -> String {
     loop {
         let report = match tokio::time::timeout(SILENCE_MAX, receiver.receive()).await {
             Ok(Ok(Some(report))) => report,
@@ -169,7 +213,10 @@ async fn read(link: &Arc<Link>, mut receiver: Receiver<Report>, coordinator: &ac
                 }
                 continue;
             }
-            Report::Accepted { request, prompt_tokens } => {
+            Report::Accepted {
+                request,
+                prompt_tokens,
+            } => {
                 link.flights.accepted(request, prompt_tokens);
                 continue;
             }
@@ -179,10 +226,24 @@ async fn read(link: &Arc<Link>, mut receiver: Receiver<Report>, coordinator: &ac
             }
             Report::Pong { .. } => continue,
             Report::Hello(_) => return "the worker said Hello twice".into(),
-            Report::Shard { replica, generation, state, .. } => (replica, generation, ShardNews::State(state)),
-            Report::Health { replica, generation, health } => (replica, generation, ShardNews::Health(Box::new(health))),
+            Report::Shard {
+                replica,
+                generation,
+                state,
+                ..
+            } => (replica, generation, ShardNews::State(state)),
+            Report::Health {
+                replica,
+                generation,
+                health,
+            } => (replica, generation, ShardNews::Health(Box::new(health))),
         };
-        let report = ShardReport { link: link.clone(), replica, generation, news };
+        let report = ShardReport {
+            link: link.clone(),
+            replica,
+            generation,
+            news,
+        };
         match report.news {
             // Counters: the next ones come in a second.
             ShardNews::Health(_) => drop(coordinator.try_send(report)),
@@ -197,7 +258,12 @@ async fn read(link: &Arc<Link>, mut receiver: Receiver<Report>, coordinator: &ac
 }
 
 /// Writes commands, pings and sweeps until the link is over; says why it is.
-async fn write(link: &Arc<Link>, mut sender: Sender<Command>, mut commands: mpsc::Receiver<Command>, idle: Duration) -> String {
+async fn write(
+    link: &Arc<Link>,
+    mut sender: Sender<Command>,
+    mut commands: mpsc::Receiver<Command>,
+    idle: Duration,
+) -> String {
     let mut ping = tokio::time::interval(PING);
     ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut nonce = 0;
@@ -215,7 +281,9 @@ async fn write(link: &Arc<Link>, mut sender: Sender<Command>, mut commands: mpsc
             refused |= matches!(command, Command::Refused { .. });
             match tokio::time::timeout(SILENCE_MAX, sender.feed(&command)).await {
                 Ok(Ok(())) => {}
-                Ok(Err(LinkError::Codec(CodecError::Encode(reason)))) => too_long(link, &command, &reason),
+                Ok(Err(LinkError::Codec(CodecError::Encode(reason)))) => {
+                    too_long(link, &command, &reason)
+                }
                 Ok(Err(error)) => return error.to_string(),
                 Err(_) => return "the worker reads nothing".into(),
             }
@@ -235,7 +303,8 @@ fn too_long(link: &Link, command: &Command, reason: &str) {
     tracing::error!(worker = %link.worker, reason, "a command cannot be sent");
     if let Command::Start { start, .. } = command {
         let message = format!("the request is too long to be sent to a worker: {reason}");
-        link.flights.rejected(start.request, Failure::new(FailureKind::TooLarge, message));
+        link.flights
+            .rejected(start.request, Failure::new(FailureKind::TooLarge, message));
     }
 }
 

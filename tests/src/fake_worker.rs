@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::cluster::Cluster;
-use crate::until::PATIENCE;
+use crate::until::{PATIENCE, until};
 
 /// Memory a fake worker claims to have.
 const MEMORY_BYTES: u64 = 1 << 30;
@@ -38,15 +38,19 @@ pub struct FakeShard {
 }
 
 impl FakeWorker {
-    /// Joins as the worker at `index` in cluster.toml.
+    /// Joins as the worker at `index` in cluster.toml. Dials again, as a worker does, when the link is closed on it.
     pub async fn join(cluster: &Cluster, index: usize) -> FakeWorker {
-        let hello = hello(cluster.worker_name(index), cluster.worker_secret());
-        let mut worker = FakeWorker::dial(&cluster.worker_address, hello).await;
-        match worker.next().await {
-            Command::Welcome { protocol, .. } => assert_eq!(protocol, PROTOCOL_MAX),
-            other => panic!("expected Welcome, got {other:?}"),
-        }
-        worker
+        let (name, secret) = (cluster.worker_name(index), cluster.worker_secret());
+        until("the coordinator to welcome a worker", PATIENCE, async || {
+            let hello = hello(name.clone(), secret.clone());
+            let mut worker = FakeWorker::dial(&cluster.worker_address, hello).await;
+            match worker.commands.recv().await {
+                Some(Command::Welcome { protocol: PROTOCOL_MAX, .. }) => Ok(worker),
+                Some(other) => panic!("expected Welcome, got {other:?}"),
+                None => Err("the link was closed".into()),
+            }
+        })
+        .await
     }
 
     /// Dials and says Hello; what comes back is for the test to read.

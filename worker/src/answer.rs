@@ -33,8 +33,8 @@ pub struct Answers {
 pub struct Step {
     /// For the coordinator.
     pub outputs: Vec<Output>,
-    /// Requests that are over here and not in the engine: to be cancelled there.
-    pub cancel: Vec<RequestKey>,
+    /// Candidates that are over here and not in the engine: to be cancelled there.
+    pub cancel: Vec<(RequestKey, u32)>,
 }
 
 impl Answers {
@@ -78,14 +78,9 @@ impl Answers {
                 );
                 answer.fail(failure, &mut step.outputs);
             }
+            step.cancel
+                .extend(answer.unknown_ends().map(|candidate| (key, candidate)));
             if answer.is_over() {
-                if answer
-                    .candidates
-                    .iter()
-                    .any(|candidate| candidate.in_engine)
-                {
-                    step.cancel.push(key);
-                }
                 self.by_key.remove(&key);
             }
         }
@@ -133,7 +128,7 @@ struct Candidate {
     stopped: bool,
     /// Its end is told.
     ended: bool,
-    /// The engine works on it.
+    /// The engine works on it, and was not told to stop.
     in_engine: bool,
 }
 
@@ -183,6 +178,16 @@ impl Answer {
 
     fn is_over(&self) -> bool {
         self.candidates.iter().all(|candidate| candidate.ended)
+    }
+
+    /// Candidates that have ended here while the engine works on them, each told once.
+    fn unknown_ends(&mut self) -> impl Iterator<Item = u32> {
+        let candidates = (0..).zip(&mut self.candidates);
+        candidates.filter_map(|(index, candidate)| {
+            let unknown = candidate.ended && candidate.in_engine;
+            candidate.in_engine &= !unknown;
+            unknown.then_some(index)
+        })
     }
 
     /// What is known before the engine says anything.

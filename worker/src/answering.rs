@@ -72,9 +72,9 @@ impl Answering {
             Work::Begin(prepared) => self.begin(*prepared),
             Work::Events(events) => {
                 let step = self.answers.step(events);
-                step.cancel
-                    .into_iter()
-                    .for_each(|key| self.engine.cancel(key));
+                for (key, candidate) in step.cancel {
+                    self.engine.cancel_candidate(key, candidate);
+                }
                 self.send(step.outputs);
             }
             Work::Cancel(request) => {

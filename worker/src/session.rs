@@ -357,6 +357,7 @@ impl Session {
 
     /// Lets go of all shards and waits for them.
     async fn stop(&mut self) {
+        tracing::info!(shards = self.shards.len(), "letting go of all shards");
         for (_, shard) in self.shards.values() {
             let _ = shard.send(Unload).await;
         }

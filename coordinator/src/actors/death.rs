@@ -17,7 +17,11 @@ pub struct DeathNotice {
 impl DeathNotice {
     /// A notice for `parent` about `who`.
     pub fn new(parent: Recipient<Died>, who: Who) -> Self {
-        DeathNotice { parent, who, orderly: false }
+        DeathNotice {
+            parent,
+            who,
+            orderly: false,
+        }
     }
 
     /// The actor ends as it should; without this call its end counts as a panic.
@@ -29,6 +33,9 @@ impl DeathNotice {
 impl Drop for DeathNotice {
     fn drop(&mut self) {
         // One message per actor, and it must arrive: the mailbox's bound does not apply.
-        self.parent.do_send(Died { who: self.who.clone(), orderly: self.orderly });
+        self.parent.do_send(Died {
+            who: self.who.clone(),
+            orderly: self.orderly,
+        });
     }
 }

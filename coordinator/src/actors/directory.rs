@@ -24,19 +24,30 @@ pub struct Directory {
 impl Default for Directory {
     fn default() -> Self {
         let (endpoints, coordinator) = (RwLock::default(), RwLock::default());
-        Directory { endpoints, coordinator, seen: watch::Sender::new(0) }
+        Directory {
+            endpoints,
+            coordinator,
+            seen: watch::Sender::new(0),
+        }
     }
 }
 
 impl Directory {
     /// An endpoint's door.
     pub fn endpoint(&self, name: &str) -> Option<Addr<EndpointActor>> {
-        self.endpoints.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+        self.endpoints
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(name)
+            .cloned()
     }
 
     /// Publishes an endpoint's door, or takes it back.
     pub fn set_endpoint(&self, name: &str, door: Option<Addr<EndpointActor>>) {
-        let mut endpoints = self.endpoints.write().unwrap_or_else(PoisonError::into_inner);
+        let mut endpoints = self
+            .endpoints
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         match door {
             Some(door) => endpoints.insert(name.to_owned(), door),
             None => endpoints.remove(name),
@@ -50,25 +61,42 @@ impl Directory {
 
     /// The coordinator, when it is up, and what is cancelled when it is gone.
     pub fn incarnation(&self) -> Option<(Addr<CoordinatorActor>, CancellationToken)> {
-        self.coordinator.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.coordinator
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Publishes the coordinator, or takes it back with all endpoints.
-    pub fn set_coordinator(&self, coordinator: Option<(Addr<CoordinatorActor>, CancellationToken)>) {
+    pub fn set_coordinator(
+        &self,
+        coordinator: Option<(Addr<CoordinatorActor>, CancellationToken)>,
+    ) {
         if coordinator.is_none() {
-            self.endpoints.write().unwrap_or_else(PoisonError::into_inner).clear();
+            self.endpoints
+                .write()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clear();
         }
-        *self.coordinator.write().unwrap_or_else(PoisonError::into_inner) = coordinator;
+        *self
+            .coordinator
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = coordinator;
     }
 
     /// The coordinator has seen the store up to this revision.
     pub fn set_seen(&self, revision: u64) {
-        self.seen.send_if_modified(|seen| std::mem::replace(seen, revision.max(*seen)) < revision);
+        self.seen
+            .send_if_modified(|seen| std::mem::replace(seen, revision.max(*seen)) < revision);
     }
 
     /// Waits until the coordinator has seen the store up to this revision: what was written is then in force.
     pub async fn wait_seen(&self, revision: u64) {
         // The sender is part of this directory: it cannot be gone.
-        let _ = self.seen.subscribe().wait_for(|seen| *seen >= revision).await;
+        let _ = self
+            .seen
+            .subscribe()
+            .wait_for(|seen| *seen >= revision)
+            .await;
     }
 }

@@ -7,8 +7,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use actix::{Actor, ActorContext, AsyncContext, Context, Handler, Recipient, WrapFuture};
 use actix::fut::ActorFutureExt;
+use actix::{Actor, ActorContext, AsyncContext, Context, Handler, Recipient, WrapFuture};
 use common::config::Limits;
 use common::ids::RequestId;
 use common::request::{Generate, Prompt};
@@ -16,10 +16,10 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::death::DeathNotice;
-use super::flight::{Reading, Ticket, Whereabouts};
 use super::messages::{Admitted, Configure, Died, Dispatch, Gate, Invoke, Pending, Serving, Who};
 use super::meters::Meters;
 use super::permit::{Booking, EntityShared, Permit};
+use super::ticket::{Reading, Ticket, Whereabouts};
 use crate::api::{ApiError, Call, CancelGuard, ErrorKind};
 use crate::policy::admission::{self, Ask, Bounds, DrainRate, Load, Verdict};
 use crate::policy::routing::{self, Split};
@@ -56,16 +56,29 @@ impl Door {
     pub fn new(name: &str, limits: Limits, meters: Arc<Meters>) -> Self {
         let gate = Gate::NotReady("Creating resources for served entity.".into());
         let wake = Arc::new(Notify::new());
-        Door { name: name.to_owned(), limits, gate, split: Split::default(), entities: Vec::new(), meters, wake }
+        Door {
+            name: name.to_owned(),
+            limits,
+            gate,
+            split: Split::default(),
+            entities: Vec::new(),
+            meters,
+            wake,
+        }
     }
 
     fn configure(&mut self, configure: Configure) {
         self.gate = configure.gate;
         let mut before = std::mem::take(&mut self.entities);
         for serving in configure.entities {
-            let kept = before.iter().position(|entity| entity.serving.name == serving.name);
+            let kept = before
+                .iter()
+                .position(|entity| entity.serving.name == serving.name);
             self.entities.push(match kept {
-                Some(at) => Entity { serving, ..before.swap_remove(at) },
+                Some(at) => Entity {
+                    serving,
+                    ..before.swap_remove(at)
+                },
                 None => Entity {
                     serving,
                     shared: EntityShared::new(self.wake.clone()),
@@ -75,7 +88,11 @@ impl Door {
                 },
             });
         }
-        let weights: Vec<u32> = self.entities.iter().map(|entity| entity.serving.percentage).collect();
+        let weights: Vec<u32> = self
+            .entities
+            .iter()
+            .map(|entity| entity.serving.percentage)
+            .collect();
         if weights != self.split.weights() {
             self.split = Split::new(weights);
         }
@@ -92,10 +109,22 @@ impl Door {
     }
 
     fn changed(&self) -> ApiError {
-        ApiError::new(ErrorKind::Unavailable, format!("Endpoint '{}' was changed while the request waited.", self.name)).retry_after(1)
+        ApiError::new(
+            ErrorKind::Unavailable,
+            format!(
+                "Endpoint '{}' was changed while the request waited.",
+                self.name
+            ),
+        )
+        .retry_after(1)
     }
 
-    fn invoke(&mut self, call: Call, reply: oneshot::Sender<Result<Admitted, ApiError>>, now: Instant) {
+    fn invoke(
+        &mut self,
+        call: Call,
+        reply: oneshot::Sender<Result<Admitted, ApiError>>,
+        now: Instant,
+    ) {
         // A caller that has left drops what it is given, which cancels it.
         let _ = reply.send(self.admit(call, now));
     }
@@ -116,23 +145,43 @@ impl Door {
             }
         }
         let Some(at) = self.split.next() else {
-            let message = format!("Endpoint '{}' routes no traffic to any served entity.", self.name);
+            let message = format!(
+                "Endpoint '{}' routes no traffic to any served entity.",
+                self.name
+            );
             return Err(ApiError::new(ErrorKind::BadRequest, message));
         };
         let entity = &mut self.entities[at];
-        if !entity.serving.replicas.iter().any(|replica| replica.credits.is_up()) {
-            let message = format!("Served entity '{}' of endpoint '{}' is being brought back.", entity.serving.name, self.name);
+        if !entity
+            .serving
+            .replicas
+            .iter()
+            .any(|replica| replica.credits.is_up())
+        {
+            let message = format!(
+                "Served entity '{}' of endpoint '{}' is being brought back.",
+                entity.serving.name, self.name
+            );
             return Err(ApiError::new(ErrorKind::Unavailable, message).retry_after(2));
         }
         let context = entity.serving.context_max;
         for generate in &call.prompts {
             check(generate, context)?;
         }
-        let tokens = |generate: &Generate| generate.prompt.tokens_upper_bound().min(u64::from(context));
-        let ask = Ask { requests: call.prompts.len() as u64, tokens: call.prompts.iter().map(tokens).sum() };
+        let tokens =
+            |generate: &Generate| generate.prompt.tokens_upper_bound().min(u64::from(context));
+        let ask = Ask {
+            requests: call.prompts.len() as u64,
+            tokens: call.prompts.iter().map(tokens).sum(),
+        };
         entity.drain.note(entity.shared.take_ended(), now);
         let load = entity.load();
-        match admission::decide(load, entity.bounds(&self.limits), ask, entity.drain.per_second(now)) {
+        match admission::decide(
+            load,
+            entity.bounds(&self.limits),
+            ask,
+            entity.drain.per_second(now),
+        ) {
             Verdict::Take => {}
             Verdict::Never(message) => return Err(ApiError::new(ErrorKind::BadRequest, message)),
             Verdict::Later(seconds) => {
@@ -149,7 +198,8 @@ impl Door {
         for generate in call.prompts {
             let request = RequestId::random();
             let tokens_max = generate.stop.tokens_max.unwrap_or(context).min(context);
-            let (events, receiver) = mpsc::channel(Ticket::events_max(generate.candidates, tokens_max));
+            let (events, receiver) =
+                mpsc::channel(Ticket::events_max(generate.candidates, tokens_max));
             let (accepted, told) = oneshot::channel();
             let whereabouts = Whereabouts::waiting(request, self.wake.clone());
             let guard = CancelGuard::new({
@@ -171,11 +221,19 @@ impl Door {
                 meters: self.meters.clone(),
                 prompt_delivered: false,
             });
-            pending.push(Pending { accepted: told, events: receiver, guard });
+            pending.push(Pending {
+                accepted: told,
+                events: receiver,
+                guard,
+            });
         }
         let served_entity = entity.serving.name.clone();
         self.dispatch(now);
-        Ok(Admitted { served_entity, pending, reading })
+        Ok(Admitted {
+            served_entity,
+            pending,
+            reading,
+        })
     }
 
     /// Drops what is not wanted any more and gives what can run to replicas.
@@ -185,12 +243,17 @@ impl Door {
                 entity.queue.push_front(ticket);
             }
             entity.clean(now);
-            while (entity.shared.running()) < u64::from(entity.serving.size.concurrency()) && entity.dispatch_one(now) {}
+            while (entity.shared.running()) < u64::from(entity.serving.size.concurrency())
+                && entity.dispatch_one(now)
+            {}
         }
-        let (waiting, running) = self.entities.iter().fold((0, 0), |(waiting, running), entity| {
-            let load = entity.load();
-            (waiting + load.waiting, running + load.running)
-        });
+        let (waiting, running) = self
+            .entities
+            .iter()
+            .fold((0, 0), |(waiting, running), entity| {
+                let load = entity.load();
+                (waiting + load.waiting, running + load.running)
+            });
         self.meters.load(waiting, running);
     }
 
@@ -210,13 +273,21 @@ impl Door {
 /// What can be seen to be wrong without a tokenizer.
 fn check(generate: &Generate, context: u32) -> Result<(), ApiError> {
     if generate.candidates == 0 {
-        return Err(ApiError::new(ErrorKind::BadRequest, "at least one candidate must be asked for"));
+        return Err(ApiError::new(
+            ErrorKind::BadRequest,
+            "at least one candidate must be asked for",
+        ));
     }
-    let Prompt::Tokens(ids) = &generate.prompt else { return Ok(()) };
+    let Prompt::Tokens(ids) = &generate.prompt else {
+        return Ok(());
+    };
     // One place is for the first output token, unless only the prompt is scored.
     let room = u64::from(context) - u64::from(generate.stop.tokens_max != Some(0));
     if ids.len() as u64 > room {
-        let message = format!("the prompt has {} tokens; the model's context is {context} tokens, prompt and output", ids.len());
+        let message = format!(
+            "the prompt has {} tokens; the model's context is {context} tokens, prompt and output",
+            ids.len()
+        );
         return Err(ApiError::new(ErrorKind::BadRequest, message));
     }
     Ok(())
@@ -224,27 +295,45 @@ fn check(generate: &Generate, context: u32) -> Result<(), ApiError> {
 
 impl Entity {
     fn load(&self) -> Load {
-        Load { waiting: self.queue.len() as u64, running: self.shared.running(), tokens: self.shared.tokens() }
+        Load {
+            waiting: self.queue.len() as u64,
+            running: self.shared.running(),
+            tokens: self.shared.tokens(),
+        }
     }
 
     fn bounds(&self, limits: &Limits) -> Bounds {
         Bounds {
             concurrency: u64::from(self.serving.size.concurrency()),
             waiting_max: limits.queue_requests_max,
-            tokens_max: limits.queue_tokens_max.saturating_mul(self.serving.replicas.len().max(1) as u64),
+            tokens_max: limits
+                .queue_tokens_max
+                .saturating_mul(self.serving.replicas.len().max(1) as u64),
         }
     }
 
     fn clean(&mut self, now: Instant) {
-        let up = self.serving.replicas.iter().any(|replica| replica.credits.is_up());
-        let down_since = if up { None } else { Some(*self.down_since.get_or_insert(now)) };
+        let up = self
+            .serving
+            .replicas
+            .iter()
+            .any(|replica| replica.credits.is_up());
+        let down_since = if up {
+            None
+        } else {
+            Some(*self.down_since.get_or_insert(now))
+        };
         self.down_since = down_since;
-        let gone = down_since.is_some_and(|since| now.saturating_duration_since(since) > RECOVERY_WAIT);
+        let gone =
+            down_since.is_some_and(|since| now.saturating_duration_since(since) > RECOVERY_WAIT);
         for ticket in std::mem::take(&mut self.queue) {
             if ticket.is_cancelled() {
                 ticket.meters.ended("cancelled");
             } else if ticket.deadline <= now {
-                ticket.refuse(ApiError::new(ErrorKind::Deadline, "the request's time was up before it could run"));
+                ticket.refuse(ApiError::new(
+                    ErrorKind::Deadline,
+                    "the request's time was up before it could run",
+                ));
             } else if gone {
                 let message = format!("Served entity '{}' has no replica.", self.serving.name);
                 ticket.refuse(ApiError::new(ErrorKind::Unavailable, message).retry_after(2));
@@ -256,9 +345,18 @@ impl Entity {
 
     /// Gives the oldest waiting request to a replica. Says whether it could.
     fn dispatch_one(&mut self, now: Instant) -> bool {
-        let loads: Vec<_> = self.serving.replicas.iter().map(|replica| replica.credits.load(now)).collect();
-        let Some(chosen) = routing::choose(&loads) else { return false };
-        let Some(ticket) = self.queue.pop_front() else { return false };
+        let loads: Vec<_> = self
+            .serving
+            .replicas
+            .iter()
+            .map(|replica| replica.credits.load(now))
+            .collect();
+        let Some(chosen) = routing::choose(&loads) else {
+            return false;
+        };
+        let Some(ticket) = self.queue.pop_front() else {
+            return false;
+        };
         let target = &self.serving.replicas[chosen];
         let permit = Permit::take(self.shared.clone(), target.credits.clone());
         match target.addr.try_send(Dispatch { ticket, permit }) {
@@ -283,7 +381,11 @@ impl EndpointActor {
     /// An actor that tells `watcher` when it is gone. It ends with `incarnation`.
     pub fn new(door: Door, watcher: Recipient<Died>, incarnation: CancellationToken) -> Self {
         let death = DeathNotice::new(watcher, Who::Endpoint(door.name.clone()));
-        EndpointActor { door, incarnation, _death: death }
+        EndpointActor {
+            door,
+            incarnation,
+            _death: death,
+        }
     }
 }
 
@@ -301,7 +403,11 @@ impl Actor for EndpointActor {
         ctx.run_interval(TICK, |actor, _| actor.door.dispatch(Instant::now()));
         wake_on(self.door.wake.clone(), ctx);
         let over = self.incarnation.clone();
-        ctx.spawn(async move { over.cancelled().await }.into_actor(self).map(|(), _, ctx| ctx.stop()));
+        ctx.spawn(
+            async move { over.cancelled().await }
+                .into_actor(self)
+                .map(|(), _, ctx| ctx.stop()),
+        );
     }
 }
 
@@ -311,10 +417,12 @@ fn wake_on(wake: Arc<Notify>, ctx: &mut Context<EndpointActor>) {
         let wake = wake.clone();
         async move { wake.notified().await }
     };
-    ctx.spawn(actix::fut::wrap_future::<_, EndpointActor>(notified).map(|(), actor, ctx| {
-        actor.door.dispatch(Instant::now());
-        wake_on(wake, ctx);
-    }));
+    ctx.spawn(
+        actix::fut::wrap_future::<_, EndpointActor>(notified).map(|(), actor, ctx| {
+            actor.door.dispatch(Instant::now());
+            wake_on(wake, ctx);
+        }),
+    );
 }
 
 impl Handler<Configure> for EndpointActor {
@@ -328,6 +436,7 @@ impl Handler<Configure> for EndpointActor {
 impl Handler<Invoke> for EndpointActor {
     type Result = ();
     fn handle(&mut self, message: Invoke, _: &mut Self::Context) {
-        self.door.invoke(message.call, message.reply, Instant::now());
+        self.door
+            .invoke(message.call, message.reply, Instant::now());
     }
 }

@@ -1,21 +1,20 @@
-//! Requests on their way: a [`Ticket`] that waits, a [`Flight`] that runs, and a link's table of flights.
+//! Requests that run: a [`Flight`] each, and a link's table of them.
 //!
 //! Owns each request's one end: a flight is removed from the table exactly once, and whoever removes it ends it. Tokens
 //! go from the link's reader into the request's own channel here; the channel is sized so that it cannot fill.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use common::ids::{ReplicaId, RequestId};
-use common::request::{End, Failure, FailureKind, Generate};
+use common::request::{End, Failure, FailureKind};
 use common::wire::message::Output;
-use tokio::sync::{mpsc, oneshot};
 
 use super::link::Link;
-use super::meters::{Meters, outcome};
-use super::permit::{Booking, Permit};
+use super::meters::outcome;
+use super::permit::Permit;
+use super::ticket::{Place, Ticket, end_event, send};
 use crate::api::{ApiError, ErrorKind, GenerationEvent};
 
 /// Most replicas that a request is given to before its caller is told.
@@ -24,145 +23,6 @@ const ATTEMPTS_MAX: u32 = 3;
 const DEADLINE_GRACE: Duration = Duration::from_secs(5);
 /// A replica that refused is left alone for so long.
 const REFUSED_PAUSE: Duration = Duration::from_secs(1);
-
-/// A prompt with everything that answering it needs; waits in a queue or flies.
-#[derive(Debug)]
-pub struct Ticket {
-    /// Its id; another attempt keeps it.
-    pub request: RequestId,
-    /// What to do.
-    pub generate: Generate,
-    /// When its time is up.
-    pub deadline: Instant,
-    /// When it arrived.
-    pub arrived: Instant,
-    /// Replicas it was given to before.
-    pub attempt: u32,
-    /// Told once: tokens of the prompt, or why it is refused.
-    pub accepted: Option<oneshot::Sender<Result<u32, ApiError>>>,
-    /// The answer.
-    pub events: mpsc::Sender<GenerationEvent>,
-    /// Where it is, for whoever cancels it.
-    pub whereabouts: Arc<Whereabouts>,
-    /// Its share of the backlog.
-    pub booking: Booking,
-    /// How the call it belongs to is read.
-    pub reading: Arc<Reading>,
-    /// Its endpoint's meters.
-    pub meters: Arc<Meters>,
-    /// The prompt's own event was delivered by an earlier attempt.
-    pub prompt_delivered: bool,
-}
-
-impl Ticket {
-    /// Events that a request of `candidates` answers of at most `tokens_max` tokens can give: a delta per token, one
-    /// for text that was held back and the end, per candidate; the prompt's own.
-    pub fn events_max(candidates: u32, tokens_max: u32) -> usize {
-        candidates as usize * (tokens_max as usize + 2) + 1
-    }
-
-    /// Ends the request before any output.
-    pub fn refuse(mut self, error: ApiError) {
-        self.meters.ended(match error.kind {
-            ErrorKind::Deadline => "deadline",
-            ErrorKind::Overloaded => "overloaded",
-            _ => "error",
-        });
-        match self.accepted.take() {
-            // A caller that has left is not told.
-            Some(accepted) => drop(accepted.send(Err(error))),
-            None => {
-                let kind = match error.kind {
-                    ErrorKind::Internal => FailureKind::Internal,
-                    ErrorKind::BadRequest => FailureKind::BadRequest,
-                    ErrorKind::Overloaded => FailureKind::Overloaded,
-                    _ => FailureKind::Unavailable,
-                };
-                let end = match error.kind {
-                    ErrorKind::Deadline => End::Deadline,
-                    _ => End::Error(Failure::new(kind, error.message)),
-                };
-                for candidate in 0..self.generate.candidates {
-                    send(&self.events, self.request, end_event(candidate, 0, end.clone()));
-                }
-            }
-        }
-    }
-
-    /// The caller has left.
-    pub fn is_cancelled(&self) -> bool {
-        matches!(*self.whereabouts.place(), Place::Cancelled)
-    }
-}
-
-/// Where a request is. Cancelling it works in any place, and more than once.
-#[derive(Debug)]
-pub struct Whereabouts {
-    request: RequestId,
-    place: Mutex<Place>,
-}
-
-#[derive(Debug)]
-enum Place {
-    /// In an endpoint's queue, whose door is to be woken.
-    Waiting(Arc<tokio::sync::Notify>),
-    /// Given to a worker.
-    OnLink(Arc<Link>),
-    /// Not wanted any more.
-    Cancelled,
-}
-
-impl Whereabouts {
-    /// In a queue; `wake` is notified when it is cancelled there.
-    pub fn waiting(request: RequestId, wake: Arc<tokio::sync::Notify>) -> Arc<Self> {
-        Arc::new(Whereabouts { request, place: Mutex::new(Place::Waiting(wake)) })
-    }
-
-    /// The caller has left: out of the queue, or a word to the worker. What is over stays over.
-    pub fn cancel(&self) {
-        let before = std::mem::replace(&mut *self.place(), Place::Cancelled);
-        match before {
-            Place::Waiting(wake) => wake.notify_one(),
-            Place::OnLink(link) => link.cancel(self.request),
-            Place::Cancelled => {}
-        }
-    }
-
-    fn place(&self) -> MutexGuard<'_, Place> {
-        self.place.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// How a call's answers are read: all of its requests together, since a reader may take them in turn.
-#[derive(Debug)]
-pub struct Reading {
-    handed_out: AtomicBool,
-    last: Mutex<Instant>,
-}
-
-impl Reading {
-    /// Nobody reads yet.
-    pub fn new(now: Instant) -> Arc<Self> {
-        Arc::new(Reading { handed_out: AtomicBool::new(false), last: Mutex::new(now) })
-    }
-
-    /// The caller has the answers from here on.
-    pub fn hand_out(&self, now: Instant) {
-        self.went_on(now);
-        self.handed_out.store(true, Ordering::Release);
-    }
-
-    fn went_on(&self, now: Instant) {
-        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = now;
-    }
-
-    fn idle(&self, now: Instant) -> Duration {
-        if !self.handed_out.load(Ordering::Acquire) {
-            return Duration::ZERO;
-        }
-        now.saturating_duration_since(*self.last.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-}
 
 /// A request that runs on a replica.
 #[derive(Debug)]
@@ -189,7 +49,17 @@ impl Flight {
     pub fn new(ticket: Ticket, replica: ReplicaId, permit: Permit) -> Self {
         let candidates = vec![Candidate::default(); ticket.generate.candidates as usize];
         let (open, last_output) = (candidates.len(), ticket.arrived);
-        Flight { ticket, replica, permit, candidates, open, first: true, last_output, sent: 0, read: 0 }
+        Flight {
+            ticket,
+            replica,
+            permit,
+            candidates,
+            open,
+            first: true,
+            last_output,
+            sent: 0,
+            read: 0,
+        }
     }
 
     /// The request.
@@ -207,27 +77,43 @@ impl Flight {
     /// Its replica is gone. Before the first output it is run again elsewhere; afterwards each open candidate ends
     /// with an error that says so.
     fn lost(mut self, reason: &str) {
-        if self.first && self.ticket.attempt + 1 < ATTEMPTS_MAX && self.ticket.deadline > Instant::now() {
+        if self.first
+            && self.ticket.attempt + 1 < ATTEMPTS_MAX
+            && self.ticket.deadline > Instant::now()
+        {
             self.ticket.attempt += 1;
             tracing::info!(request = %self.ticket.request, replica = %self.replica, reason, "request is run again elsewhere");
             let Flight { ticket, permit, .. } = self;
             return back_to_queue(ticket, permit);
         }
         if self.first {
-            let error = ApiError::new(ErrorKind::Unavailable, format!("the replica was lost: {reason}; send the request again"));
+            let error = ApiError::new(
+                ErrorKind::Unavailable,
+                format!("the replica was lost: {reason}; send the request again"),
+            );
             let Flight { ticket, .. } = self;
             return ticket.refuse(error.retry_after(1));
         }
-        let message = format!("the replica was lost while it answered: {reason}; send the request again");
+        let message =
+            format!("the replica was lost while it answered: {reason}; send the request again");
         self.end_all(&End::Error(Failure::new(FailureKind::Unavailable, message)));
     }
 
     /// Ends every candidate that is open.
     fn end_all(mut self, end: &End) {
         self.ticket.meters.ended(outcome(end));
-        for (index, candidate) in self.candidates.iter_mut().enumerate().filter(|(_, candidate)| !candidate.ended) {
+        for (index, candidate) in self
+            .candidates
+            .iter_mut()
+            .enumerate()
+            .filter(|(_, candidate)| !candidate.ended)
+        {
             candidate.ended = true;
-            send(&self.ticket.events, self.ticket.request, end_event(index as u32, candidate.tokens, end.clone()));
+            send(
+                &self.ticket.events,
+                self.ticket.request,
+                end_event(index as u32, candidate.tokens, end.clone()),
+            );
         }
     }
 
@@ -241,8 +127,13 @@ impl Flight {
                 GenerationEvent::Prompt { text, tokens }
             }
             Output::Delta { delta, .. } => {
-                let candidate = self.candidates.get_mut(delta.candidate as usize).filter(|candidate| !candidate.ended);
-                let Some(candidate) = candidate else { return false };
+                let candidate = self
+                    .candidates
+                    .get_mut(delta.candidate as usize)
+                    .filter(|candidate| !candidate.ended);
+                let Some(candidate) = candidate else {
+                    return false;
+                };
                 candidate.tokens += delta.ids.len() as u32;
                 let waited = now.saturating_duration_since(self.last_output);
                 let first = std::mem::replace(&mut self.first, false);
@@ -253,8 +144,17 @@ impl Flight {
                 self.last_output = now;
                 GenerationEvent::Delta(delta)
             }
-            Output::End { candidate, output_tokens, cached_tokens, end, .. } => {
-                let known = self.candidates.get_mut(candidate as usize).filter(|candidate| !candidate.ended);
+            Output::End {
+                candidate,
+                output_tokens,
+                cached_tokens,
+                end,
+                ..
+            } => {
+                let known = self
+                    .candidates
+                    .get_mut(candidate as usize)
+                    .filter(|candidate| !candidate.ended);
                 let Some(known) = known else { return false };
                 known.ended = true;
                 self.open -= 1;
@@ -263,7 +163,12 @@ impl Flight {
                 if self.open == 0 {
                     self.ticket.meters.ended(outcome(&end));
                 }
-                GenerationEvent::End { candidate, output_tokens, cached_tokens, end }
+                GenerationEvent::End {
+                    candidate,
+                    output_tokens,
+                    cached_tokens,
+                    end,
+                }
             }
         };
         self.sent += 1;
@@ -285,32 +190,17 @@ impl Flight {
 }
 
 fn back_to_queue(ticket: Ticket, permit: Permit) {
-    if ticket.is_cancelled() {
-        return;
-    }
     let entity = permit.entity().clone();
     drop(permit);
-    if let Err(ticket) = entity.give_back(ticket) {
-        let error = ApiError::new(ErrorKind::Unavailable, "the endpoint was changed or deleted while the request waited");
-        ticket.refuse(error.retry_after(1));
+    if !ticket.whereabouts.wait_again(entity.waker()) {
+        return ticket.meters.ended("cancelled");
     }
-}
-
-fn end_event(candidate: u32, output_tokens: u32, end: End) -> GenerationEvent {
-    GenerationEvent::End { candidate, output_tokens, cached_tokens: 0, end }
-}
-
-/// Puts an event into a request's channel. It is full only when a worker sends more than it was asked for: the request
-/// is then given up, and its channel closes without an end, which readers take as a fault.
-fn send(events: &mpsc::Sender<GenerationEvent>, request: RequestId, event: GenerationEvent) -> bool {
-    match events.try_send(event) {
-        Ok(()) => true,
-        // The reader has left; its guard cancels.
-        Err(mpsc::error::TrySendError::Closed(_)) => true,
-        Err(mpsc::error::TrySendError::Full(_)) => {
-            tracing::error!(%request, "a worker sends more than was asked for; the request is given up");
-            false
-        }
+    if let Err(ticket) = entity.give_back(ticket) {
+        let error = ApiError::new(
+            ErrorKind::Unavailable,
+            "the endpoint was changed or deleted while the request waited",
+        );
+        ticket.refuse(error.retry_after(1));
     }
 }
 
@@ -324,7 +214,9 @@ pub struct Flights {
 impl Flights {
     /// An empty table of a link that is up.
     pub fn open() -> Self {
-        Flights { table: Mutex::new(Some(HashMap::new())) }
+        Flights {
+            table: Mutex::new(Some(HashMap::new())),
+        }
     }
 
     fn table(&self) -> MutexGuard<'_, Option<HashMap<RequestId, Flight>>> {
@@ -335,7 +227,12 @@ impl Flights {
     ///
     /// # Errors
     /// The flight, when the link is down or `tell` fails. A flight whose caller has left just ends.
-    pub(super) fn start(&self, flight: Flight, link: &Arc<Link>, tell: impl FnOnce(&Flight) -> bool) -> Result<(), Box<Flight>> {
+    pub(super) fn start(
+        &self,
+        flight: Flight,
+        link: &Arc<Link>,
+        tell: impl FnOnce(&Flight) -> bool,
+    ) -> Result<(), Box<Flight>> {
         let whereabouts = flight.ticket.whereabouts.clone();
         // Held until the flight is in the table: a cancel comes before (and is seen here) or finds the link.
         let mut place = whereabouts.place();
@@ -344,18 +241,23 @@ impl Flights {
             return Ok(());
         }
         let mut table = self.table();
-        let Some(flights) = table.as_mut() else { return Err(Box::new(flight)) };
+        let Some(flights) = table.as_mut() else {
+            return Err(Box::new(flight));
+        };
         if !tell(&flight) {
             return Err(Box::new(flight));
         }
-        flights.insert(whereabouts.request, flight);
+        flights.insert(flight.ticket.request, flight);
         *place = Place::OnLink(link.clone());
         Ok(())
     }
 
     /// Removes a flight whose caller has left.
     pub(super) fn cancel(&self, request: RequestId) -> bool {
-        let removed = self.table().as_mut().and_then(|flights| flights.remove(&request));
+        let removed = self
+            .table()
+            .as_mut()
+            .and_then(|flights| flights.remove(&request));
         if let Some(flight) = &removed {
             flight.ticket.meters.ended("cancelled");
         }
@@ -386,7 +288,9 @@ impl Flights {
     /// A worker has understood a prompt.
     pub fn accepted(&self, request: RequestId, prompt_tokens: u32) {
         let mut table = self.table();
-        let Some(flight) = table.as_mut().and_then(|flights| flights.get_mut(&request)) else { return };
+        let Some(flight) = table.as_mut().and_then(|flights| flights.get_mut(&request)) else {
+            return;
+        };
         flight.ticket.booking.settle(u64::from(prompt_tokens));
         if let Some(accepted) = flight.ticket.accepted.take() {
             flight.ticket.meters.accepted(prompt_tokens);
@@ -397,22 +301,35 @@ impl Flights {
 
     /// A worker will not run a prompt.
     pub fn rejected(&self, request: RequestId, failure: Failure) {
-        let removed = self.table().as_mut().and_then(|flights| flights.remove(&request));
+        let removed = self
+            .table()
+            .as_mut()
+            .and_then(|flights| flights.remove(&request));
         let Some(flight) = removed else { return };
         let refuse = |flight: Flight, error| {
             let Flight { ticket, .. } = flight;
             ticket.refuse(error);
         };
         match failure.kind {
+            // A worker that has sent output has accepted; whatever it says now ends the answer.
+            _ if !flight.first => flight.end_all(&End::Error(failure)),
             FailureKind::Unavailable => {
                 flight.permit.suspend(REFUSED_PAUSE);
                 flight.lost(&failure.message);
             }
             FailureKind::BadRequest | FailureKind::TooLarge => {
-                refuse(flight, ApiError::new(ErrorKind::BadRequest, failure.message));
+                refuse(
+                    flight,
+                    ApiError::new(ErrorKind::BadRequest, failure.message),
+                );
             }
-            FailureKind::Overloaded => refuse(flight, ApiError::new(ErrorKind::Overloaded, failure.message).retry_after(1)),
-            FailureKind::Internal => refuse(flight, ApiError::new(ErrorKind::Internal, failure.message)),
+            FailureKind::Overloaded => refuse(
+                flight,
+                ApiError::new(ErrorKind::Overloaded, failure.message).retry_after(1),
+            ),
+            FailureKind::Internal => {
+                refuse(flight, ApiError::new(ErrorKind::Internal, failure.message))
+            }
         }
     }
 
@@ -420,7 +337,11 @@ impl Flights {
     pub fn replica_lost(&self, replica: ReplicaId, reason: &str) {
         let mut lost = Vec::new();
         if let Some(flights) = self.table().as_mut() {
-            lost.extend(flights.extract_if(|_, flight| flight.replica == replica).map(|(_, flight)| flight));
+            lost.extend(
+                flights
+                    .extract_if(|_, flight| flight.replica == replica)
+                    .map(|(_, flight)| flight),
+            );
         }
         lost.into_iter().for_each(|flight| flight.lost(reason));
     }
@@ -436,14 +357,24 @@ impl Flights {
         let mut ended = Vec::new();
         if let Some(flights) = self.table().as_mut() {
             // All of a call are looked at before any is judged: one that is read keeps its siblings.
-            let unread: Vec<RequestId> =
-                flights.iter_mut().filter_map(|(request, flight)| flight.is_idle(now, idle).then_some(*request)).collect();
+            let unread: Vec<RequestId> = flights
+                .iter_mut()
+                .filter_map(|(request, flight)| flight.is_idle(now, idle).then_some(*request))
+                .collect();
             for request in unread {
-                if flights.get(&request).is_some_and(|flight| flight.ticket.reading.idle(now) >= idle) {
-                    ended.extend(flights.remove(&request).map(|flight| (flight, End::Cancelled)));
+                if flights
+                    .get(&request)
+                    .is_some_and(|flight| flight.ticket.reading.idle(now) >= idle)
+                {
+                    ended.extend(
+                        flights
+                            .remove(&request)
+                            .map(|flight| (flight, End::Cancelled)),
+                    );
                 }
             }
-            let late = flights.extract_if(|_, flight| now > flight.ticket.deadline + DEADLINE_GRACE);
+            let late =
+                flights.extract_if(|_, flight| now > flight.ticket.deadline + DEADLINE_GRACE);
             ended.extend(late.map(|(_, flight)| (flight, End::Deadline)));
         }
         let mut requests = Vec::new();
@@ -452,7 +383,10 @@ impl Flights {
             tracing::info!(request = %flight.ticket.request, ?end, "request is ended: nobody reads it, or its worker is late");
             if flight.ticket.accepted.is_some() {
                 let Flight { ticket, .. } = flight;
-                ticket.refuse(ApiError::new(ErrorKind::Deadline, "the request's time is up"));
+                ticket.refuse(ApiError::new(
+                    ErrorKind::Deadline,
+                    "the request's time is up",
+                ));
             } else {
                 flight.end_all(&end);
             }

@@ -15,7 +15,8 @@ use super::coordinator::{CoordinatorActor, Means};
 use super::messages::{CheckFit, GetHealth, GetView, Invoke, ListViews, Pending};
 use super::record::{EndpointRecord, decode, encode, endpoint_key};
 use crate::api::{
-    Answer, ApiError, Call, ClusterHealth, ConfigSpec, CreateEndpoint, EndpointView, ErrorKind, Gateway, Generation,
+    Answer, ApiError, Call, ClusterHealth, ConfigSpec, CreateEndpoint, EndpointView, ErrorKind,
+    Gateway, Generation,
 };
 use crate::policy::lifecycle::{Event, Lifecycle};
 use crate::policy::workload;
@@ -43,19 +44,38 @@ impl ActorGateway {
     }
 
     async fn view(&self, name: String) -> Result<EndpointView, ApiError> {
-        let found = self.coordinator()?.send(GetView(name.clone())).await.map_err(|_| restarting())?;
+        let found = self
+            .coordinator()?
+            .send(GetView(name.clone()))
+            .await
+            .map_err(|_| restarting())?;
         found.ok_or_else(|| not_found(&name))
     }
 
     /// Reads the models' headers on the blocking pool.
     async fn facts(&self, config: &ConfigSpec) -> Result<Vec<Arc<ModelFacts>>, ApiError> {
         for entity in &config.entities {
-            workload::resolve(&self.means.cluster.workload_types, &entity.workload_type, entity.workload_size)?;
+            workload::resolve(
+                &self.means.cluster.workload_types,
+                &entity.workload_type,
+                entity.workload_size,
+            )?;
         }
-        let models: Vec<_> = config.entities.iter().map(|entity| entity.model.clone()).collect();
+        let models: Vec<_> = config
+            .entities
+            .iter()
+            .map(|entity| entity.model.clone())
+            .collect();
         let registry = self.means.registry.clone();
-        let read = move || models.iter().map(|model| registry.facts(model).map(Arc::new)).collect::<Result<Vec<_>, _>>();
-        let facts = tokio::task::spawn_blocking(read).await.map_err(|e| ApiError::new(ErrorKind::Internal, e.to_string()))?;
+        let read = move || {
+            models
+                .iter()
+                .map(|model| registry.facts(model).map(Arc::new))
+                .collect::<Result<Vec<_>, _>>()
+        };
+        let facts = tokio::task::spawn_blocking(read)
+            .await
+            .map_err(|e| ApiError::new(ErrorKind::Internal, e.to_string()))?;
         facts.map_err(|error| match error {
             RegistryError::Unknown(message) => ApiError::new(ErrorKind::NotFound, message),
             RegistryError::Broken(message) => ApiError::new(ErrorKind::InvalidParameter, message),
@@ -64,14 +84,37 @@ impl ActorGateway {
 
     async fn check(&self, config: &ConfigSpec, instead_of: Option<String>) -> Result<(), ApiError> {
         let facts = self.facts(config).await?;
-        let ask = CheckFit { config: config.clone(), facts, instead_of };
-        self.coordinator()?.send(ask).await.map_err(|_| restarting())?
+        let ask = CheckFit {
+            config: config.clone(),
+            facts,
+            instead_of,
+        };
+        self.coordinator()?
+            .send(ask)
+            .await
+            .map_err(|_| restarting())?
     }
 
-    async fn create(&self, user: String, endpoint: CreateEndpoint) -> Result<EndpointView, ApiError> {
+    async fn create(
+        &self,
+        user: String,
+        endpoint: CreateEndpoint,
+    ) -> Result<EndpointView, ApiError> {
         let key = endpoint_key(&endpoint.name);
-        let taken = || ApiError::new(ErrorKind::AlreadyExists, format!("Endpoint with name '{}' already exists.", endpoint.name));
-        if self.means.store.get(key.clone()).await.map_err(internal)?.is_some() {
+        let taken = || {
+            ApiError::new(
+                ErrorKind::AlreadyExists,
+                format!("Endpoint with name '{}' already exists.", endpoint.name),
+            )
+        };
+        if self
+            .means
+            .store
+            .get(key.clone())
+            .await
+            .map_err(internal)?
+            .is_some()
+        {
             return Err(taken());
         }
         self.check(&endpoint.config, None).await?;
@@ -95,28 +138,55 @@ impl ActorGateway {
         self.view(record.name).await
     }
 
-    async fn update(&self, user: String, name: String, config: ConfigSpec) -> Result<EndpointView, ApiError> {
+    async fn update(
+        &self,
+        user: String,
+        name: String,
+        config: ConfigSpec,
+    ) -> Result<EndpointView, ApiError> {
         let key = endpoint_key(&name);
-        if self.means.store.get(key.clone()).await.map_err(internal)?.is_none() {
+        if self
+            .means
+            .store
+            .get(key.clone())
+            .await
+            .map_err(internal)?
+            .is_none()
+        {
             return Err(not_found(&name));
         }
         self.check(&config, Some(name.clone())).await?;
         loop {
-            let Some(entry) = self.means.store.get(key.clone()).await.map_err(internal)? else { return Err(not_found(&name)) };
+            let Some(entry) = self.means.store.get(key.clone()).await.map_err(internal)? else {
+                return Err(not_found(&name));
+            };
             let mut record: EndpointRecord = decode(&key, &entry.value).map_err(internal)?;
             let now_ms = now_ms();
-            let event = Event::Update { config: config.clone(), user: user.clone(), now_ms };
+            let event = Event::Update {
+                config: config.clone(),
+                user: user.clone(),
+                now_ms,
+            };
             record.life.apply(event).map_err(|_| {
-                let message = format!("Endpoint '{name}' is being updated; wait until the update is done.");
+                let message =
+                    format!("Endpoint '{name}' is being updated; wait until the update is done.");
                 ApiError::new(ErrorKind::Conflict, message)
             })?;
             record.updated_ms = now_ms;
             let value = encode(&record).map_err(internal)?;
-            match self.means.store.put(key.clone(), value, Expect::Revision(entry.revision)).await {
+            match self
+                .means
+                .store
+                .put(key.clone(), value, Expect::Revision(entry.revision))
+                .await
+            {
                 // A state changed in between: decide anew.
                 Err(StoreError::Conflict { .. }) => {}
                 other => {
-                    self.means.directory.wait_seen(other.map_err(internal)?).await;
+                    self.means
+                        .directory
+                        .wait_seen(other.map_err(internal)?)
+                        .await;
                     return self.view(name).await;
                 }
             }
@@ -126,11 +196,21 @@ impl ActorGateway {
     async fn delete(&self, name: String) -> Result<(), ApiError> {
         let key = endpoint_key(&name);
         loop {
-            let Some(entry) = self.means.store.get(key.clone()).await.map_err(internal)? else { return Err(not_found(&name)) };
-            match self.means.store.delete(key.clone(), Expect::Revision(entry.revision)).await {
+            let Some(entry) = self.means.store.get(key.clone()).await.map_err(internal)? else {
+                return Err(not_found(&name));
+            };
+            match self
+                .means
+                .store
+                .delete(key.clone(), Expect::Revision(entry.revision))
+                .await
+            {
                 Err(StoreError::Conflict { .. }) => {}
                 other => {
-                    self.means.directory.wait_seen(other.map_err(internal)?).await;
+                    self.means
+                        .directory
+                        .wait_seen(other.map_err(internal)?)
+                        .await;
                     return Ok(());
                 }
             }
@@ -138,33 +218,56 @@ impl ActorGateway {
     }
 
     async fn generate(&self, call: Call) -> Result<Answer, ApiError> {
-        let door = self.means.directory.endpoint(&call.endpoint).ok_or_else(|| not_found(&call.endpoint))?;
+        let door = self
+            .means
+            .directory
+            .endpoint(&call.endpoint)
+            .ok_or_else(|| not_found(&call.endpoint))?;
         call.prompts.iter().try_for_each(check_bytes)?;
         let deadline = call.deadline;
         let (reply, admitted) = oneshot::channel();
-        door.try_send(Invoke { call, reply }).map_err(|error| match error {
-            actix::dev::SendError::Full(_) => {
-                ApiError::new(ErrorKind::Overloaded, "too many calls at once; try again in 1 s").retry_after(1)
-            }
-            actix::dev::SendError::Closed(_) => restarting(),
-        })?;
+        door.try_send(Invoke { call, reply })
+            .map_err(|error| match error {
+                actix::dev::SendError::Full(_) => ApiError::new(
+                    ErrorKind::Overloaded,
+                    "too many calls at once; try again in 1 s",
+                )
+                .retry_after(1),
+                actix::dev::SendError::Closed(_) => restarting(),
+            })?;
         let answers = async {
             let admitted = admitted.await.map_err(|_| restarting())??;
             let generations = try_join_all(admitted.pending.into_iter().map(accepted)).await?;
             admitted.reading.hand_out(Instant::now());
-            Ok(Answer { served_entity: admitted.served_entity, generations })
+            Ok(Answer {
+                served_entity: admitted.served_entity,
+                generations,
+            })
         };
         // Dropping what is not accepted by then cancels it.
-        let late = |_| ApiError::new(ErrorKind::Deadline, "the request's time was up before a replica could take it");
+        let late = |_| {
+            ApiError::new(
+                ErrorKind::Deadline,
+                "the request's time was up before a replica could take it",
+            )
+        };
         timeout_at(deadline.into(), answers).await.map_err(late)?
     }
 }
 
 /// Waits for a worker's word on a prompt.
 async fn accepted(pending: Pending) -> Result<Generation, ApiError> {
-    let Pending { accepted, events, guard } = pending;
+    let Pending {
+        accepted,
+        events,
+        guard,
+    } = pending;
     let prompt_tokens = accepted.await.map_err(|_| restarting())??;
-    Ok(Generation { prompt_tokens, events, guard })
+    Ok(Generation {
+        prompt_tokens,
+        events,
+        guard,
+    })
 }
 
 fn check_bytes(generate: &Generate) -> Result<(), ApiError> {
@@ -172,7 +275,10 @@ fn check_bytes(generate: &Generate) -> Result<(), ApiError> {
         Prompt::Text(text) => text.len(),
         // The longest form of an id on the wire.
         Prompt::Tokens(ids) => ids.len() * 5,
-        Prompt::Chat(messages) => messages.iter().map(|message| message.role.len() + message.content.len() + 20).sum(),
+        Prompt::Chat(messages) => messages
+            .iter()
+            .map(|message| message.role.len() + message.content.len() + 20)
+            .sum(),
     };
     if bytes > PROMPT_BYTES_MAX {
         let message = format!("the prompt has {bytes} bytes; at most {PROMPT_BYTES_MAX} are taken");
@@ -182,11 +288,18 @@ fn check_bytes(generate: &Generate) -> Result<(), ApiError> {
 }
 
 fn not_found(name: &str) -> ApiError {
-    ApiError::new(ErrorKind::NotFound, format!("Endpoint with name '{name}' does not exist."))
+    ApiError::new(
+        ErrorKind::NotFound,
+        format!("Endpoint with name '{name}' does not exist."),
+    )
 }
 
 fn restarting() -> ApiError {
-    ApiError::new(ErrorKind::Unavailable, "a part of the coordinator is being started again").retry_after(1)
+    ApiError::new(
+        ErrorKind::Unavailable,
+        "a part of the coordinator is being started again",
+    )
+    .retry_after(1)
 }
 
 fn internal(error: StoreError) -> ApiError {
@@ -195,11 +308,17 @@ fn internal(error: StoreError) -> ApiError {
 
 /// Milliseconds since 1970.
 pub fn now_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_millis() as u64)
 }
 
 impl Gateway for ActorGateway {
-    fn create(&self, user: String, endpoint: CreateEndpoint) -> BoxFuture<'_, Result<EndpointView, ApiError>> {
+    fn create(
+        &self,
+        user: String,
+        endpoint: CreateEndpoint,
+    ) -> BoxFuture<'_, Result<EndpointView, ApiError>> {
         self.create(user, endpoint).boxed()
     }
 
@@ -208,10 +327,21 @@ impl Gateway for ActorGateway {
     }
 
     fn list(&self) -> BoxFuture<'_, Result<Vec<EndpointView>, ApiError>> {
-        async { self.coordinator()?.send(ListViews).await.map_err(|_| restarting()) }.boxed()
+        async {
+            self.coordinator()?
+                .send(ListViews)
+                .await
+                .map_err(|_| restarting())
+        }
+        .boxed()
     }
 
-    fn update(&self, user: String, name: String, config: ConfigSpec) -> BoxFuture<'_, Result<EndpointView, ApiError>> {
+    fn update(
+        &self,
+        user: String,
+        name: String,
+        config: ConfigSpec,
+    ) -> BoxFuture<'_, Result<EndpointView, ApiError>> {
         self.update(user, name, config).boxed()
     }
 
@@ -224,7 +354,12 @@ impl Gateway for ActorGateway {
     }
 
     fn workload_types(&self) -> Vec<String> {
-        self.means.cluster.workload_types.iter().map(|workload| workload.name.clone()).collect()
+        self.means
+            .cluster
+            .workload_types
+            .iter()
+            .map(|workload| workload.name.clone())
+            .collect()
     }
 
     fn health(&self) -> BoxFuture<'_, ClusterHealth> {

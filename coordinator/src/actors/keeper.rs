@@ -40,7 +40,10 @@ impl Keeper {
     /// Hands in what happened to an endpoint.
     pub fn hand_in(&self, endpoint: &str, event: Event) {
         if self.events.try_send((endpoint.to_owned(), event)).is_err() {
-            tracing::warn!(endpoint, "the keeper is busy; the event is sent again with the next look");
+            tracing::warn!(
+                endpoint,
+                "the keeper is busy; the event is sent again with the next look"
+            );
         }
     }
 }
@@ -49,12 +52,21 @@ async fn write(store: &SharedStore, endpoint: &str, event: Event) -> Result<(), 
     let key = endpoint_key(endpoint);
     loop {
         // Deleted meanwhile: nothing to keep.
-        let Some(entry) = store.get(key.clone()).await? else { return Ok(()) };
+        let Some(entry) = store.get(key.clone()).await? else {
+            return Ok(());
+        };
         let mut record: EndpointRecord = decode(&key, &entry.value)?;
         if !record.life.apply(event.clone()).unwrap_or(false) {
             return Ok(());
         }
-        match store.put(key.clone(), encode(&record)?, Expect::Revision(entry.revision)).await {
+        match store
+            .put(
+                key.clone(),
+                encode(&record)?,
+                Expect::Revision(entry.revision),
+            )
+            .await
+        {
             Err(StoreError::Conflict { .. }) => {}
             other => return other.map(drop),
         }

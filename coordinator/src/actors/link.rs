@@ -34,9 +34,24 @@ pub struct Link {
 
 impl Link {
     /// A link whose commands come out of the receiver. Cancelling `cut` ends it.
-    pub fn new(worker: WorkerId, boot: BootId, term: Term, cut: CancellationToken) -> (Arc<Self>, mpsc::Receiver<Command>) {
+    pub fn new(
+        worker: WorkerId,
+        boot: BootId,
+        term: Term,
+        cut: CancellationToken,
+    ) -> (Arc<Self>, mpsc::Receiver<Command>) {
         let (commands, queue) = mpsc::channel(COMMANDS_MAX);
-        (Arc::new(Link { worker, boot, flights: Flights::open(), term, commands, cut }), queue)
+        (
+            Arc::new(Link {
+                worker,
+                boot,
+                flights: Flights::open(),
+                term,
+                commands,
+                cut,
+            }),
+            queue,
+        )
     }
 
     /// The term that this link's commands carry.
@@ -56,9 +71,16 @@ impl Link {
     ///
     /// # Errors
     /// The flight, when the link is down or busy.
-    pub fn start(self: &Arc<Self>, flight: Flight, start: impl FnOnce(&Flight) -> Start) -> Result<(), Box<Flight>> {
+    pub fn start(
+        self: &Arc<Self>,
+        flight: Flight,
+        start: impl FnOnce(&Flight) -> Start,
+    ) -> Result<(), Box<Flight>> {
         self.flights.start(flight, self, |flight| {
-            let command = || Command::Start { term: self.term, start: Box::new(start(flight)) };
+            let command = || Command::Start {
+                term: self.term,
+                start: Box::new(start(flight)),
+            };
             self.commands.capacity() > STARTS_FREE_MIN && self.commands.try_send(command()).is_ok()
         })
     }

@@ -8,14 +8,17 @@ use std::time::Duration;
 
 use actix::{Addr, Message};
 use common::ids::{Generation, ReplicaId};
-use common::wire::message::{HeldShard, Health, Hello, ShardState};
+use common::wire::message::{Health, HeldShard, Hello, ShardState};
 use tokio::sync::{mpsc, oneshot};
 
-use super::flight::Ticket;
 use super::link::Link;
 use super::permit::{Credits, Permit};
 use super::replica::ReplicaActor;
-use crate::api::{ApiError, Call, CancelGuard, ClusterHealth, ConfigSpec, EndpointView, GenerationEvent, WorkloadSize};
+use super::ticket::Ticket;
+use crate::api::{
+    ApiError, Call, CancelGuard, ClusterHealth, ConfigSpec, EndpointView, GenerationEvent,
+    WorkloadSize,
+};
 use crate::registry::{ModelFacts, RegistryError};
 use crate::store::{Change, Entry, StoreError};
 
@@ -254,7 +257,7 @@ pub struct Admitted {
     /// One per prompt, in order.
     pub pending: Vec<Pending>,
     /// To be told when the caller has the answers.
-    pub reading: Arc<super::flight::Reading>,
+    pub reading: Arc<super::ticket::Reading>,
 }
 
 /// A prompt that no worker has accepted yet.

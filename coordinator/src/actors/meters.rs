@@ -9,19 +9,48 @@ use metrics::{counter, gauge, histogram};
 
 /// Describes all meters; call once the recorder is installed.
 pub fn describe() {
-    use metrics::{Unit, describe_counter as counts, describe_gauge as gauges, describe_histogram as times};
-    counts!("tandem_requests_total", "prompts that ended, by endpoint and outcome");
-    counts!("tandem_prompt_tokens_total", "prompt tokens of accepted requests");
+    use metrics::{
+        Unit, describe_counter as counts, describe_gauge as gauges, describe_histogram as times,
+    };
+    counts!(
+        "tandem_requests_total",
+        "prompts that ended, by endpoint and outcome"
+    );
+    counts!(
+        "tandem_prompt_tokens_total",
+        "prompt tokens of accepted requests"
+    );
     counts!("tandem_generation_tokens_total", "output tokens delivered");
-    gauges!("tandem_requests_waiting", "prompts waiting in the coordinator");
+    gauges!(
+        "tandem_requests_waiting",
+        "prompts waiting in the coordinator"
+    );
     gauges!("tandem_requests_running", "prompts given to replicas");
-    times!("tandem_time_to_first_token_seconds", Unit::Seconds, "from a prompt's arrival to its first token");
-    times!("tandem_inter_token_latency_seconds", Unit::Seconds, "between two tokens of an answer");
-    times!("tandem_step_seconds", Unit::Seconds, "one step of an engine");
+    times!(
+        "tandem_time_to_first_token_seconds",
+        Unit::Seconds,
+        "from a prompt's arrival to its first token"
+    );
+    times!(
+        "tandem_inter_token_latency_seconds",
+        Unit::Seconds,
+        "between two tokens of an answer"
+    );
+    times!(
+        "tandem_step_seconds",
+        Unit::Seconds,
+        "one step of an engine"
+    );
     gauges!("tandem_kv_blocks_used", "KV blocks in use");
     gauges!("tandem_kv_blocks_total", "KV blocks in all");
-    counts!("tandem_prefix_cache_queries_total", "prompt tokens looked up in the prefix cache");
-    counts!("tandem_prefix_cache_hits_total", "prompt tokens found in the prefix cache");
+    counts!(
+        "tandem_prefix_cache_queries_total",
+        "prompt tokens looked up in the prefix cache"
+    );
+    counts!(
+        "tandem_prefix_cache_hits_total",
+        "prompt tokens found in the prefix cache"
+    );
     counts!("tandem_preemptions_total", "sequences preempted");
     gauges!("tandem_workers", "workers with a link");
 }
@@ -65,7 +94,8 @@ impl Meters {
         if first {
             self.first_token.record(waited.as_secs_f64());
         } else if tokens > 0 {
-            self.inter_token.record(waited.as_secs_f64() / tokens as f64);
+            self.inter_token
+                .record(waited.as_secs_f64() / tokens as f64);
         }
     }
 
@@ -78,16 +108,32 @@ impl Meters {
     /// A replica's counters went on from `before` to `now`.
     pub fn health(&self, before: &Health, now: &Health) {
         let endpoint = || self.endpoint.clone();
-        gauge!("tandem_kv_blocks_used", "endpoint" => endpoint()).set(f64::from(now.kv_blocks_used));
-        gauge!("tandem_kv_blocks_total", "endpoint" => endpoint()).set(f64::from(now.kv_blocks_total));
+        gauge!("tandem_kv_blocks_used", "endpoint" => endpoint())
+            .set(f64::from(now.kv_blocks_used));
+        gauge!("tandem_kv_blocks_total", "endpoint" => endpoint())
+            .set(f64::from(now.kv_blocks_total));
         let more = |name: &'static str, before: u64, now: u64| {
             counter!(name, "endpoint" => endpoint()).increment(now.saturating_sub(before));
         };
-        more("tandem_prefix_cache_queries_total", before.prefix_queries, now.prefix_queries);
-        more("tandem_prefix_cache_hits_total", before.prefix_hits, now.prefix_hits);
-        more("tandem_preemptions_total", before.preemptions, now.preemptions);
+        more(
+            "tandem_prefix_cache_queries_total",
+            before.prefix_queries,
+            now.prefix_queries,
+        );
+        more(
+            "tandem_prefix_cache_hits_total",
+            before.prefix_hits,
+            now.prefix_hits,
+        );
+        more(
+            "tandem_preemptions_total",
+            before.preemptions,
+            now.preemptions,
+        );
         let steps = histogram!("tandem_step_seconds", "endpoint" => endpoint());
-        now.step_us.iter().for_each(|&us| steps.record(f64::from(us) / 1e6));
+        now.step_us
+            .iter()
+            .for_each(|&us| steps.record(f64::from(us) / 1e6));
     }
 }
 

@@ -5,7 +5,7 @@
 //! * [`replica`]: one shard group: its loading, its members, its credits.
 //! * [`gateway`]: what HTTP calls; [`messages`]: all that actors say to each other; [`death`]: how a parent learns that
 //!   an actor is gone.
-//! * [`flight`], [`link`], [`permit`]: the path of tokens. One token costs no mailbox: a link's reader puts it into the
+//! * [`ticket`], [`flight`], [`link`], [`permit`]: the path of tokens. One token costs no mailbox: a link's reader puts it into the
 //!   request's own bounded channel.
 //! * [`keeper`]: writes lifecycle events to the store.
 
@@ -27,3 +27,4 @@ pub mod slot;
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+pub mod ticket;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
-use super::flight::Ticket;
+use super::ticket::Ticket;
 use crate::policy::routing::ReplicaLoad;
 
 /// What the flights of one served entity share with the actor at its door.
@@ -55,6 +55,11 @@ impl EntityShared {
         self.wake.notify_one();
     }
 
+    /// What wakes the actor at the door.
+    pub fn waker(&self) -> Arc<Notify> {
+        self.wake.clone()
+    }
+
     /// Gives a request back to the queue's front; the ticket comes back when the entity is gone.
     ///
     /// # Errors
@@ -70,7 +75,10 @@ impl EntityShared {
 
     /// The requests given back since the last call.
     pub fn take_returned(&self) -> Vec<Ticket> {
-        self.returned().as_mut().map(std::mem::take).unwrap_or_default()
+        self.returned()
+            .as_mut()
+            .map(std::mem::take)
+            .unwrap_or_default()
     }
 
     /// The entity is gone: nothing is given back to it any more.
@@ -127,12 +135,19 @@ pub struct Credits {
 impl Credits {
     /// So many credits, none taken; down.
     pub fn new(credits: u32) -> Arc<Self> {
-        Arc::new(Credits { credits, running: AtomicU32::new(0), open_from: Mutex::new(None) })
+        Arc::new(Credits {
+            credits,
+            running: AtomicU32::new(0),
+            open_from: Mutex::new(None),
+        })
     }
 
     /// The replica takes requests, or not.
     pub fn set_up(&self, up: bool, now: Instant) {
-        let mut open_from = self.open_from.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open_from = self
+            .open_from
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         match (up, *open_from) {
             (true, None) => *open_from = Some(now),
             (true, Some(_)) => {}
@@ -142,7 +157,10 @@ impl Credits {
 
     /// The replica refused or is slow to take: leave it alone for a moment.
     pub fn suspend(&self, until: Instant) {
-        let mut open_from = self.open_from.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open_from = self
+            .open_from
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if open_from.is_some() {
             *open_from = Some(until);
         }
@@ -150,12 +168,18 @@ impl Credits {
 
     /// It is not down, though it may be suspended.
     pub fn is_up(&self) -> bool {
-        self.open_from.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+        self.open_from
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_some()
     }
 
     /// Its load at `now`.
     pub fn load(&self, now: Instant) -> ReplicaLoad {
-        let open_from = *self.open_from.lock().unwrap_or_else(PoisonError::into_inner);
+        let open_from = *self
+            .open_from
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         ReplicaLoad {
             credits: self.credits,
             running: self.running(),
@@ -214,11 +238,22 @@ mod tests {
         let credits = Credits::new(2);
         let permit = Permit::take(entity.clone(), credits.clone());
         let mut booking = Booking::new(entity.clone(), 100);
-        assert_eq!((entity.running(), credits.running(), entity.tokens()), (1, 1, 100));
+        assert_eq!(
+            (entity.running(), credits.running(), entity.tokens()),
+            (1, 1, 100)
+        );
         booking.settle(40);
         assert_eq!(entity.tokens(), 40);
         drop((permit, booking));
-        assert_eq!((entity.running(), credits.running(), entity.tokens(), entity.take_ended()), (0, 0, 0, 1));
+        assert_eq!(
+            (
+                entity.running(),
+                credits.running(),
+                entity.tokens(),
+                entity.take_ended()
+            ),
+            (0, 0, 0, 1)
+        );
         assert_eq!(entity.take_ended(), 0);
     }
 

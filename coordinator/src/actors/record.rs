@@ -90,7 +90,11 @@ impl StoredOptions {
     /// As the wire says it.
     pub fn wire(self) -> ShardOptions {
         ShardOptions {
-            kv_dtype: if self.kv_f32 { KvDtype::F32 } else { KvDtype::Bf16 },
+            kv_dtype: if self.kv_f32 {
+                KvDtype::F32
+            } else {
+                KvDtype::Bf16
+            },
             kv_blocks: self.kv_blocks,
             step_tokens_max: self.step_tokens_max,
             sequences_max: self.sequences_max,
@@ -115,7 +119,8 @@ pub fn replica_key(replica: ReplicaId) -> String {
 /// # Errors
 /// When it cannot be written as JSON.
 pub fn encode<T: Serialize>(record: &T) -> Result<Vec<u8>, StoreError> {
-    serde_json::to_vec(record).map_err(|e| StoreError::Failed(format!("a record cannot be encoded: {e}")))
+    serde_json::to_vec(record)
+        .map_err(|e| StoreError::Failed(format!("a record cannot be encoded: {e}")))
 }
 
 /// A record from its bytes.
@@ -123,7 +128,8 @@ pub fn encode<T: Serialize>(record: &T) -> Result<Vec<u8>, StoreError> {
 /// # Errors
 /// Names the key of a record that this version cannot read.
 pub fn decode<T: DeserializeOwned>(key: &str, value: &[u8]) -> Result<T, StoreError> {
-    serde_json::from_slice(value).map_err(|e| StoreError::Failed(format!("store: record {key} is not readable: {e}")))
+    serde_json::from_slice(value)
+        .map_err(|e| StoreError::Failed(format!("store: record {key} is not readable: {e}")))
 }
 
 /// The next term: one more than at the last start.
@@ -133,7 +139,10 @@ pub fn decode<T: DeserializeOwned>(key: &str, value: &[u8]) -> Result<T, StoreEr
 pub async fn next_term(store: &dyn Store) -> Result<Term, StoreError> {
     let found = store.get(TERM.into()).await?;
     let (term, expect) = match &found {
-        Some(entry) => (decode::<u64>(TERM, &entry.value)?, Expect::Revision(entry.revision)),
+        Some(entry) => (
+            decode::<u64>(TERM, &entry.value)?,
+            Expect::Revision(entry.revision),
+        ),
         None => (0, Expect::Absent),
     };
     store.put(TERM.into(), encode(&(term + 1))?, expect).await?;

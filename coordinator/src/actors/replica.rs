@@ -10,19 +10,23 @@ use actix::fut::ActorFutureExt;
 use actix::{Actor, ActorContext, AsyncContext, Context, Handler, Recipient, WrapFuture};
 use common::ids::{Generation, ReplicaId, WorkerId};
 use common::request::FailureKind;
-use common::wire::message::{Command, GroupMember, Health, HeldShard, ModelSource, ShardSpec, ShardState, Start};
+use common::wire::message::{
+    Command, GroupMember, Health, HeldShard, ModelSource, ShardSpec, ShardState, Start,
+};
 
 use tokio_util::sync::CancellationToken;
 
 use super::death::DeathNotice;
-use super::flight::{Flight, Ticket};
+use super::flight::Flight;
 use super::link::Link;
 use super::messages::{
-    Died, Dispatch, MemberJoined, MemberLeft, MemberNews, ReplicaStatus, Retire, ShardNews, Status, Who,
+    Died, Dispatch, MemberJoined, MemberLeft, MemberNews, ReplicaStatus, Retire, ShardNews, Status,
+    Who,
 };
 use super::meters::Meters;
 use super::permit::{Credits, Permit};
 use super::record::Assignment;
+use super::ticket::Ticket;
 
 /// Requests on their way to a replica: more than any size admits.
 const MAILBOX: usize = 256;
@@ -68,11 +72,20 @@ pub struct Member {
 
 impl Replica {
     /// A replica whose members are told to load now.
-    pub fn load(assignment: Assignment, members: &[Member], credits: Arc<Credits>, meters: Arc<Meters>, now: Instant) -> Self {
+    pub fn load(
+        assignment: Assignment,
+        members: &[Member],
+        credits: Arc<Credits>,
+        meters: Arc<Meters>,
+        now: Instant,
+    ) -> Self {
         let group_key: [u8; 32] = rand::random();
         let group: Vec<GroupMember> = members
             .iter()
-            .map(|member| GroupMember { worker: member.link.worker.clone(), group_address: member.group_address.clone() })
+            .map(|member| GroupMember {
+                worker: member.link.worker.clone(),
+                group_address: member.group_address.clone(),
+            })
             .collect();
         let mut ranks = Vec::new();
         for (rank, member) in members.iter().enumerate() {
@@ -85,22 +98,54 @@ impl Replica {
                 source: ModelSource::Folder(assignment.folder.clone()),
                 options: assignment.options.wire(),
             };
-            member.link.command(Command::Load { term: member.link.term(), shard: Box::new(shard) });
-            ranks.push(Rank { worker: member.link.worker.clone(), link: Some(member.link.clone()), state: None });
+            member.link.command(Command::Load {
+                term: member.link.term(),
+                shard: Box::new(shard),
+            });
+            ranks.push(Rank {
+                worker: member.link.worker.clone(),
+                link: Some(member.link.clone()),
+                state: None,
+            });
         }
         Self::with_ranks(assignment, ranks, credits, meters, now + LOST_GRACE)
     }
 
     /// A replica of before the coordinator's restart: its members may come back with their shards.
-    pub fn restored(assignment: Assignment, credits: Arc<Credits>, meters: Arc<Meters>, now: Instant) -> Self {
-        let rank = |worker: &WorkerId| Rank { worker: worker.clone(), link: None, state: None };
+    pub fn restored(
+        assignment: Assignment,
+        credits: Arc<Credits>,
+        meters: Arc<Meters>,
+        now: Instant,
+    ) -> Self {
+        let rank = |worker: &WorkerId| Rank {
+            worker: worker.clone(),
+            link: None,
+            state: None,
+        };
         let ranks = assignment.members.iter().map(rank).collect();
         Self::with_ranks(assignment, ranks, credits, meters, now + RESTART_GRACE)
     }
 
-    fn with_ranks(assignment: Assignment, ranks: Vec<Rank>, credits: Arc<Credits>, meters: Arc<Meters>, grace_until: Instant) -> Self {
+    fn with_ranks(
+        assignment: Assignment,
+        ranks: Vec<Rank>,
+        credits: Arc<Credits>,
+        meters: Arc<Meters>,
+        grace_until: Instant,
+    ) -> Self {
         let (health, retire_at, over) = (Health::default(), None, None);
-        Replica { assignment, ranks, credits, meters, grace_until, retire_at, health, stalled: false, over }
+        Replica {
+            assignment,
+            ranks,
+            credits,
+            meters,
+            grace_until,
+            retire_at,
+            health,
+            stalled: false,
+            over,
+        }
     }
 
     fn id(&self) -> (ReplicaId, Generation) {
@@ -108,26 +153,43 @@ impl Replica {
     }
 
     fn rank_of(&mut self, link: &Link) -> Option<&mut Rank> {
-        self.ranks.iter_mut().find(|rank| rank.worker == link.worker)
+        self.ranks
+            .iter_mut()
+            .find(|rank| rank.worker == link.worker)
     }
 
     /// A member's worker is there again, with its shard or without.
     fn joined(&mut self, link: Arc<Link>, held: Option<HeldShard>) {
-        let Some(position) = self.ranks.iter().position(|rank| rank.worker == link.worker) else { return };
+        let Some(position) = self
+            .ranks
+            .iter()
+            .position(|rank| rank.worker == link.worker)
+        else {
+            return;
+        };
         match held {
             Some(held) if held.rank as usize == position => {
                 self.ranks[position].link = Some(link);
                 self.state(position, held.state);
             }
-            _ => self.end(false, format!("worker {} came back without its shard", link.worker)),
+            _ => self.end(
+                false,
+                format!("worker {} came back without its shard", link.worker),
+            ),
         }
     }
 
     /// A member's link is gone.
     fn left(&mut self, link: &Arc<Link>, reason: &str, now: Instant) {
-        let Some(rank) = self.rank_of(link) else { return };
+        let Some(rank) = self.rank_of(link) else {
+            return;
+        };
         // A newer link of the same worker stays.
-        if rank.link.as_ref().is_some_and(|current| !Arc::ptr_eq(current, link)) {
+        if rank
+            .link
+            .as_ref()
+            .is_some_and(|current| !Arc::ptr_eq(current, link))
+        {
             return;
         }
         rank.link = None;
@@ -136,7 +198,13 @@ impl Replica {
     }
 
     fn news(&mut self, link: &Link, news: ShardNews) {
-        let Some(position) = self.ranks.iter().position(|rank| rank.worker == link.worker) else { return };
+        let Some(position) = self
+            .ranks
+            .iter()
+            .position(|rank| rank.worker == link.worker)
+        else {
+            return;
+        };
         match news {
             ShardNews::State(state) => self.state(position, state),
             ShardNews::Health(health) if position == 0 => {
@@ -154,10 +222,18 @@ impl Replica {
         rank.state = Some(state.clone());
         match state {
             ShardState::Failed(failure) => {
-                let fatal = matches!(failure.kind, FailureKind::BadRequest | FailureKind::TooLarge);
-                self.end(fatal, format!("rank {position} on {worker}: {}", failure.message));
+                let fatal = matches!(
+                    failure.kind,
+                    FailureKind::BadRequest | FailureKind::TooLarge
+                );
+                self.end(
+                    fatal,
+                    format!("rank {position} on {worker}: {}", failure.message),
+                );
             }
-            ShardState::Unloaded => self.end(false, format!("rank {position} on {worker} was let go")),
+            ShardState::Unloaded => {
+                self.end(false, format!("rank {position} on {worker} was let go"))
+            }
             ShardState::Loading { .. } | ShardState::Ready(_) => {}
         }
     }
@@ -171,7 +247,10 @@ impl Replica {
             let message = format!("worker {} is lost", rank.worker);
             self.end(false, message);
         }
-        if self.retire_at.is_some_and(|at| now >= at || self.credits.running() == 0) {
+        if self
+            .retire_at
+            .is_some_and(|at| now >= at || self.credits.running() == 0)
+        {
             self.end(false, "the replica is not wanted any more".to_owned());
         }
     }
@@ -183,7 +262,10 @@ impl Replica {
 
     fn status(&self) -> Status {
         if let Some((fatal, message)) = &self.over {
-            return Status::Over { fatal: *fatal, message: message.clone() };
+            return Status::Over {
+                fatal: *fatal,
+                message: message.clone(),
+            };
         }
         if let Some(rank) = self.ranks.iter().find(|rank| rank.link.is_none()) {
             return Status::Waiting(format!("waiting for worker {}", rank.worker));
@@ -199,7 +281,11 @@ impl Replica {
                     total += facts.weight_bytes;
                     ready = ready.or(Some(facts));
                 }
-                Some(ShardState::Loading { stage: said, done_bytes, total_bytes }) => {
+                Some(ShardState::Loading {
+                    stage: said,
+                    done_bytes,
+                    total_bytes,
+                }) => {
                     done += done_bytes;
                     total += total_bytes;
                     stage = stage.or(Some(said.as_str()));
@@ -208,10 +294,20 @@ impl Replica {
             }
         }
         match (stage, ready) {
-            (None, Some(facts)) => Status::Ready { task: facts.task.clone(), numerics_id: facts.numerics_id },
+            (None, Some(facts)) => Status::Ready {
+                task: facts.task.clone(),
+                numerics_id: facts.numerics_id,
+            },
             (stage, _) => {
-                let percent = if total > 0 { format!(" {} %", done * 100 / total) } else { String::new() };
-                Status::Starting(format!("{}{percent}", stage.unwrap_or("asking the workers")))
+                let percent = if total > 0 {
+                    format!(" {} %", done * 100 / total)
+                } else {
+                    String::new()
+                };
+                Status::Starting(format!(
+                    "{}{percent}",
+                    stage.unwrap_or("asking the workers")
+                ))
             }
         }
     }
@@ -220,8 +316,14 @@ impl Replica {
     fn dispatch(&self, ticket: Ticket, permit: Permit) {
         let (replica, generation) = self.id();
         let flight = Flight::new(ticket, replica, permit);
-        let leader = self.ranks.first().and_then(|rank| rank.link.clone()).filter(|_| self.over.is_none());
-        let Some(leader) = leader else { return flight.put_back(BUSY_PAUSE) };
+        let leader = self
+            .ranks
+            .first()
+            .and_then(|rank| rank.link.clone())
+            .filter(|_| self.over.is_none());
+        let Some(leader) = leader else {
+            return flight.put_back(BUSY_PAUSE);
+        };
         if let Err(flight) = leader.start(flight, |flight| start_of(flight, replica, generation)) {
             flight.put_back(BUSY_PAUSE);
         }
@@ -233,7 +335,11 @@ impl Replica {
         self.credits.set_up(false, Instant::now());
         for link in self.ranks.iter().filter_map(|rank| rank.link.as_ref()) {
             link.replica_lost(replica, reason);
-            link.command(Command::Unload { term: link.term(), replica, generation });
+            link.command(Command::Unload {
+                term: link.term(),
+                replica,
+                generation,
+            });
         }
     }
 }
@@ -272,7 +378,13 @@ impl ReplicaActor {
     ) -> Self {
         let (id, generation) = replica.id();
         let death = DeathNotice::new(watcher, Who::Replica(id, generation));
-        ReplicaActor { replica, told: None, parent, incarnation, death }
+        ReplicaActor {
+            replica,
+            told: None,
+            parent,
+            incarnation,
+            death,
+        }
     }
 
     /// After each message: tells the parent what is new, and ends when the replica is over.
@@ -290,7 +402,11 @@ impl ReplicaActor {
         }
         let (replica, generation) = self.replica.id();
         // Once per change of a status: control, and it must arrive.
-        self.parent.do_send(ReplicaStatus { replica, generation, status: status.clone() });
+        self.parent.do_send(ReplicaStatus {
+            replica,
+            generation,
+            status: status.clone(),
+        });
         self.told = Some(status);
     }
 }
@@ -305,7 +421,11 @@ impl Actor for ReplicaActor {
             actor.settle(ctx);
         });
         let over = self.incarnation.clone();
-        ctx.spawn(async move { over.cancelled().await }.into_actor(self).map(|(), _, ctx| ctx.stop()));
+        ctx.spawn(
+            async move { over.cancelled().await }
+                .into_actor(self)
+                .map(|(), _, ctx| ctx.stop()),
+        );
         self.settle(ctx);
     }
 }
@@ -328,7 +448,8 @@ impl Handler<MemberJoined> for ReplicaActor {
 impl Handler<MemberLeft> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, message: MemberLeft, ctx: &mut Self::Context) {
-        self.replica.left(&message.link, &message.reason, Instant::now());
+        self.replica
+            .left(&message.link, &message.reason, Instant::now());
         self.settle(ctx);
     }
 }

@@ -95,7 +95,11 @@ impl Slot {
             Stage::Placing(assignment) | Stage::Running(Running { assignment, .. }) => assignment,
             _ => return 0,
         };
-        if assignment.members.contains(worker) { assignment.options.memory_bytes } else { 0 }
+        if assignment.members.contains(worker) {
+            assignment.options.memory_bytes
+        } else {
+            0
+        }
     }
 
     /// It was told to go, and its memory will be free in a moment.
@@ -105,7 +109,14 @@ impl Slot {
 
     /// It takes requests.
     pub fn is_ready(&self) -> bool {
-        matches!(&self.stage, Stage::Running(Running { status: Status::Ready { .. } | Status::Stalled, retiring: false, .. }))
+        matches!(
+            &self.stage,
+            Stage::Running(Running {
+                status: Status::Ready { .. } | Status::Stalled,
+                retiring: false,
+                ..
+            })
+        )
     }
 
     /// Its actor, if it has one of this generation.
@@ -127,7 +138,11 @@ impl Slot {
             0 => Duration::ZERO,
             n => PAUSE_MAX.min(PAUSE_FIRST * 2u32.saturating_pow(n - 1)),
         };
-        self.stage = if give_up { Stage::Failed } else { Stage::Idle(now + pause) };
+        self.stage = if give_up {
+            Stage::Failed
+        } else {
+            Stage::Idle(now + pause)
+        };
     }
 
     /// There may be more room than before: a pause because of room is over.
@@ -151,7 +166,9 @@ impl Slot {
         let (replica, message) = (self.replica, self.words());
         match (self.is_ready(), &self.stage, entity.state) {
             (true, _, State::Creating | State::Recovering) => Some(Event::Up { replica, message }),
-            (false, Stage::Failed, State::Creating | State::Recovering) => Some(Event::Failed { replica, message }),
+            (false, Stage::Failed, State::Creating | State::Recovering) => {
+                Some(Event::Failed { replica, message })
+            }
             (false, _, State::Ready) => Some(Event::Lost { replica, message }),
             _ => None,
         }
@@ -175,7 +192,10 @@ mod tests {
         let mut unlucky = slot();
         for attempt in 1..ATTEMPTS_MAX {
             unlucky.over(false, false, "rank lost".into(), now);
-            assert!(matches!(unlucky.stage, Stage::Idle(at) if at > now), "attempt {attempt}");
+            assert!(
+                matches!(unlucky.stage, Stage::Idle(at) if at > now),
+                "attempt {attempt}"
+            );
         }
         unlucky.over(false, false, "rank lost".into(), now);
         assert!(matches!(unlucky.stage, Stage::Failed));

@@ -8,24 +8,32 @@ use common::ids::{BootId, ReplicaId, RequestId, WorkerId};
 use common::request::{Delta, End, Failure, Generate, Prompt};
 use common::wire::link::{self, Receiver, Sender};
 use common::wire::message::{
-    Command, Device, DeviceKind, HeldShard, Hello, Output, PROTOCOL_MAX, PROTOCOL_MIN, ReadyShard, Report, ShardSpec,
-    ShardState, Start,
+    Command, Device, DeviceKind, HeldShard, Hello, Output, PROTOCOL_MAX, PROTOCOL_MIN, ReadyShard,
+    Report, ShardSpec, ShardState, Start,
 };
 
 use crate::Core;
-use crate::api::{Answer, ApiError, Call, ConfigSpec, CreateEndpoint, EndpointView, EntitySpec, Gateway, GenerationEvent, Route, WorkloadSize};
+use crate::api::{
+    Answer, ApiError, Call, ConfigSpec, CreateEndpoint, EndpointView, EntitySpec, Gateway,
+    GenerationEvent, Route, WorkloadSize,
+};
 
 /// Longer than anything takes, shorter than a test's patience.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Waits for what must come.
 pub(crate) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("waited in vain for {what}"))
+    tokio::time::timeout(PATIENCE, future)
+        .await
+        .unwrap_or_else(|_| panic!("waited in vain for {what}"))
 }
 
 /// Starts a cluster of two 1 GiB CPU devices whose store is in `folder`. `change` edits cluster.toml.
 pub(crate) async fn cluster(folder: &Path, change: impl FnOnce(String) -> String) -> Core {
-    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models").canonicalize().unwrap();
+    let models = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../tests/models")
+        .canonicalize()
+        .unwrap();
     let text = format!(
         r#"
 [[auth.tokens]]
@@ -79,25 +87,48 @@ pub(crate) fn config(model: &str, workload_type: &str) -> ConfigSpec {
         scale_to_zero: false,
         environment_vars: vec![],
     };
-    ConfigSpec { entities: vec![entity], routes: vec![Route { entity: name, percentage: 100 }] }
+    ConfigSpec {
+        entities: vec![entity],
+        routes: vec![Route {
+            entity: name,
+            percentage: 100,
+        }],
+    }
 }
 
 impl Core {
     /// Creates an endpoint.
-    pub(crate) async fn create(&self, name: &str, config: ConfigSpec) -> Result<EndpointView, ApiError> {
-        let endpoint = CreateEndpoint { name: name.into(), config, tags: vec![], description: None };
+    pub(crate) async fn create(
+        &self,
+        name: &str,
+        config: ConfigSpec,
+    ) -> Result<EndpointView, ApiError> {
+        let endpoint = CreateEndpoint {
+            name: name.into(),
+            config,
+            tags: vec![],
+            description: None,
+        };
         Gateway::create(&self.gateway, "user".into(), endpoint).await
     }
 
     /// Waits until an endpoint is as asked.
-    pub(crate) async fn until(&self, name: &str, what: &str, is: impl Fn(&EndpointView) -> bool) -> EndpointView {
+    pub(crate) async fn until(
+        &self,
+        name: &str,
+        what: &str,
+        is: impl Fn(&EndpointView) -> bool,
+    ) -> EndpointView {
         let started = Instant::now();
         loop {
             let view = self.gateway.get(name.into()).await.unwrap();
             if is(&view) {
                 return view;
             }
-            assert!(started.elapsed() < PATIENCE, "{name} is not {what}: {view:#?}");
+            assert!(
+                started.elapsed() < PATIENCE,
+                "{name} is not {what}: {view:#?}"
+            );
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
@@ -115,8 +146,16 @@ impl Core {
 
 /// A call of these prompts that has a minute.
 pub(crate) fn call(endpoint: &str, prompts: &[&str]) -> Call {
-    let prompts = prompts.iter().map(|prompt| Generate::new(Prompt::Text((*prompt).into()))).collect();
-    Call { endpoint: endpoint.into(), request_id: "test".into(), prompts, deadline: Instant::now() + Duration::from_secs(60) }
+    let prompts = prompts
+        .iter()
+        .map(|prompt| Generate::new(Prompt::Text((*prompt).into())))
+        .collect();
+    Call {
+        endpoint: endpoint.into(),
+        request_id: "test".into(),
+        prompts,
+        deadline: Instant::now() + Duration::from_secs(60),
+    }
 }
 
 /// The text of an answer, and how its only candidate ended.
@@ -148,7 +187,12 @@ impl FakeWorker {
             secret: core.doorkeeper.secret.clone(),
             worker: WorkerId(format!("n/{name}")),
             boot: BootId::random(),
-            device: Device { kind: DeviceKind::Cpu, name: "fake".into(), memory_bytes: 1 << 30, threads: 1 },
+            device: Device {
+                kind: DeviceKind::Cpu,
+                name: "fake".into(),
+                memory_bytes: 1 << 30,
+                threads: 1,
+            },
             group_address: format!("127.0.0.1:{}", 7000 + name.len()),
             shards: vec![],
         }
@@ -171,15 +215,29 @@ impl FakeWorker {
 
     /// A worker that was welcomed with shards from before.
     pub(crate) async fn join_with(core: &Core, name: &str, shards: Vec<HeldShard>) -> Self {
-        let mut worker = Self::dial(core, Hello { shards, ..Self::hello(core, name) }).await;
-        assert!(matches!(worker.command().await, Some(Command::Welcome { .. })));
+        let mut worker = Self::dial(
+            core,
+            Hello {
+                shards,
+                ..Self::hello(core, name)
+            },
+        )
+        .await;
+        assert!(matches!(
+            worker.command().await,
+            Some(Command::Welcome { .. })
+        ));
         worker
     }
 
     /// The next command that is no ping; `None` when the link is closed.
     pub(crate) async fn command(&mut self) -> Option<Command> {
         loop {
-            match soon("a command", self.commands.receive()).await.ok().flatten()? {
+            match soon("a command", self.commands.receive())
+                .await
+                .ok()
+                .flatten()?
+            {
                 Command::Ping { nonce } => self.report(Report::Pong { nonce }).await,
                 other => return Some(other),
             }
@@ -214,7 +272,13 @@ impl FakeWorker {
 
     pub(crate) async fn state(&mut self, shard: &ShardSpec, state: ShardState) {
         let (replica, generation, rank) = (shard.replica, shard.generation, shard.rank);
-        self.report(Report::Shard { replica, generation, rank, state }).await;
+        self.report(Report::Shard {
+            replica,
+            generation,
+            rank,
+            state,
+        })
+        .await;
     }
 
     /// Expects a Load and says ready.
@@ -235,7 +299,11 @@ impl FakeWorker {
     /// Expects a Start and accepts it.
     pub(crate) async fn accept(&mut self) -> Start {
         let start = self.start().await;
-        self.report(Report::Accepted { request: start.request, prompt_tokens: 3 }).await;
+        self.report(Report::Accepted {
+            request: start.request,
+            prompt_tokens: 3,
+        })
+        .await;
         start
     }
 
@@ -249,21 +317,47 @@ impl FakeWorker {
 
     /// Gives one token.
     pub(crate) async fn token(&mut self, start: &Start, text: &str) {
-        let delta = Delta { candidate: 0, ids: vec![7], text: text.into(), logprobs: vec![] };
-        let outputs = vec![Output::Delta { request: start.request, delta }];
-        self.report(Report::Step { replica: start.replica, outputs }).await;
+        let delta = Delta {
+            candidate: 0,
+            ids: vec![7],
+            text: text.into(),
+            logprobs: vec![],
+        };
+        let outputs = vec![Output::Delta {
+            request: start.request,
+            delta,
+        }];
+        self.report(Report::Step {
+            replica: start.replica,
+            outputs,
+        })
+        .await;
     }
 
     /// Ends the only candidate.
     pub(crate) async fn end(&mut self, start: &Start, end: End) {
         let (request, candidate) = (start.request, 0);
-        let outputs = vec![Output::End { request, candidate, output_tokens: 1, cached_tokens: 0, end }];
-        self.report(Report::Step { replica: start.replica, outputs }).await;
+        let outputs = vec![Output::End {
+            request,
+            candidate,
+            output_tokens: 1,
+            cached_tokens: 0,
+            end,
+        }];
+        self.report(Report::Step {
+            replica: start.replica,
+            outputs,
+        })
+        .await;
     }
 
     /// Refuses a request.
     pub(crate) async fn reject(&mut self, start: &Start, failure: Failure) {
-        self.report(Report::Rejected { request: start.request, failure }).await;
+        self.report(Report::Rejected {
+            request: start.request,
+            failure,
+        })
+        .await;
     }
 }
 
@@ -282,5 +376,10 @@ pub(crate) fn ready_state() -> ShardState {
 
 /// A shard as its worker names it after a broken link.
 pub(crate) fn held(shard: &ShardSpec) -> HeldShard {
-    HeldShard { replica: shard.replica, generation: shard.generation, rank: shard.rank, state: ready_state() }
+    HeldShard {
+        replica: shard.replica,
+        generation: shard.generation,
+        rank: shard.rank,
+        state: ready_state(),
+    }
 }

@@ -19,4 +19,8 @@ macro_rules! panics {
         }
     )*};
 }
-panics!(super::coordinator::CoordinatorActor, super::endpoint::EndpointActor, super::replica::ReplicaActor);
+panics!(
+    super::coordinator::CoordinatorActor,
+    super::endpoint::EndpointActor,
+    super::replica::ReplicaActor
+);

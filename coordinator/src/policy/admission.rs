@@ -104,8 +104,14 @@ impl DrainRate {
     pub fn per_second(&self, now: Instant) -> f64 {
         let since = |at: &Instant| now.saturating_duration_since(*at);
         let counted = self.ended.iter().filter(|at| since(at) <= Self::WINDOW);
-        let (count, oldest) = counted.fold((0u32, Duration::ZERO), |(n, oldest), at| (n + 1, oldest.max(since(at))));
-        if count == 0 { 0.0 } else { f64::from(count) / oldest.as_secs_f64().max(1.0) }
+        let (count, oldest) = counted.fold((0u32, Duration::ZERO), |(n, oldest), at| {
+            (n + 1, oldest.max(since(at)))
+        });
+        if count == 0 {
+            0.0
+        } else {
+            f64::from(count) / oldest.as_secs_f64().max(1.0)
+        }
     }
 }
 
@@ -115,7 +121,11 @@ mod tests {
 
     use super::*;
 
-    const BOUNDS: Bounds = Bounds { concurrency: 4, waiting_max: 8, tokens_max: 100 };
+    const BOUNDS: Bounds = Bounds {
+        concurrency: 4,
+        waiting_max: 8,
+        tokens_max: 100,
+    };
 
     proptest! {
         #[test]
@@ -140,25 +150,61 @@ mod tests {
 
     #[test]
     fn a_call_that_can_never_fit_is_told_so_at_once() {
-        let Verdict::Never(message) = decide(Load::default(), BOUNDS, Ask { requests: 13, tokens: 1 }, 1.0) else {
+        let Verdict::Never(message) = decide(
+            Load::default(),
+            BOUNDS,
+            Ask {
+                requests: 13,
+                tokens: 1,
+            },
+            1.0,
+        ) else {
             panic!("13 prompts cannot fit 4 + 8")
         };
-        assert!(message.contains("13 prompts") && message.contains("at most 12"), "{message}");
-        assert_eq!(decide(Load::default(), BOUNDS, Ask { requests: 12, tokens: 1 }, 1.0), Verdict::Take);
+        assert!(
+            message.contains("13 prompts") && message.contains("at most 12"),
+            "{message}"
+        );
+        assert_eq!(
+            decide(
+                Load::default(),
+                BOUNDS,
+                Ask {
+                    requests: 12,
+                    tokens: 1
+                },
+                1.0
+            ),
+            Verdict::Take
+        );
     }
 
     #[test]
     fn a_long_prompt_is_taken_when_it_is_alone_and_waits_otherwise() {
-        let long = Ask { requests: 1, tokens: 1000 };
+        let long = Ask {
+            requests: 1,
+            tokens: 1000,
+        };
         assert_eq!(decide(Load::default(), BOUNDS, long, 0.0), Verdict::Take);
-        let busy = Load { waiting: 0, running: 1, tokens: 5 };
+        let busy = Load {
+            waiting: 0,
+            running: 1,
+            tokens: 5,
+        };
         assert_eq!(decide(busy, BOUNDS, long, 0.0), Verdict::Later(1));
     }
 
     #[test]
     fn the_time_to_come_again_follows_the_drain_rate() {
-        let full = Load { waiting: 8, running: 4, tokens: 12 };
-        let one = Ask { requests: 1, tokens: 1 };
+        let full = Load {
+            waiting: 8,
+            running: 4,
+            tokens: 12,
+        };
+        let one = Ask {
+            requests: 1,
+            tokens: 1,
+        };
         assert_eq!(decide(full, BOUNDS, one, 0.0), Verdict::Later(1));
         assert_eq!(decide(full, BOUNDS, one, 2.0), Verdict::Later(6));
         assert_eq!(decide(full, BOUNDS, one, 0.001), Verdict::Later(60));
@@ -173,7 +219,11 @@ mod tests {
         for second in 0..10 {
             rate.note(2, at(second));
         }
-        assert!((rate.per_second(at(10)) - 2.0).abs() < 0.01, "{}", rate.per_second(at(10)));
+        assert!(
+            (rate.per_second(at(10)) - 2.0).abs() < 0.01,
+            "{}",
+            rate.per_second(at(10))
+        );
         assert_eq!(rate.per_second(at(60)), 0.0);
     }
 }

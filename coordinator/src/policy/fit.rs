@@ -44,58 +44,117 @@ pub enum NoFit {
 /// [`NoFit`].
 pub fn fit(wish: Wish<'_>, places: &[Place], types: &[WorkloadType]) -> Result<Fit, NoFit> {
     let need = rank_need(wish).map_err(|e| NoFit::Never(format!("{}: {e}", wish.facts.model)))?;
-    if wish.workload.memory_bytes.is_some_and(|memory| need.least_bytes() > memory) {
+    if wish
+        .workload
+        .memory_bytes
+        .is_some_and(|memory| need.least_bytes() > memory)
+    {
         let given = bytes_text(wish.workload.memory_bytes.unwrap_or_default());
         let reason = format!("workload type {} gives {given} on each", wish.workload.name);
         return Err(NoFit::Never(never(wish, &need, &reason, places, types)));
     }
-    let devices = placement::place(device_need(wish.workload, &need), places).map_err(|e| match e {
-        NoPlace::Waiting { .. } => NoFit::Waiting(e.to_string()),
-        NoPlace::NoRoom(reason) => NoFit::Never(never(wish, &need, &reason, places, types)),
-    })?;
-    let free = devices.iter().filter_map(|&device| places[device].free_bytes).min();
-    let budget = [free, wish.workload.memory_bytes].into_iter().flatten().min().unwrap_or(u64::MAX);
+    let devices =
+        placement::place(device_need(wish.workload, &need), places).map_err(|e| match e {
+            NoPlace::Waiting { .. } => NoFit::Waiting(e.to_string()),
+            NoPlace::NoRoom(reason) => NoFit::Never(never(wish, &need, &reason, places, types)),
+        })?;
+    let free = devices
+        .iter()
+        .filter_map(|&device| places[device].free_bytes)
+        .min();
+    let budget = [free, wish.workload.memory_bytes]
+        .into_iter()
+        .flatten()
+        .min()
+        .unwrap_or(u64::MAX);
     let plan = need.fit(budget, wish.concurrency);
     debug_assert!(plan.is_some(), "placement looked at the least bytes");
-    plan.map(|plan| Fit { devices, plan }).ok_or_else(|| NoFit::Never(never(wish, &need, "no room", places, types)))
+    plan.map(|plan| Fit { devices, plan })
+        .ok_or_else(|| NoFit::Never(never(wish, &need, "no room", places, types)))
 }
 
 fn rank_need(wish: Wish<'_>) -> Result<RankNeed, memory_plan::Indivisible> {
-    memory_plan::need(wish.facts, wish.workload.device, wish.workload.shards, wish.concurrency)
+    memory_plan::need(
+        wish.facts,
+        wish.workload.device,
+        wish.workload.shards,
+        wish.concurrency,
+    )
 }
 
 fn device_need(workload: &WorkloadType, need: &RankNeed) -> Need {
-    Need { kind: workload.device, ranks: workload.shards as usize, bytes: need.least_bytes() }
+    Need {
+        kind: workload.device,
+        ranks: workload.shards as usize,
+        bytes: need.least_bytes(),
+    }
 }
 
 /// The refusal: what is needed, why it does not fit, what would.
-fn never(wish: Wish<'_>, need: &RankNeed, reason: &str, places: &[Place], types: &[WorkloadType]) -> String {
-    let linked: Vec<Place> = places.iter().map(|place| Place { linked: true, ..place.clone() }).collect();
+fn never(
+    wish: Wish<'_>,
+    need: &RankNeed,
+    reason: &str,
+    places: &[Place],
+    types: &[WorkloadType],
+) -> String {
+    let linked: Vec<Place> = places
+        .iter()
+        .map(|place| Place {
+            linked: true,
+            ..place.clone()
+        })
+        .collect();
     let would = |other: &&WorkloadType| {
         other.name != wish.workload.name
-            && rank_need(Wish { workload: other, ..wish }).is_ok_and(|need| {
-                other.memory_bytes.is_none_or(|memory| need.least_bytes() <= memory)
+            && rank_need(Wish {
+                workload: other,
+                ..wish
+            })
+            .is_ok_and(|need| {
+                other
+                    .memory_bytes
+                    .is_none_or(|memory| need.least_bytes() <= memory)
                     && placement::place(device_need(other, &need), &linked).is_ok()
             })
     };
-    let others: Vec<&str> = types.iter().filter(would).map(|other| other.name.as_str()).collect();
+    let others: Vec<&str> = types
+        .iter()
+        .filter(would)
+        .map(|other| other.name.as_str())
+        .collect();
     let mut help = Vec::new();
     if !others.is_empty() {
         help.push(format!("workload type {}", others.join(" or ")));
     }
     // The ranks must all fit: the device that is last among the best decides.
-    let mut free: Vec<u64> =
-        places.iter().filter(|p| p.kind == wish.workload.device).filter_map(|p| p.free_bytes).collect();
+    let mut free: Vec<u64> = places
+        .iter()
+        .filter(|p| p.kind == wish.workload.device)
+        .filter_map(|p| p.free_bytes)
+        .collect();
     free.sort_unstable_by(|a, b| b.cmp(a));
-    let budget = free.get(wish.workload.shards as usize - 1).copied().unwrap_or(0);
+    let budget = free
+        .get(wish.workload.shards as usize - 1)
+        .copied()
+        .unwrap_or(0);
     let context = need.context_within(budget.min(wish.workload.memory_bytes.unwrap_or(u64::MAX)));
     if context > 0 && context < u64::from(need.context_max) {
-        help.push(format!("context_max = {context} for this model in cluster.toml"));
+        help.push(format!(
+            "context_max = {context} for this model in cluster.toml"
+        ));
     }
     if !free.is_empty() {
-        help.push(format!("{} free on each device", bytes_text(need.least_bytes())));
+        help.push(format!(
+            "{} free on each device",
+            bytes_text(need.least_bytes())
+        ));
     }
-    let help = if help.is_empty() { "devices of this kind in cluster.toml".to_owned() } else { help.join("; or ") };
+    let help = if help.is_empty() {
+        "devices of this kind in cluster.toml".to_owned()
+    } else {
+        help.join("; or ")
+    };
     format!(
         "{} does not fit workload type {}: {} are needed on each of {} devices ({}); {reason}. What would do: {help}",
         wish.facts.model,
@@ -117,11 +176,23 @@ mod tests {
 
     fn tiny_llama() -> ModelFacts {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/tiny-llama");
-        crate::registry::read_facts(&ModelRef::new("m", "1").unwrap(), &folder, KvDtype::Bf16, None).unwrap()
+        crate::registry::read_facts(
+            &ModelRef::new("m", "1").unwrap(),
+            &folder,
+            KvDtype::Bf16,
+            None,
+        )
+        .unwrap()
     }
 
     fn workload(name: &str, shards: u32, memory_bytes: Option<u64>) -> WorkloadType {
-        WorkloadType { name: name.into(), device: DeviceKind::Cpu, shards, memory_bytes, stands_in_for: None }
+        WorkloadType {
+            name: name.into(),
+            device: DeviceKind::Cpu,
+            shards,
+            memory_bytes,
+            stands_in_for: None,
+        }
     }
 
     fn cpus(free: &[u64]) -> Vec<Place> {
@@ -138,23 +209,49 @@ mod tests {
     #[test]
     fn a_small_model_gets_the_pool_its_concurrency_asks_for() {
         let (facts, one) = (tiny_llama(), workload("CPU", 1, None));
-        let fit = fit(Wish { facts: &facts, workload: &one, concurrency: 4 }, &cpus(&[1 << 30]), &[]).unwrap();
+        let fit = fit(
+            Wish {
+                facts: &facts,
+                workload: &one,
+                concurrency: 4,
+            },
+            &cpus(&[1 << 30]),
+            &[],
+        )
+        .unwrap();
         assert_eq!((fit.devices.clone(), fit.plan.concurrency()), (vec![0], 4));
         assert!(fit.plan.bytes() <= 1 << 30);
     }
 
     #[test]
     fn what_does_not_fit_says_what_would() {
-        let (facts, types) = (tiny_llama(), [workload("CPU", 1, None), workload("PAIR", 2, None)]);
-        let wish = Wish { facts: &facts, workload: &types[0], concurrency: 4 };
+        let (facts, types) = (
+            tiny_llama(),
+            [workload("CPU", 1, None), workload("PAIR", 2, None)],
+        );
+        let wish = Wish {
+            facts: &facts,
+            workload: &types[0],
+            concurrency: 4,
+        };
         let one = memory_plan::need(&facts, DeviceKind::Cpu, 1, 4).unwrap();
         let tight = one.least_bytes() - 10 * one.block_bytes;
-        let NoFit::Never(message) = fit(wish, &cpus(&[tight, tight]), &types).unwrap_err() else { panic!("it cannot fit") };
-        assert!(message.contains("What would do: workload type PAIR; or context_max = "), "{message}");
+        let NoFit::Never(message) = fit(wish, &cpus(&[tight, tight]), &types).unwrap_err() else {
+            panic!("it cannot fit")
+        };
+        assert!(
+            message.contains("What would do: workload type PAIR; or context_max = "),
+            "{message}"
+        );
         assert!(message.contains("free on each device"), "{message}");
-        let NoFit::Never(message) = fit(wish, &[], &types).unwrap_err() else { panic!("there are no devices") };
+        let NoFit::Never(message) = fit(wish, &[], &types).unwrap_err() else {
+            panic!("there are no devices")
+        };
         assert!(message.contains("cluster.toml has 0"), "{message}");
-        assert!(message.contains("What would do: devices of this kind"), "{message}");
+        assert!(
+            message.contains("What would do: devices of this kind"),
+            "{message}"
+        );
     }
 
     #[test]
@@ -162,12 +259,33 @@ mod tests {
         let facts = tiny_llama();
         let need = memory_plan::need(&facts, DeviceKind::Cpu, 1, 4).unwrap();
         let exact = workload("CPU", 1, Some(need.least_bytes()));
-        let fitted = fit(Wish { facts: &facts, workload: &exact, concurrency: 4 }, &cpus(&[1 << 30]), &[]).unwrap();
+        let fitted = fit(
+            Wish {
+                facts: &facts,
+                workload: &exact,
+                concurrency: 4,
+            },
+            &cpus(&[1 << 30]),
+            &[],
+        )
+        .unwrap();
         assert_eq!(fitted.plan.concurrency(), 1);
         assert!(fitted.plan.bytes() <= need.least_bytes());
         let less = workload("CPU", 1, Some(need.least_bytes() - 1));
-        let refused = fit(Wish { facts: &facts, workload: &less, concurrency: 4 }, &cpus(&[1 << 30]), &[]).unwrap_err();
-        assert!(refused.to_string().contains("workload type CPU gives"), "{refused}");
+        let refused = fit(
+            Wish {
+                facts: &facts,
+                workload: &less,
+                concurrency: 4,
+            },
+            &cpus(&[1 << 30]),
+            &[],
+        )
+        .unwrap_err();
+        assert!(
+            refused.to_string().contains("workload type CPU gives"),
+            "{refused}"
+        );
     }
 
     #[test]
@@ -175,7 +293,16 @@ mod tests {
         let (facts, pair) = (tiny_llama(), workload("PAIR", 2, None));
         let mut places = cpus(&[1 << 30, 1 << 30]);
         places[1].linked = false;
-        let waiting = fit(Wish { facts: &facts, workload: &pair, concurrency: 4 }, &places, &[]).unwrap_err();
+        let waiting = fit(
+            Wish {
+                facts: &facts,
+                workload: &pair,
+                concurrency: 4,
+            },
+            &places,
+            &[],
+        )
+        .unwrap_err();
         assert!(matches!(waiting, NoFit::Waiting(_)), "{waiting}");
     }
 }

@@ -100,13 +100,20 @@ impl Lifecycle {
     /// A new endpoint: nothing serves, version 1 is being deployed.
     pub fn create(config: ConfigSpec, user: &str, now_ms: u64) -> Self {
         let pending = Deployment::new(1, config, user, now_ms, None);
-        Lifecycle { version: 1, update: UpdateState::InProgress, active: None, pending: Some(pending) }
+        Lifecycle {
+            version: 1,
+            update: UpdateState::InProgress,
+            active: None,
+            pending: Some(pending),
+        }
     }
 
     /// All entities of the active configuration are up.
     pub fn ready(&self) -> bool {
         let up = |entity: &Entity| entity.state == DeploymentState::Ready;
-        self.active.as_ref().is_some_and(|active| active.entities.iter().all(up))
+        self.active
+            .as_ref()
+            .is_some_and(|active| active.entities.iter().all(up))
     }
 
     /// Why the first deployment failed, if it did: the endpoint will not be ready without a change.
@@ -115,14 +122,29 @@ impl Lifecycle {
             return None;
         }
         let failed = |entity: &&Entity| entity.state == DeploymentState::Failed;
-        Some(self.pending.as_ref()?.entities.iter().find(failed).map_or("", |entity| entity.message.as_str()))
+        Some(
+            self.pending
+                .as_ref()?
+                .entities
+                .iter()
+                .find(failed)
+                .map_or("", |entity| entity.message.as_str()),
+        )
     }
 
     /// The replicas that shall exist, each with its entity.
     pub fn wanted(&self) -> Vec<(ReplicaId, &Entity)> {
-        let pending = self.pending.as_ref().filter(|_| self.update == UpdateState::InProgress);
+        let pending = self
+            .pending
+            .as_ref()
+            .filter(|_| self.update == UpdateState::InProgress);
         let mut wanted: Vec<(ReplicaId, &Entity)> = Vec::new();
-        for entity in self.active.iter().chain(pending).flat_map(|deployment| &deployment.entities) {
+        for entity in self
+            .active
+            .iter()
+            .chain(pending)
+            .flat_map(|deployment| &deployment.entities)
+        {
             for &replica in &entity.replicas {
                 if !wanted.iter().any(|(known, _)| *known == replica) {
                     wanted.push((replica, entity));
@@ -139,7 +161,11 @@ impl Lifecycle {
     pub fn apply(&mut self, event: Event) -> Result<bool, InProgress> {
         let before = self.clone();
         match event {
-            Event::Update { config, user, now_ms } => self.update(config, &user, now_ms)?,
+            Event::Update {
+                config,
+                user,
+                now_ms,
+            } => self.update(config, &user, now_ms)?,
             Event::Up { replica, message } => self.up(replica, &message),
             Event::Lost { replica, message } => self.lost(replica, &message),
             Event::Failed { replica, message } => self.failed(replica, &message),
@@ -153,7 +179,13 @@ impl Lifecycle {
             return Err(InProgress);
         }
         self.version += 1;
-        self.pending = Some(Deployment::new(self.version, config, user, now_ms, self.active.as_ref()));
+        self.pending = Some(Deployment::new(
+            self.version,
+            config,
+            user,
+            now_ms,
+            self.active.as_ref(),
+        ));
         self.update = UpdateState::InProgress;
         self.promote();
         Ok(())
@@ -172,11 +204,18 @@ impl Lifecycle {
             entity.state = state;
             message.clone_into(&mut entity.message);
         };
-        if let Some(entity) = self.active.as_mut().and_then(|active| active.holding(replica)) {
+        if let Some(entity) = self
+            .active
+            .as_mut()
+            .and_then(|active| active.holding(replica))
+        {
             recovering(entity, DeploymentState::Recovering);
         }
         if self.update == UpdateState::InProgress
-            && let Some(entity) = self.pending.as_mut().and_then(|pending| pending.holding(replica))
+            && let Some(entity) = self
+                .pending
+                .as_mut()
+                .and_then(|pending| pending.holding(replica))
         {
             recovering(entity, DeploymentState::Creating);
         }
@@ -185,14 +224,22 @@ impl Lifecycle {
     /// A replica of the active configuration that fails is brought back, again and again; one of a new configuration
     /// alone fails the update.
     fn failed(&mut self, replica: ReplicaId, message: &str) {
-        if self.active.as_mut().is_some_and(|active| active.holding(replica).is_some()) {
+        if self
+            .active
+            .as_mut()
+            .is_some_and(|active| active.holding(replica).is_some())
+        {
             return self.lost(replica, message);
         }
         if self.update != UpdateState::InProgress {
             return;
         }
-        let Some(pending) = self.pending.as_mut().filter(|pending| pending.entities.iter().any(|e| e.replicas.contains(&replica)))
-        else {
+        let Some(pending) = self.pending.as_mut().filter(|pending| {
+            pending
+                .entities
+                .iter()
+                .any(|e| e.replicas.contains(&replica))
+        }) else {
             return;
         };
         for entity in &mut pending.entities {
@@ -201,19 +248,29 @@ impl Lifecycle {
                 message.clone_into(&mut entity.message);
             } else {
                 entity.state = DeploymentState::Aborted;
-                entity.message = "Given up because another served entity of this configuration failed.".to_owned();
+                entity.message =
+                    "Given up because another served entity of this configuration failed."
+                        .to_owned();
             }
         }
         self.update = UpdateState::Failed;
     }
 
     fn restarted(&mut self) {
-        for entity in self.active.iter_mut().flat_map(|active| &mut active.entities) {
+        for entity in self
+            .active
+            .iter_mut()
+            .flat_map(|active| &mut active.entities)
+        {
             entity.state = DeploymentState::Recovering;
             entity.message = "The coordinator was started; waiting for the workers.".to_owned();
         }
         if self.update == UpdateState::InProgress {
-            for entity in self.pending.iter_mut().flat_map(|pending| &mut pending.entities) {
+            for entity in self
+                .pending
+                .iter_mut()
+                .flat_map(|pending| &mut pending.entities)
+            {
                 entity.state = DeploymentState::Creating;
                 entity.message = CREATING.to_owned();
             }
@@ -224,7 +281,11 @@ impl Lifecycle {
     fn living(&mut self, replica: ReplicaId) -> impl Iterator<Item = &mut Entity> {
         let deploying = self.update == UpdateState::InProgress;
         let pending = self.pending.as_mut().filter(|_| deploying);
-        let entities = self.active.iter_mut().chain(pending).flat_map(|deployment| &mut deployment.entities);
+        let entities = self
+            .active
+            .iter_mut()
+            .chain(pending)
+            .flat_map(|deployment| &mut deployment.entities);
         entities.filter(move |entity| entity.replicas.contains(&replica))
     }
 
@@ -232,7 +293,9 @@ impl Lifecycle {
     fn promote(&mut self) {
         let up = |entity: &Entity| entity.state == DeploymentState::Ready;
         if self.update == UpdateState::InProgress
-            && let Some(done) = self.pending.take_if(|pending| pending.entities.iter().all(up))
+            && let Some(done) = self
+                .pending
+                .take_if(|pending| pending.entities.iter().all(up))
         {
             self.active = Some(done);
             self.update = UpdateState::NotUpdating;
@@ -241,14 +304,32 @@ impl Lifecycle {
 }
 
 impl Deployment {
-    fn new(version: u64, config: ConfigSpec, user: &str, now_ms: u64, active: Option<&Deployment>) -> Self {
+    fn new(
+        version: u64,
+        config: ConfigSpec,
+        user: &str,
+        now_ms: u64,
+        active: Option<&Deployment>,
+    ) -> Self {
         let entity = |spec: EntitySpec| {
             let same = |old: &&Entity| {
-                (&old.spec.name, &old.spec.model, &old.spec.workload_type, old.spec.workload_size)
-                    == (&spec.name, &spec.model, &spec.workload_type, spec.workload_size)
+                (
+                    &old.spec.name,
+                    &old.spec.model,
+                    &old.spec.workload_type,
+                    old.spec.workload_size,
+                ) == (
+                    &spec.name,
+                    &spec.model,
+                    &spec.workload_type,
+                    spec.workload_size,
+                )
             };
             match active.and_then(|active| active.entities.iter().find(same)) {
-                Some(old) => Entity { spec, ..old.clone() },
+                Some(old) => Entity {
+                    spec,
+                    ..old.clone()
+                },
                 None => Entity {
                     spec,
                     creator: user.to_owned(),
@@ -260,11 +341,18 @@ impl Deployment {
             }
         };
         let entities = config.entities.into_iter().map(entity).collect();
-        Deployment { version, started_ms: now_ms, routes: config.routes, entities }
+        Deployment {
+            version,
+            started_ms: now_ms,
+            routes: config.routes,
+            entities,
+        }
     }
 
     fn holding(&mut self, replica: ReplicaId) -> Option<&mut Entity> {
-        self.entities.iter_mut().find(|entity| entity.replicas.contains(&replica))
+        self.entities
+            .iter_mut()
+            .find(|entity| entity.replicas.contains(&replica))
     }
 }
 
@@ -285,8 +373,14 @@ mod tests {
             scale_to_zero: false,
             environment_vars: vec![],
         };
-        let route = |name: &&str| Route { entity: (*name).to_owned(), percentage: 100 / names.len() as u32 };
-        ConfigSpec { entities: names.iter().map(entity).collect(), routes: names.iter().map(route).collect() }
+        let route = |name: &&str| Route {
+            entity: (*name).to_owned(),
+            percentage: 100 / names.len() as u32,
+        };
+        ConfigSpec {
+            entities: names.iter().map(entity).collect(),
+            routes: names.iter().map(route).collect(),
+        }
     }
 
     fn replica(deployment: &Option<Deployment>, entity: usize) -> ReplicaId {
@@ -294,20 +388,36 @@ mod tests {
     }
 
     fn state(deployment: &Option<Deployment>) -> Vec<DeploymentState> {
-        deployment.as_ref().map(|d| d.entities.iter().map(|e| e.state).collect()).unwrap_or_default()
+        deployment
+            .as_ref()
+            .map(|d| d.entities.iter().map(|e| e.state).collect())
+            .unwrap_or_default()
     }
 
     fn up(life: &mut Lifecycle, replica: ReplicaId) {
-        life.apply(Event::Up { replica, message: "up".into() }).unwrap();
+        life.apply(Event::Up {
+            replica,
+            message: "up".into(),
+        })
+        .unwrap();
     }
 
     fn update(life: &mut Lifecycle, names: &[&str]) -> Result<bool, InProgress> {
-        life.apply(Event::Update { config: config(names), user: "u".into(), now_ms: 2 })
+        life.apply(Event::Update {
+            config: config(names),
+            user: "u".into(),
+            now_ms: 2,
+        })
     }
 
     /// ready, update state, version that serves, version in the making.
     fn row(life: &Lifecycle) -> (bool, UpdateState, Option<u64>, Option<u64>) {
-        (life.ready(), life.update, life.active.as_ref().map(|d| d.version), life.pending.as_ref().map(|d| d.version))
+        (
+            life.ready(),
+            life.update,
+            life.active.as_ref().map(|d| d.version),
+            life.pending.as_ref().map(|d| d.version),
+        )
     }
 
     #[test]
@@ -333,7 +443,10 @@ mod tests {
     fn the_old_version_serves_until_the_new_one_is_up() {
         let mut life = deployed(&["a"]);
         update(&mut life, &["b"]).unwrap();
-        assert_eq!(row(&life), (true, UpdateState::InProgress, Some(1), Some(2)));
+        assert_eq!(
+            row(&life),
+            (true, UpdateState::InProgress, Some(1), Some(2))
+        );
         assert_eq!(life.wanted().len(), 2, "the update needs room for both");
         assert_eq!(update(&mut life, &["c"]), Err(InProgress));
         let new = replica(&life.pending, 0);
@@ -347,20 +460,34 @@ mod tests {
         let mut life = deployed(&["a"]);
         update(&mut life, &["b", "c"]).unwrap();
         let new = replica(&life.pending, 0);
-        life.apply(Event::Failed { replica: new, message: "no room".into() }).unwrap();
+        life.apply(Event::Failed {
+            replica: new,
+            message: "no room".into(),
+        })
+        .unwrap();
         assert_eq!(row(&life), (true, UpdateState::Failed, Some(1), Some(2)));
-        assert_eq!(state(&life.pending), [DeploymentState::Failed, DeploymentState::Aborted]);
+        assert_eq!(
+            state(&life.pending),
+            [DeploymentState::Failed, DeploymentState::Aborted]
+        );
         assert_eq!(life.wanted().len(), 1);
         assert_eq!(life.failed_for_good(), None);
         update(&mut life, &["d"]).unwrap();
-        assert_eq!(row(&life), (true, UpdateState::InProgress, Some(1), Some(3)));
+        assert_eq!(
+            row(&life),
+            (true, UpdateState::InProgress, Some(1), Some(3))
+        );
     }
 
     #[test]
     fn a_first_deployment_that_fails_says_why_and_can_be_replaced() {
         let mut life = Lifecycle::create(config(&["a"]), "u", 1);
         let first = replica(&life.pending, 0);
-        life.apply(Event::Failed { replica: first, message: "corrupt shard".into() }).unwrap();
+        life.apply(Event::Failed {
+            replica: first,
+            message: "corrupt shard".into(),
+        })
+        .unwrap();
         assert_eq!(row(&life), (false, UpdateState::Failed, None, Some(1)));
         assert_eq!(life.failed_for_good(), Some("corrupt shard"));
         assert!(life.wanted().is_empty());
@@ -372,11 +499,23 @@ mod tests {
     fn a_lost_worker_makes_the_endpoint_not_ready_until_it_is_back() {
         let mut life = deployed(&["a"]);
         let lost = replica(&life.active, 0);
-        life.apply(Event::Lost { replica: lost, message: "worker lost".into() }).unwrap();
+        life.apply(Event::Lost {
+            replica: lost,
+            message: "worker lost".into(),
+        })
+        .unwrap();
         assert_eq!(row(&life), (false, UpdateState::NotUpdating, Some(1), None));
         assert_eq!(state(&life.active), [DeploymentState::Recovering]);
-        life.apply(Event::Failed { replica: lost, message: "again".into() }).unwrap();
-        assert_eq!(state(&life.active), [DeploymentState::Recovering], "what served is brought back");
+        life.apply(Event::Failed {
+            replica: lost,
+            message: "again".into(),
+        })
+        .unwrap();
+        assert_eq!(
+            state(&life.active),
+            [DeploymentState::Recovering],
+            "what served is brought back"
+        );
         up(&mut life, lost);
         assert_eq!(row(&life), (true, UpdateState::NotUpdating, Some(1), None));
     }
@@ -388,7 +527,12 @@ mod tests {
         let mut changed = config(&["a", "b"]);
         changed.routes[0].percentage = 10;
         changed.routes[1].percentage = 90;
-        life.apply(Event::Update { config: changed, user: "u".into(), now_ms: 2 }).unwrap();
+        life.apply(Event::Update {
+            config: changed,
+            user: "u".into(),
+            now_ms: 2,
+        })
+        .unwrap();
         assert_eq!(row(&life), (true, UpdateState::NotUpdating, Some(2), None));
         assert_eq!((replica(&life.active, 0), replica(&life.active, 1)), before);
     }
@@ -410,7 +554,10 @@ mod tests {
             UpdateState::InProgress => {
                 assert!(pending.is_some());
                 let new = state(&life.pending);
-                assert!(!new.iter().all(|s| *s == DeploymentState::Ready), "all up, yet not promoted");
+                assert!(
+                    !new.iter().all(|s| *s == DeploymentState::Ready),
+                    "all up, yet not promoted"
+                );
                 assert!(!new.contains(&DeploymentState::Failed));
             }
             UpdateState::Failed => assert!(state(&life.pending).contains(&DeploymentState::Failed)),
@@ -421,7 +568,11 @@ mod tests {
         let serving = [DeploymentState::Ready, DeploymentState::Recovering];
         assert!(state(&life.active).iter().all(|s| serving.contains(s)));
         for entity in life.active.iter().flat_map(|d| &d.entities) {
-            assert!(life.wanted().iter().any(|(replica, _)| entity.replicas.contains(replica)));
+            assert!(
+                life.wanted()
+                    .iter()
+                    .any(|(replica, _)| entity.replicas.contains(replica))
+            );
         }
     }
 

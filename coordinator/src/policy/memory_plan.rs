@@ -19,8 +19,12 @@ const STEP_TOKENS_CPU: u32 = 512;
 const STEP_TOKENS_CUDA: u32 = 2048;
 /// Tokenizer, tables and allocator slack of a shard.
 const OVERHEAD_BYTES: u64 = 32 << 20;
-/// Packed weights are padded to whole tiles: one part in so many.
-const PADDING_SHARE: u64 = 32;
+/// Rows of a weight matrix, and numbers of a head's values, are padded to whole panels of so many.
+const PANEL: u64 = 16;
+/// Weights are kept as bf16, whatever the file has.
+const WEIGHT_BYTES: u64 = 2;
+/// Rows whose logits are computed at a time.
+const LOGITS_ROWS: u64 = 32;
 
 /// What one rank of a replica needs, before its KV pool is sized.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,19 +69,36 @@ pub struct Indivisible {
 ///
 /// # Errors
 /// [`Indivisible`] says how many ranks would do.
-pub fn need(facts: &ModelFacts, kind: DeviceKind, ranks: u32, concurrency: u32) -> Result<RankNeed, Indivisible> {
+pub fn need(
+    facts: &ModelFacts,
+    kind: DeviceKind,
+    ranks: u32,
+    concurrency: u32,
+) -> Result<RankNeed, Indivisible> {
     let shape = &facts.shape;
     let r = u64::from(ranks);
-    let indivisible = |what: String, instead: String| Err(Indivisible { what, ranks, instead });
+    let indivisible = |what: String, instead: String| {
+        Err(Indivisible {
+            what,
+            ranks,
+            instead,
+        })
+    };
     if shape.heads % r != 0 {
-        return indivisible(format!("{} attention heads", shape.heads), format!("a divisor of {} shards", shape.heads));
+        return indivisible(
+            format!("{} attention heads", shape.heads),
+            format!("a divisor of {} shards", shape.heads),
+        );
     }
     if shape.kv_heads % r != 0 && r % shape.kv_heads != 0 {
         let instead = format!("a divisor or a multiple of {} shards", shape.kv_heads);
         return indivisible(format!("{} KV heads", shape.kv_heads), instead);
     }
     if shape.intermediate < r || shape.vocab < r {
-        return indivisible(format!("{} columns of the MLP", shape.intermediate.min(shape.vocab)), "fewer shards".into());
+        return indivisible(
+            format!("{} columns of the MLP", shape.intermediate.min(shape.vocab)),
+            "fewer shards".into(),
+        );
     }
     let part = Part {
         q: shape.heads / r * shape.head_width,
@@ -85,22 +106,35 @@ pub fn need(facts: &ModelFacts, kind: DeviceKind, ranks: u32, concurrency: u32) 
         middle: shape.intermediate.div_ceil(r),
         vocab: shape.vocab.div_ceil(r),
     };
-    let raw: u64 = facts.tensors.iter().map(|tensor| part.bytes(tensor, shape)).sum();
+    let weight_bytes: u64 = facts
+        .tensors
+        .iter()
+        .map(|tensor| part.bytes(tensor, shape))
+        .sum();
     let step_tokens_max = match kind {
         DeviceKind::Cpu => STEP_TOKENS_CPU,
         DeviceKind::Cuda => STEP_TOKENS_CUDA,
     };
     let sequences_max = concurrency.max(SEQUENCES_MIN);
-    // Residual, its norm and the sum over ranks; qkv and attention's output; the MLP's middle, gate and up.
-    let per_token = 4 * shape.hidden + 2 * part.q + 2 * part.kv + 3 * part.middle;
-    let per_row = shape.vocab + 2 * part.vocab + shape.hidden;
-    let workspace_bytes = 4 * (u64::from(step_tokens_max) * per_token + u64::from(sequences_max) * per_row);
+    // Residual and its norm; qkv, attention's output, queries before their norm; the MLP's gate, up and middle; cosines.
+    let per_token =
+        3 * shape.hidden + 2 * part.q + 2 * part.kv + 3 * part.middle + shape.head_width;
+    // The last hidden states, a rank's logits, all ranks' logits on device and host.
+    let per_row = shape.hidden + part.vocab + 2 * shape.vocab;
+    let workspace_bytes = 4 * (u64::from(step_tokens_max) * per_token + LOGITS_ROWS * per_row);
+    let kv_heads = part.kv / shape.head_width;
+    let token_numbers =
+        shape.head_width.next_multiple_of(2) + shape.head_width.next_multiple_of(PANEL);
     Ok(RankNeed {
         ranks,
-        weight_bytes: raw + raw / PADDING_SHARE,
+        weight_bytes,
         workspace_bytes,
         overhead_bytes: OVERHEAD_BYTES,
-        block_bytes: 2 * BLOCK_TOKENS * shape.layers * part.kv * facts.kv_dtype.bytes(),
+        block_bytes: BLOCK_TOKENS
+            * shape.layers
+            * kv_heads
+            * token_numbers
+            * facts.kv_dtype.bytes(),
         context_max: facts.context_max,
         step_tokens_max,
         sequences_max,
@@ -117,20 +151,27 @@ struct Part {
 
 impl Part {
     fn bytes(&self, tensor: &WeightTensor, shape: &crate::registry::Shape) -> u64 {
-        let all: u64 = tensor.dims.iter().product();
-        let share = |part: u64, whole: u64| all / whole * part;
-        let elements = match tensor.slice {
-            Slice::Whole => all,
-            Slice::Heads => share(self.q, shape.heads * shape.head_width),
-            Slice::KvHeads => share(self.kv, shape.kv_heads * shape.head_width),
-            Slice::Fused => share(self.q + 2 * self.kv, 3 * shape.hidden),
-            Slice::Middle => share(self.middle, shape.intermediate),
-            Slice::Vocabulary => share(self.vocab, shape.vocab),
+        let [rows, columns] = match tensor.dims[..] {
+            [rows, columns] => [rows, columns],
+            // Norms and biases are kept whole, as f32.
+            _ => return tensor.dims.iter().product::<u64>().next_multiple_of(PANEL) * 4,
         };
-        // Vectors (biases) are few; those of row-parallel products are whole on each rank.
-        let elements = if tensor.dims.len() == 1 { all } else { elements };
-        // Norms and biases are kept as f32.
-        elements * if tensor.dims.len() == 1 { 4 } else { tensor.loaded_bytes }
+        let whole = if tensor.by_columns { columns } else { rows };
+        let cut = match tensor.slice {
+            Slice::Whole => whole,
+            Slice::Heads => self.q,
+            Slice::KvHeads => self.kv,
+            Slice::Fused => self.q + 2 * self.kv,
+            Slice::Middle => self.middle,
+            Slice::Vocabulary => self.vocab,
+        };
+        debug_assert!(cut <= whole, "{} of {shape:?}", tensor.name);
+        let [rows, columns] = if tensor.by_columns {
+            [rows, cut]
+        } else {
+            [cut, columns]
+        };
+        rows.next_multiple_of(PANEL) * columns.next_multiple_of(2) * WEIGHT_BYTES
     }
 }
 
@@ -170,7 +211,10 @@ impl RankNeed {
         let wanted = 1 + u64::from(concurrency) * self.sequence_blocks();
         let possible = (budget - self.fixed_bytes()) / self.block_bytes;
         let kv_blocks = u32::try_from(wanted.min(possible)).unwrap_or(u32::MAX);
-        Some(MemoryPlan { need: self, kv_blocks })
+        Some(MemoryPlan {
+            need: self,
+            kv_blocks,
+        })
     }
 
     /// The parts in words.

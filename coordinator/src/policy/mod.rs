@@ -18,11 +18,20 @@ pub mod workload;
 
 /// Bytes for people: `1.5 GiB`, `12 MiB`, `512 B`.
 pub fn bytes_text(bytes: u64) -> String {
-    const UNITS: [(&str, u64); 4] = [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
+    const UNITS: [(&str, u64); 4] = [
+        ("TiB", 1 << 40),
+        ("GiB", 1 << 30),
+        ("MiB", 1 << 20),
+        ("KiB", 1 << 10),
+    ];
     for (name, unit) in UNITS {
         if bytes >= unit {
             let value = bytes as f64 / unit as f64;
-            return if value < 10.0 { format!("{value:.1} {name}") } else { format!("{value:.0} {name}") };
+            return if value < 10.0 {
+                format!("{value:.1} {name}")
+            } else {
+                format!("{value:.0} {name}")
+            };
         }
     }
     format!("{bytes} B")

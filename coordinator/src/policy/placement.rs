@@ -58,8 +58,12 @@ pub enum NoPlace {
 /// # Errors
 /// [`NoPlace::Waiting`] while workers are missing, [`NoPlace::NoRoom`] when even all of them would not do.
 pub fn place(need: Need, places: &[Place]) -> Result<Vec<usize>, NoPlace> {
-    let room = |place: &Place| place.kind == need.kind && place.free_bytes.is_none_or(|free| free >= need.bytes);
-    let mut usable: Vec<usize> = (0..places.len()).filter(|&i| places[i].linked && room(&places[i])).collect();
+    let room = |place: &Place| {
+        place.kind == need.kind && place.free_bytes.is_none_or(|free| free >= need.bytes)
+    };
+    let mut usable: Vec<usize> = (0..places.len())
+        .filter(|&i| places[i].linked && room(&places[i]))
+        .collect();
     if usable.len() < need.ranks {
         let possible = places.iter().filter(|place| room(place)).count();
         if possible >= need.ranks {
@@ -75,8 +79,18 @@ pub fn place(need: Need, places: &[Place]) -> Result<Vec<usize>, NoPlace> {
     // Most free first; the order of cluster.toml among equals. A device of unknown size comes last.
     let free = |i: usize| places[i].free_bytes.unwrap_or(0);
     usable.sort_by_key(|&i| (std::cmp::Reverse(free(i)), i));
-    let on_node = |node: &str| usable.iter().copied().filter(|&i| places[i].node == node).take(need.ranks).collect::<Vec<_>>();
-    let together = usable.iter().map(|&i| on_node(&places[i].node)).find(|group| group.len() == need.ranks);
+    let on_node = |node: &str| {
+        usable
+            .iter()
+            .copied()
+            .filter(|&i| places[i].node == node)
+            .take(need.ranks)
+            .collect::<Vec<_>>()
+    };
+    let together = usable
+        .iter()
+        .map(|&i| on_node(&places[i].node))
+        .find(|group| group.len() == need.ranks);
     let mut chosen = together.unwrap_or_else(|| usable[..need.ranks].to_vec());
     // Ranks in the order of cluster.toml: neighbours there are neighbours in the group.
     chosen.sort_unstable();
@@ -92,7 +106,10 @@ fn kind_name(kind: DeviceKind) -> &'static str {
 }
 
 fn no_room(need: Need, places: &[Place], possible: usize) -> String {
-    let of_kind: Vec<&Place> = places.iter().filter(|place| place.kind == need.kind).collect();
+    let of_kind: Vec<&Place> = places
+        .iter()
+        .filter(|place| place.kind == need.kind)
+        .collect();
     let kind = kind_name(need.kind);
     if of_kind.len() < need.ranks {
         return format!(
@@ -103,7 +120,13 @@ fn no_room(need: Need, places: &[Place], possible: usize) -> String {
     }
     let free: Vec<String> = of_kind
         .iter()
-        .map(|place| format!("{} {}", place.worker, place.free_bytes.map_or("unknown".to_owned(), bytes_text)))
+        .map(|place| {
+            format!(
+                "{} {}",
+                place.worker,
+                place.free_bytes.map_or("unknown".to_owned(), bytes_text)
+            )
+        })
         .collect();
     format!(
         "{} on each of {} {kind} devices are needed, {possible} of them have that free ({}): \
@@ -122,18 +145,35 @@ mod tests {
 
     fn cpu(worker: &str, free: u64) -> Place {
         let node = worker.split('/').next().unwrap().to_owned();
-        Place { worker: worker.into(), node, kind: DeviceKind::Cpu, free_bytes: Some(free), linked: true }
+        Place {
+            worker: worker.into(),
+            node,
+            kind: DeviceKind::Cpu,
+            free_bytes: Some(free),
+            linked: true,
+        }
     }
 
     fn need(ranks: usize, bytes: u64) -> Need {
-        Need { kind: DeviceKind::Cpu, ranks, bytes }
+        Need {
+            kind: DeviceKind::Cpu,
+            ranks,
+            bytes,
+        }
     }
 
     #[test]
     fn the_emptiest_device_takes_the_next_shard() {
         let places = [cpu("a/0", 10), cpu("a/1", 30), cpu("b/0", 30)];
-        assert_eq!(place(need(1, 5), &places), Ok(vec![1]), "the first of equals");
-        assert_eq!(place(need(1, 5), &[cpu("a/0", 10), cpu("a/1", 4)]), Ok(vec![0]));
+        assert_eq!(
+            place(need(1, 5), &places),
+            Ok(vec![1]),
+            "the first of equals"
+        );
+        assert_eq!(
+            place(need(1, 5), &[cpu("a/0", 10), cpu("a/1", 4)]),
+            Ok(vec![0])
+        );
     }
 
     #[test]
@@ -148,19 +188,41 @@ mod tests {
         let mut places = [cpu("a/0", 10), cpu("a/1", 10)];
         places[1].linked = false;
         let waiting = place(need(2, 10), &places).unwrap_err();
-        assert_eq!(waiting.to_string(), "waiting for workers: 2 of kind cpu with 10 B free each are needed, 1 are there");
+        assert_eq!(
+            waiting.to_string(),
+            "waiting for workers: 2 of kind cpu with 10 B free each are needed, 1 are there"
+        );
         let full = place(need(2, 11), &places).unwrap_err().to_string();
-        assert!(full.contains("11 B on each of 2 cpu devices are needed, 0 of them") && full.contains("a/1 10 B"), "{full}");
+        assert!(
+            full.contains("11 B on each of 2 cpu devices are needed, 0 of them")
+                && full.contains("a/1 10 B"),
+            "{full}"
+        );
         let few = place(need(3, 1), &places).unwrap_err().to_string();
-        assert!(few.contains("3 devices of kind cpu are needed and cluster.toml has 2"), "{few}");
+        assert!(
+            few.contains("3 devices of kind cpu are needed and cluster.toml has 2"),
+            "{few}"
+        );
     }
 
     #[test]
     fn a_device_of_unknown_size_is_used_when_it_is_there() {
-        let gpu = |linked| Place { kind: DeviceKind::Cuda, free_bytes: None, linked, ..cpu("a/gpu0", 0) };
-        let need = Need { kind: DeviceKind::Cuda, ranks: 1, bytes: 70 << 30 };
+        let gpu = |linked| Place {
+            kind: DeviceKind::Cuda,
+            free_bytes: None,
+            linked,
+            ..cpu("a/gpu0", 0)
+        };
+        let need = Need {
+            kind: DeviceKind::Cuda,
+            ranks: 1,
+            bytes: 70 << 30,
+        };
         assert_eq!(place(need, &[gpu(true)]), Ok(vec![0]));
-        assert!(matches!(place(need, &[gpu(false)]), Err(NoPlace::Waiting { there: 0, .. })));
+        assert!(matches!(
+            place(need, &[gpu(false)]),
+            Err(NoPlace::Waiting { there: 0, .. })
+        ));
     }
 
     proptest! {

@@ -13,7 +13,10 @@ pub struct Split {
 impl Split {
     /// A split by these weights; entries of weight 0 are never chosen.
     pub fn new(weights: Vec<u32>) -> Self {
-        Split { credit: vec![0; weights.len()], weights }
+        Split {
+            credit: vec![0; weights.len()],
+            weights,
+        }
     }
 
     /// The entry that takes the next call; `None` when all weights are 0.
@@ -23,7 +26,10 @@ impl Split {
             *credit += i64::from(weight);
         }
         // The first of the largest, so that equal weights take turns in order.
-        let best = (0..self.weights.len()).filter(|&i| self.weights[i] > 0).rev().max_by_key(|&i| self.credit[i])?;
+        let best = (0..self.weights.len())
+            .filter(|&i| self.weights[i] > 0)
+            .rev()
+            .max_by_key(|&i| self.credit[i])?;
         self.credit[best] -= total;
         Some(best)
     }
@@ -49,7 +55,9 @@ pub struct ReplicaLoad {
 pub fn choose(replicas: &[ReplicaLoad]) -> Option<usize> {
     let free = |load: &ReplicaLoad| load.up && load.running < load.credits;
     let share = |load: &ReplicaLoad| u64::from(load.running) * (1 << 32) / u64::from(load.credits);
-    (0..replicas.len()).filter(|&i| free(&replicas[i])).min_by_key(|&i| share(&replicas[i]))
+    (0..replicas.len())
+        .filter(|&i| free(&replicas[i]))
+        .min_by_key(|&i| share(&replicas[i]))
 }
 
 #[cfg(test)]

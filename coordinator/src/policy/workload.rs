@@ -27,7 +27,13 @@ impl WorkloadSize {
 
     /// From a client's word; `None` for any other.
     pub fn parse(text: &str) -> Option<Self> {
-        [WorkloadSize::Small, WorkloadSize::Medium, WorkloadSize::Large].into_iter().find(|size| size.name() == text)
+        [
+            WorkloadSize::Small,
+            WorkloadSize::Medium,
+            WorkloadSize::Large,
+        ]
+        .into_iter()
+        .find(|size| size.name() == text)
     }
 }
 
@@ -35,7 +41,11 @@ impl WorkloadSize {
 ///
 /// # Errors
 /// An unmapped type is refused in the words clients know, with the list of those that are mapped.
-pub fn resolve<'a>(types: &'a [WorkloadType], name: &str, size: WorkloadSize) -> Result<&'a WorkloadType, ApiError> {
+pub fn resolve<'a>(
+    types: &'a [WorkloadType],
+    name: &str,
+    size: WorkloadSize,
+) -> Result<&'a WorkloadType, ApiError> {
     types.iter().find(|entry| entry.name == name).ok_or_else(|| {
         let names: Vec<&str> = types.iter().map(|entry| entry.name.as_str()).collect();
         let message = format!(
@@ -77,8 +87,16 @@ mod tests {
 
     #[test]
     fn an_unmapped_type_is_refused_with_the_mapped_ones() {
-        let types = [mapped("CPU", 1, None), mapped("GPU_LARGE", 1, Some("1 x A100 80 GB"))];
-        assert_eq!(resolve(&types, "GPU_LARGE", WorkloadSize::Small).unwrap().name, "GPU_LARGE");
+        let types = [
+            mapped("CPU", 1, None),
+            mapped("GPU_LARGE", 1, Some("1 x A100 80 GB")),
+        ];
+        assert_eq!(
+            resolve(&types, "GPU_LARGE", WorkloadSize::Small)
+                .unwrap()
+                .name,
+            "GPU_LARGE"
+        );
         let refused = resolve(&types, "GPU_MEDIUM", WorkloadSize::Small).unwrap_err();
         assert_eq!(refused.kind, ErrorKind::InvalidParameter);
         assert_eq!(
@@ -91,14 +109,24 @@ mod tests {
     fn a_stand_in_says_what_it_stands_for() {
         assert_eq!(stand_in(&mapped("CPU", 1, None)), None);
         let one = mapped("GPU_LARGE", 1, Some("1 x A100 80 GB"));
-        assert_eq!(stand_in(&one).unwrap(), "a CPU stands in for 1 x A100 80 GB");
+        assert_eq!(
+            stand_in(&one).unwrap(),
+            "a CPU stands in for 1 x A100 80 GB"
+        );
         let two = mapped("GPU_LARGE_2", 2, Some("2 x A100 80 GB"));
-        assert_eq!(stand_in(&two).unwrap(), "2 CPU shards stand in for 2 x A100 80 GB");
+        assert_eq!(
+            stand_in(&two).unwrap(),
+            "2 CPU shards stand in for 2 x A100 80 GB"
+        );
     }
 
     #[test]
     fn sizes_are_read_back_from_their_names() {
-        for (size, concurrency) in [(WorkloadSize::Small, 4), (WorkloadSize::Medium, 16), (WorkloadSize::Large, 64)] {
+        for (size, concurrency) in [
+            (WorkloadSize::Small, 4),
+            (WorkloadSize::Medium, 16),
+            (WorkloadSize::Large, 64),
+        ] {
             assert_eq!(WorkloadSize::parse(size.name()), Some(size));
             assert_eq!(size.concurrency(), concurrency);
         }

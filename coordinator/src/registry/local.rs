@@ -34,13 +34,23 @@ impl LocalRegistry {
     }
 
     fn unknown(&self, model: &ModelRef) -> String {
-        let versions: Vec<&str> =
-            self.models().filter(|known| known.name == model.name).map(|known| known.version.as_str()).collect();
+        let versions: Vec<&str> = self
+            .models()
+            .filter(|known| known.name == model.name)
+            .map(|known| known.version.as_str())
+            .collect();
         if versions.is_empty() {
             let mut names: Vec<&str> = self.models().map(|known| known.name.as_str()).collect();
             names.dedup();
-            let known = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
-            return format!("Registered model '{}' does not exist. Registered models: {known}", model.name);
+            let known = if names.is_empty() {
+                "none".to_owned()
+            } else {
+                names.join(", ")
+            };
+            return format!(
+                "Registered model '{}' does not exist. Registered models: {known}",
+                model.name
+            );
         }
         format!(
             "Model version '{}' of registered model '{}' does not exist. Known versions: {}",
@@ -83,10 +93,19 @@ mod tests {
     #[test]
     fn the_tiny_models_are_read() {
         let llama = facts("ml.demo.tiny-llama", "1").unwrap();
-        assert_eq!((llama.shape.layers, llama.shape.kv_heads, llama.context_max), (4, 4, 1024));
+        assert_eq!(
+            (llama.shape.layers, llama.shape.kv_heads, llama.context_max),
+            (4, 4, 1024)
+        );
         assert_eq!(facts("ml.demo.tiny-mistral", "1").unwrap().context_max, 512);
         let mpt = facts("ml.demo.tiny-mpt", "1").unwrap();
-        assert!(mpt.shape.tied && mpt.tensors.iter().any(|tensor| tensor.name.ends_with("attn.Wqkv.weight")));
+        assert!(
+            mpt.shape.tied
+                && mpt
+                    .tensors
+                    .iter()
+                    .any(|tensor| tensor.name.ends_with("attn.Wqkv.weight"))
+        );
     }
 
     #[test]
@@ -97,13 +116,20 @@ mod tests {
             "Model version '7' of registered model 'ml.demo.tiny-llama' does not exist. Known versions: 1"
         );
         let model = facts("other", "1").unwrap_err();
-        assert!(matches!(model, RegistryError::Unknown(_)) && model.to_string().contains("ml.demo.tiny-llama, "), "{model}");
+        assert!(
+            matches!(model, RegistryError::Unknown(_))
+                && model.to_string().contains("ml.demo.tiny-llama, "),
+            "{model}"
+        );
     }
 
     #[test]
     fn a_context_beyond_the_models_own_and_a_missing_folder_are_errors() {
         let message = |name| facts(name, "1").unwrap_err().to_string();
-        assert!(message("greedy").contains("context_max = 4096 in cluster.toml is beyond the model's own 1024"));
+        assert!(
+            message("greedy")
+                .contains("context_max = 4096 in cluster.toml is beyond the model's own 1024")
+        );
         assert!(message("gone").contains("is not a folder"));
     }
 }

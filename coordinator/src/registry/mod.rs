@@ -75,7 +75,15 @@ pub fn read_facts(
         }
         asked => asked.unwrap_or(own),
     };
-    Ok(ModelFacts { model: model.clone(), folder: folder.to_owned(), task: layout.task, shape, tensors, kv_dtype, context_max })
+    Ok(ModelFacts {
+        model: model.clone(),
+        folder: folder.to_owned(),
+        task: layout.task,
+        shape,
+        tensors,
+        kv_dtype,
+        context_max,
+    })
 }
 
 /// A small file's bytes.
@@ -83,7 +91,9 @@ fn read_bounded(path: &Path, bytes_max: u64) -> Result<Vec<u8>, RegistryError> {
     let broken = |reason: String| RegistryError::Broken(format!("{}: {reason}", path.display()));
     let file = File::open(path).map_err(|e| broken(e.to_string()))?;
     let mut bytes = Vec::new();
-    file.take(bytes_max + 1).read_to_end(&mut bytes).map_err(|e| broken(e.to_string()))?;
+    file.take(bytes_max + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|e| broken(e.to_string()))?;
     if bytes.len() as u64 > bytes_max {
         return Err(broken(format!("is longer than {bytes_max} bytes")));
     }

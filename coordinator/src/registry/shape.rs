@@ -18,7 +18,12 @@ const CONTEXT_MAX: u64 = 1 << 26;
 /// Most layers that are believed.
 const LAYERS_MAX: u64 = 4096;
 /// What can be served.
-pub const ARCHITECTURES: [&str; 4] = ["LlamaForCausalLM", "MistralForCausalLM", "MPTForCausalLM", "MptForCausalLM"];
+pub const ARCHITECTURES: [&str; 4] = [
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MPTForCausalLM",
+    "MptForCausalLM",
+];
 
 /// Families of models, by how their tensors are named.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,16 +76,22 @@ impl Shape {
     /// [`RegistryError::Broken`] names the file and the key; an unknown architecture comes with the known ones.
     pub fn read(path: &Path) -> Result<Shape, RegistryError> {
         let bytes = read_bounded(path, CONFIG_BYTES_MAX)?;
-        Self::parse(&bytes).map_err(|reason| RegistryError::Broken(format!("{}: {reason}", path.display())))
+        Self::parse(&bytes)
+            .map_err(|reason| RegistryError::Broken(format!("{}: {reason}", path.display())))
     }
 
     fn parse(bytes: &[u8]) -> Result<Shape, String> {
-        let values: Map<String, Value> = serde_json::from_slice(bytes).map_err(|e| format!("is not a JSON object: {e}"))?;
+        let values: Map<String, Value> =
+            serde_json::from_slice(bytes).map_err(|e| format!("is not a JSON object: {e}"))?;
         let config = Config(&values);
         if config.get("quantization_config").is_some() {
             return Err("quantization_config: quantised weights are not supported; supported: bf16, f16 or f32".into());
         }
-        let architecture = match config.get("architectures").and_then(Value::as_array).map(Vec::as_slice) {
+        let architecture = match config
+            .get("architectures")
+            .and_then(Value::as_array)
+            .map(Vec::as_slice)
+        {
             Some([Value::String(name)]) => name.clone(),
             _ => return Err("architectures must be a list of one name".into()),
         };
@@ -89,11 +100,17 @@ impl Shape {
             "MistralForCausalLM" => config.llama(architecture, true)?,
             "MPTForCausalLM" | "MptForCausalLM" => config.mpt(architecture)?,
             other => {
-                return Err(format!("architecture {other} is not supported; supported are {}", ARCHITECTURES.join(", ")));
+                return Err(format!(
+                    "architecture {other} is not supported; supported are {}",
+                    ARCHITECTURES.join(", ")
+                ));
             }
         };
         if shape.heads % shape.kv_heads != 0 {
-            return Err(format!("{} attention heads are not a multiple of {} KV heads", shape.heads, shape.kv_heads));
+            return Err(format!(
+                "{} attention heads are not a multiple of {} KV heads",
+                shape.heads, shape.kv_heads
+            ));
         }
         Ok(shape)
     }
@@ -111,7 +128,12 @@ impl Config<'_> {
             (Some(value), _) => value
                 .as_u64()
                 .filter(|count| (1..=max).contains(count))
-                .ok_or_else(|| format!("{key} must be a whole number from 1 to {max}, got {}", short(value))),
+                .ok_or_else(|| {
+                    format!(
+                        "{key} must be a whole number from 1 to {max}, got {}",
+                        short(value)
+                    )
+                }),
             (None, Some(default)) => Ok(default),
             (None, None) => Err(format!("{key} is missing")),
         }
@@ -122,8 +144,12 @@ impl Config<'_> {
     }
 
     fn flag(&self, key: &str, default: bool) -> Result<bool, String> {
-        let Some(value) = self.get(key) else { return Ok(default) };
-        value.as_bool().ok_or_else(|| format!("{key} must be true or false, got {}", short(value)))
+        let Some(value) = self.get(key) else {
+            return Ok(default);
+        };
+        value
+            .as_bool()
+            .ok_or_else(|| format!("{key} must be true or false, got {}", short(value)))
     }
 
     fn llama(&self, architecture: String, mistral: bool) -> Result<Shape, String> {
@@ -132,10 +158,18 @@ impl Config<'_> {
         let head_width = match self.get("head_dim") {
             Some(_) => self.count("head_dim", SIZE_MAX)?,
             None if hidden % heads == 0 => hidden / heads,
-            None => return Err(format!("hidden_size {hidden} is not a multiple of {heads} attention heads")),
+            None => {
+                return Err(format!(
+                    "hidden_size {hidden} is not a multiple of {heads} attention heads"
+                ));
+            }
         };
         // What transformers takes where the key is absent; null means as many as heads.
-        let kv_default = if mistral && !self.0.contains_key("num_key_value_heads") { 8 } else { heads };
+        let kv_default = if mistral && !self.0.contains_key("num_key_value_heads") {
+            8
+        } else {
+            heads
+        };
         Ok(Shape {
             architecture,
             family: Family::Llama,
@@ -160,17 +194,27 @@ impl Config<'_> {
         let hidden = self.count("d_model", SIZE_MAX)?;
         let heads = self.count("n_heads", SIZE_MAX)?;
         if hidden % heads != 0 {
-            return Err(format!("d_model {hidden} is not a multiple of n_heads {heads}"));
+            return Err(format!(
+                "d_model {hidden} is not a multiple of n_heads {heads}"
+            ));
         }
         let ratio = match self.get("expansion_ratio") {
             None => 4.0,
             Some(value) => value
                 .as_f64()
                 .filter(|ratio| (1e-3..=1e3).contains(ratio))
-                .ok_or_else(|| format!("expansion_ratio must be a number from 0.001 to 1000, got {}", short(value)))?,
+                .ok_or_else(|| {
+                    format!(
+                        "expansion_ratio must be a number from 0.001 to 1000, got {}",
+                        short(value)
+                    )
+                })?,
         };
         let attention = self.get("attn_config").and_then(Value::as_object);
-        let qk_norm = attention.and_then(|a| a.get("qk_ln")).and_then(Value::as_bool).unwrap_or(false);
+        let qk_norm = attention
+            .and_then(|a| a.get("qk_ln"))
+            .and_then(Value::as_bool)
+            .unwrap_or(false);
         let bias = !transformers && !self.flag("no_bias", false)?;
         Ok(Shape {
             architecture,
@@ -220,8 +264,21 @@ mod tests {
     #[test]
     fn a_llama_is_read_and_defaults_are_those_of_transformers() {
         let shape = parse(|_| ()).unwrap();
-        assert_eq!((shape.head_width, shape.kv_heads, shape.context_max, shape.tied), (8, 4, 128, false));
-        assert_eq!(parse(|c| c["num_key_value_heads"] = Value::Null).unwrap().kv_heads, 8);
+        assert_eq!(
+            (
+                shape.head_width,
+                shape.kv_heads,
+                shape.context_max,
+                shape.tied
+            ),
+            (8, 4, 128, false)
+        );
+        assert_eq!(
+            parse(|c| c["num_key_value_heads"] = Value::Null)
+                .unwrap()
+                .kv_heads,
+            8
+        );
         let mistral = parse(|c| {
             c["architectures"] = json!(["MistralForCausalLM"]);
             c["num_attention_heads"] = json!(16);
@@ -233,21 +290,39 @@ mod tests {
     #[test]
     fn an_unknown_architecture_is_named_with_the_known_ones() {
         let message = parse(|c| c["architectures"] = json!(["GPT2LMHeadModel"])).unwrap_err();
-        assert!(message.starts_with("architecture GPT2LMHeadModel is not supported; supported are LlamaForCausalLM"), "{message}");
+        assert!(
+            message.starts_with(
+                "architecture GPT2LMHeadModel is not supported; supported are LlamaForCausalLM"
+            ),
+            "{message}"
+        );
     }
 
     #[test]
     fn hostile_numbers_are_named() {
         let message = |key: &str, value: Value| parse(|c| c[key] = value).unwrap_err();
-        assert!(message("hidden_size", json!(-1)).starts_with("hidden_size must be a whole number"));
-        assert!(message("vocab_size", json!(1u64 << 60)).starts_with("vocab_size must be a whole number"));
+        assert!(
+            message("hidden_size", json!(-1)).starts_with("hidden_size must be a whole number")
+        );
+        assert!(
+            message("vocab_size", json!(1u64 << 60))
+                .starts_with("vocab_size must be a whole number")
+        );
         assert!(message("num_hidden_layers", json!(0)).contains("got 0"));
         assert!(message("num_attention_heads", json!("eight")).contains("\"eight\""));
         assert!(message("num_attention_heads", json!(7)).contains("not a multiple of 7"));
         assert!(message("architectures", json!([])).contains("a list of one name"));
         assert!(message("quantization_config", json!({"bits": 4})).contains("quantised"));
-        assert!(Shape::parse(b"[1]").unwrap_err().contains("not a JSON object"));
-        assert!(Shape::parse(b"{\"architectures\": [").unwrap_err().contains("not a JSON object"));
+        assert!(
+            Shape::parse(b"[1]")
+                .unwrap_err()
+                .contains("not a JSON object")
+        );
+        assert!(
+            Shape::parse(b"{\"architectures\": [")
+                .unwrap_err()
+                .contains("not a JSON object")
+        );
     }
 
     #[test]
@@ -256,6 +331,14 @@ mod tests {
             "expansion_ratio": 4, "max_seq_len": 2048, "vocab_size": 50432, "no_bias": true,
             "attn_config": {"alibi": true, "qk_ln": false}});
         let shape = Shape::parse(config.to_string().as_bytes()).unwrap();
-        assert_eq!((shape.intermediate, shape.kv_heads, shape.tied, shape.mlp_bias), (16384, 32, true, false));
+        assert_eq!(
+            (
+                shape.intermediate,
+                shape.kv_heads,
+                shape.tied,
+                shape.mlp_bias
+            ),
+            (16384, 32, true, false)
+        );
     }
 }

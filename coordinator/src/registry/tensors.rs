@@ -45,12 +45,12 @@ pub enum Slice {
 pub struct WeightTensor {
     /// Its name.
     pub name: String,
-    /// Its dimensions.
+    /// Its dimensions: `[rows, columns]` of a matrix, `[width]` of a vector.
     pub dims: Vec<u64>,
-    /// Bytes per number once loaded: f16 is kept as f32.
-    pub loaded_bytes: u64,
     /// How ranks share it.
     pub slice: Slice,
+    /// Ranks share the columns, not the rows: products whose results are summed over ranks.
+    pub by_columns: bool,
 }
 
 /// The tensors that `shape` needs, from the headers of the files in `folder`.
@@ -61,23 +61,43 @@ pub fn read(folder: &Path, shape: &Shape) -> Result<Vec<WeightTensor>, RegistryE
     let found = headers(folder)?;
     let broken = |reason: String| RegistryError::Broken(format!("{}: {reason}", folder.display()));
     let (roots, embedding) = roots(shape.family);
-    let Some(root) = roots.iter().find(|root| found.contains_key(&format!("{root}{embedding}.weight"))) else {
-        return Err(broken(format!("no tensor {}{embedding}.weight, which {} needs", roots[0], shape.architecture)));
+    let Some(root) = roots
+        .iter()
+        .find(|root| found.contains_key(&format!("{root}{embedding}.weight")))
+    else {
+        return Err(broken(format!(
+            "no tensor {}{embedding}.weight, which {} needs",
+            roots[0], shape.architecture
+        )));
     };
     let mut tensors = Vec::new();
     for (name, dims, slice) in expected(shape, root) {
         let Some(header) = found.get(&name) else {
-            return Err(broken(format!("the checkpoint has no tensor {name} {dims:?}")));
+            return Err(broken(format!(
+                "the checkpoint has no tensor {name} {dims:?}"
+            )));
         };
         if header.shape != dims {
-            return Err(broken(format!("tensor {name} has the shape {:?}; config.json asks for {dims:?}", header.shape)));
+            return Err(broken(format!(
+                "tensor {name} has the shape {:?}; config.json asks for {dims:?}",
+                header.shape
+            )));
         }
-        let loaded_bytes = match header.dtype.as_str() {
-            "BF16" => 2,
-            "F16" | "F32" => 4,
-            other => return Err(broken(format!("tensor {name} has the dtype {other}; supported are BF16, F16 and F32"))),
-        };
-        tensors.push(WeightTensor { name, dims, loaded_bytes, slice });
+        if !matches!(header.dtype.as_str(), "BF16" | "F16" | "F32") {
+            let dtype = &header.dtype;
+            return Err(broken(format!(
+                "tensor {name} has the dtype {dtype}; supported are BF16, F16 and F32"
+            )));
+        }
+        let by_columns = ["o_proj.weight", "out_proj.weight", "down_proj.weight"]
+            .iter()
+            .any(|end| name.ends_with(end));
+        tensors.push(WeightTensor {
+            name,
+            dims,
+            slice,
+            by_columns,
+        });
     }
     Ok(tensors)
 }
@@ -94,8 +114,13 @@ fn headers(folder: &Path) -> Result<BTreeMap<String, Header>, RegistryError> {
         return header(&folder.join(SINGLE));
     }
     if !folder.join(INDEX).is_file() {
-        let reason = format!("has neither {SINGLE} nor {INDEX}; other formats must be converted to safetensors first");
-        return Err(RegistryError::Broken(format!("{}: {reason}", folder.display())));
+        let reason = format!(
+            "has neither {SINGLE} nor {INDEX}; other formats must be converted to safetensors first"
+        );
+        return Err(RegistryError::Broken(format!(
+            "{}: {reason}",
+            folder.display()
+        )));
     }
     let mut all = BTreeMap::new();
     for (file, names) in shards(&folder.join(INDEX))? {
@@ -103,7 +128,11 @@ fn headers(folder: &Path) -> Result<BTreeMap<String, Header>, RegistryError> {
         for name in names {
             match found.remove(&name) {
                 Some(tensor) => all.insert(name, tensor),
-                None => return Err(RegistryError::Broken(format!("{file}: has no tensor {name}, which {INDEX} promises"))),
+                None => {
+                    return Err(RegistryError::Broken(format!(
+                        "{file}: has no tensor {name}, which {INDEX} promises"
+                    )));
+                }
             };
         }
     }
@@ -118,18 +147,27 @@ fn shards(path: &Path) -> Result<BTreeMap<String, Vec<String>>, RegistryError> {
     }
     let broken = |reason: String| RegistryError::Broken(format!("{}: {reason}", path.display()));
     let bytes = read_bounded(path, INDEX_BYTES_MAX)?;
-    let index: Index = serde_json::from_slice(&bytes).map_err(|e| broken(format!("is not an index: {e}")))?;
+    let index: Index =
+        serde_json::from_slice(&bytes).map_err(|e| broken(format!("is not an index: {e}")))?;
     let mut files: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for (tensor, file) in index.weight_map {
         // A stranger's text: a file beside the index, and nothing else.
         let mut parts = Path::new(&file).components();
-        if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
-            return Err(broken(format!("names the file '{file}', which is not beside it")));
+        if !matches!(
+            (parts.next(), parts.next()),
+            (Some(Component::Normal(_)), None)
+        ) {
+            return Err(broken(format!(
+                "names the file '{file}', which is not beside it"
+            )));
         }
         files.entry(file).or_default().push(tensor);
     }
     if files.len() > SHARDS_MAX {
-        return Err(broken(format!("names {} files; at most {SHARDS_MAX} are read", files.len())));
+        return Err(broken(format!(
+            "names {} files; at most {SHARDS_MAX} are read",
+            files.len()
+        )));
     }
     Ok(files)
 }
@@ -141,23 +179,30 @@ fn header(path: &Path) -> Result<BTreeMap<String, Header>, RegistryError> {
     let mut file = File::open(path).map_err(|e| broken(e.to_string()))?;
     let file_bytes = file.metadata().map_err(|e| broken(e.to_string()))?.len();
     let mut length = [0; 8];
-    file.read_exact(&mut length).map_err(|_| corrupt(format!("{file_bytes} bytes cannot hold a header")))?;
+    file.read_exact(&mut length)
+        .map_err(|_| corrupt(format!("{file_bytes} bytes cannot hold a header")))?;
     let length = u64::from_le_bytes(length);
     if length > HEADER_BYTES_MAX || length > file_bytes.saturating_sub(8) {
-        return Err(corrupt(format!("its header claims {length} bytes and the file has {file_bytes}")));
+        return Err(corrupt(format!(
+            "its header claims {length} bytes and the file has {file_bytes}"
+        )));
     }
     let mut text = vec![0; length as usize];
-    file.read_exact(&mut text).map_err(|e| corrupt(e.to_string()))?;
-    let mut values: BTreeMap<String, Value> =
-        serde_json::from_slice(&text).map_err(|e| corrupt(format!("its header is not JSON: {e}")))?;
+    file.read_exact(&mut text)
+        .map_err(|e| corrupt(e.to_string()))?;
+    let mut values: BTreeMap<String, Value> = serde_json::from_slice(&text)
+        .map_err(|e| corrupt(format!("its header is not JSON: {e}")))?;
     values.remove("__metadata__");
     let data_bytes = file_bytes - 8 - length;
     let mut tensors = BTreeMap::new();
     for (name, value) in values {
-        let tensor: Header = serde_json::from_value(value).map_err(|e| corrupt(format!("tensor {name}: {e}")))?;
+        let tensor: Header =
+            serde_json::from_value(value).map_err(|e| corrupt(format!("tensor {name}: {e}")))?;
         let [start, end] = tensor.data_offsets;
         if end > data_bytes {
-            return Err(corrupt(format!("tensor {name} ends at byte {end} of {data_bytes}")));
+            return Err(corrupt(format!(
+                "tensor {name} ends at byte {end} of {data_bytes}"
+            )));
         }
         let width = match tensor.dtype.as_str() {
             "F64" | "I64" | "U64" => 8,
@@ -165,9 +210,15 @@ fn header(path: &Path) -> Result<BTreeMap<String, Header>, RegistryError> {
             "BF16" | "F16" | "I16" | "U16" => 2,
             _ => 1,
         };
-        let bytes = tensor.shape.iter().try_fold(width, |product: u64, dim| product.checked_mul(*dim));
+        let bytes = tensor
+            .shape
+            .iter()
+            .try_fold(width, |product: u64, dim| product.checked_mul(*dim));
         if end.checked_sub(start) != bytes {
-            return Err(corrupt(format!("tensor {name} {:?} does not fill bytes {start} to {end}", tensor.shape)));
+            return Err(corrupt(format!(
+                "tensor {name} {:?} does not fill bytes {start} to {end}",
+                tensor.shape
+            )));
         }
         tensors.insert(name, tensor);
     }
@@ -195,31 +246,103 @@ fn expected(shape: &Shape, root: &str) -> Vec<Expected> {
         all.push((format!("{name}.weight"), dims.to_vec(), slice));
     };
     let (hidden, middle, vocab) = (shape.hidden, shape.intermediate, shape.vocab);
-    let (q, kv) = (shape.heads * shape.head_width, shape.kv_heads * shape.head_width);
-    matrix(format!("{root}{embedding}"), [vocab, hidden], Slice::Vocabulary, false);
+    let (q, kv) = (
+        shape.heads * shape.head_width,
+        shape.kv_heads * shape.head_width,
+    );
+    matrix(
+        format!("{root}{embedding}"),
+        [vocab, hidden],
+        Slice::Vocabulary,
+        false,
+    );
     for layer in 0..shape.layers {
         match shape.family {
             Family::Llama => {
-                let mut part = |name: &str, dims, slice, bias| matrix(format!("{root}layers.{layer}.{name}"), dims, slice, bias);
-                part("self_attn.q_proj", [q, hidden], Slice::Heads, shape.attention_bias);
-                part("self_attn.k_proj", [kv, hidden], Slice::KvHeads, shape.attention_bias);
-                part("self_attn.v_proj", [kv, hidden], Slice::KvHeads, shape.attention_bias);
-                part("self_attn.o_proj", [hidden, q], Slice::Heads, shape.attention_bias);
-                part("mlp.gate_proj", [middle, hidden], Slice::Middle, shape.mlp_bias);
-                part("mlp.up_proj", [middle, hidden], Slice::Middle, shape.mlp_bias);
-                part("mlp.down_proj", [hidden, middle], Slice::Middle, shape.mlp_bias);
+                let mut part = |name: &str, dims, slice, bias| {
+                    matrix(format!("{root}layers.{layer}.{name}"), dims, slice, bias)
+                };
+                part(
+                    "self_attn.q_proj",
+                    [q, hidden],
+                    Slice::Heads,
+                    shape.attention_bias,
+                );
+                part(
+                    "self_attn.k_proj",
+                    [kv, hidden],
+                    Slice::KvHeads,
+                    shape.attention_bias,
+                );
+                part(
+                    "self_attn.v_proj",
+                    [kv, hidden],
+                    Slice::KvHeads,
+                    shape.attention_bias,
+                );
+                part(
+                    "self_attn.o_proj",
+                    [hidden, q],
+                    Slice::Heads,
+                    shape.attention_bias,
+                );
+                part(
+                    "mlp.gate_proj",
+                    [middle, hidden],
+                    Slice::Middle,
+                    shape.mlp_bias,
+                );
+                part(
+                    "mlp.up_proj",
+                    [middle, hidden],
+                    Slice::Middle,
+                    shape.mlp_bias,
+                );
+                part(
+                    "mlp.down_proj",
+                    [hidden, middle],
+                    Slice::Middle,
+                    shape.mlp_bias,
+                );
             }
             Family::Mpt => {
-                let mut part = |name: &str, dims, slice, bias| matrix(format!("{root}blocks.{layer}.{name}"), dims, slice, bias);
-                part("attn.Wqkv", [3 * hidden, hidden], Slice::Fused, shape.attention_bias);
-                part("attn.out_proj", [hidden, hidden], Slice::Heads, shape.attention_bias);
-                part("ffn.up_proj", [middle, hidden], Slice::Middle, shape.mlp_bias);
-                part("ffn.down_proj", [hidden, middle], Slice::Middle, shape.mlp_bias);
+                let mut part = |name: &str, dims, slice, bias| {
+                    matrix(format!("{root}blocks.{layer}.{name}"), dims, slice, bias)
+                };
+                part(
+                    "attn.Wqkv",
+                    [3 * hidden, hidden],
+                    Slice::Fused,
+                    shape.attention_bias,
+                );
+                part(
+                    "attn.out_proj",
+                    [hidden, hidden],
+                    Slice::Heads,
+                    shape.attention_bias,
+                );
+                part(
+                    "ffn.up_proj",
+                    [middle, hidden],
+                    Slice::Middle,
+                    shape.mlp_bias,
+                );
+                part(
+                    "ffn.down_proj",
+                    [hidden, middle],
+                    Slice::Middle,
+                    shape.mlp_bias,
+                );
             }
         }
     }
     if !shape.tied {
-        matrix("lm_head".to_owned(), [vocab, hidden], Slice::Vocabulary, false);
+        matrix(
+            "lm_head".to_owned(),
+            [vocab, hidden],
+            Slice::Vocabulary,
+            false,
+        );
     }
     let mut norm = |name: String| {
         if shape.norm_bias {
@@ -243,7 +366,14 @@ fn expected(shape: &Shape, root: &str) -> Vec<Expected> {
             }
         }
     }
-    norm(format!("{root}{}", if shape.family == Family::Llama { "norm" } else { "norm_f" }));
+    norm(format!(
+        "{root}{}",
+        if shape.family == Family::Llama {
+            "norm"
+        } else {
+            "norm_f"
+        }
+    ));
     all
 }
 

@@ -39,7 +39,8 @@ impl EmbeddedStore {
     /// [`StoreError::Failed`] names the file: in use by another coordinator, corrupt, not writable.
     pub fn open(folder: &Path) -> Result<Self, StoreError> {
         let path = folder.join("store.redb");
-        let failed = |reason: String| StoreError::Failed(format!("store {}: {reason}", path.display()));
+        let failed =
+            |reason: String| StoreError::Failed(format!("store {}: {reason}", path.display()));
         fs::create_dir_all(folder).map_err(|e| failed(e.to_string()))?;
         let database = Database::create(&path).map_err(|e| match e {
             DatabaseError::DatabaseAlreadyOpen => failed("is in use by another coordinator; stop it or set another coordinator.data_dir".into()),
@@ -47,7 +48,13 @@ impl EmbeddedStore {
         })?;
         let latest = prepare(&database).map_err(|e| failed(e.to_string()))?;
         let latest = watch::Sender::new(latest);
-        Ok(EmbeddedStore { inner: Arc::new(Inner { path, database, latest }) })
+        Ok(EmbeddedStore {
+            inner: Arc::new(Inner {
+                path,
+                database,
+                latest,
+            }),
+        })
     }
 
     /// Runs on the blocking pool.
@@ -91,7 +98,10 @@ impl Inner {
     fn list(&self, prefix: &str) -> Result<(Vec<Entry>, u64), redb::Error> {
         // One transaction: the revision is that of the list.
         let read = self.database.begin_read()?;
-        let revision = read.open_table(LOG)?.last()?.map_or(0, |(revision, _)| revision.value());
+        let revision = read
+            .open_table(LOG)?
+            .last()?
+            .map_or(0, |(revision, _)| revision.value());
         let mut entries = Vec::new();
         for item in read.open_table(VALUES)?.range(prefix..)? {
             let (key, value) = item?;
@@ -104,7 +114,12 @@ impl Inner {
     }
 
     /// Writes (`Some`) or deletes (`None`); `Ok(None)` is a conflict.
-    fn write(&self, key: &str, value: Option<&[u8]>, expect: Expect) -> Result<Option<u64>, redb::Error> {
+    fn write(
+        &self,
+        key: &str,
+        value: Option<&[u8]>,
+        expect: Expect,
+    ) -> Result<Option<u64>, redb::Error> {
         let write = self.database.begin_write()?;
         let revision = {
             let mut values = write.open_table(VALUES)?;
@@ -131,7 +146,8 @@ impl Inner {
         };
         write.commit()?;
         // Writers take turns, but they may get here out of order.
-        self.latest.send_if_modified(|latest| std::mem::replace(latest, revision.max(*latest)) < revision);
+        self.latest
+            .send_if_modified(|latest| std::mem::replace(latest, revision.max(*latest)) < revision);
         Ok(Some(revision))
     }
 
@@ -150,14 +166,23 @@ impl Inner {
             let found = values.get(key)?.map(|found| entry(key, found.value()));
             let deleted = found.is_none();
             let entry = found.filter(|entry| entry.revision == revision);
-            changes.push(Change { revision, key: key.to_owned(), entry, deleted });
+            changes.push(Change {
+                revision,
+                key: key.to_owned(),
+                entry,
+                deleted,
+            });
         }
         Ok(Some(changes))
     }
 }
 
 fn entry(key: &str, (revision, value): (u64, &[u8])) -> Entry {
-    Entry { key: key.to_owned(), value: value.to_owned(), revision }
+    Entry {
+        key: key.to_owned(),
+        value: value.to_owned(),
+        revision,
+    }
 }
 
 impl Store for EmbeddedStore {
@@ -169,16 +194,25 @@ impl Store for EmbeddedStore {
         self.run(move |inner| inner.list(&prefix).map_err(|e| inner.failed(e)))
     }
 
-    fn put(&self, key: String, value: Vec<u8>, expect: Expect) -> BoxFuture<'_, Result<u64, StoreError>> {
+    fn put(
+        &self,
+        key: String,
+        value: Vec<u8>,
+        expect: Expect,
+    ) -> BoxFuture<'_, Result<u64, StoreError>> {
         self.run(move |inner| {
-            let written = inner.write(&key, Some(&value), expect).map_err(|e| inner.failed(e))?;
+            let written = inner
+                .write(&key, Some(&value), expect)
+                .map_err(|e| inner.failed(e))?;
             written.ok_or(StoreError::Conflict { key })
         })
     }
 
     fn delete(&self, key: String, expect: Expect) -> BoxFuture<'_, Result<u64, StoreError>> {
         self.run(move |inner| {
-            let written = inner.write(&key, None, expect).map_err(|e| inner.failed(e))?;
+            let written = inner
+                .write(&key, None, expect)
+                .map_err(|e| inner.failed(e))?;
             written.ok_or(StoreError::Conflict { key })
         })
     }
@@ -216,12 +250,21 @@ mod tests {
     async fn values_and_revisions_survive_a_restart() {
         let folder = tempfile::tempdir().unwrap();
         let store = EmbeddedStore::open(folder.path()).unwrap();
-        let first = store.put("a".into(), b"1".to_vec(), Expect::Absent).await.unwrap();
+        let first = store
+            .put("a".into(), b"1".to_vec(), Expect::Absent)
+            .await
+            .unwrap();
         drop(store);
         let store = EmbeddedStore::open(folder.path()).unwrap();
         let found = store.get("a".into()).await.unwrap().unwrap();
         assert_eq!((found.value, found.revision), (b"1".to_vec(), first));
-        assert!(store.put("a".into(), b"2".to_vec(), Expect::Revision(first)).await.unwrap() > first);
+        assert!(
+            store
+                .put("a".into(), b"2".to_vec(), Expect::Revision(first))
+                .await
+                .unwrap()
+                > first
+        );
     }
 
     #[tokio::test]
@@ -230,7 +273,9 @@ mod tests {
         let store = EmbeddedStore::open(folder.path()).unwrap();
         let inner = store.inner.clone();
         for i in 0..LOG_LENGTH + 2 {
-            inner.write("a", Some(&i.to_le_bytes()), Expect::Any).unwrap();
+            inner
+                .write("a", Some(&i.to_le_bytes()), Expect::Any)
+                .unwrap();
         }
         assert_eq!(store.changes(0).await, Err(StoreError::Compacted(0)));
         assert_eq!(store.changes(LOG_LENGTH).await.unwrap().len(), 2);
@@ -241,11 +286,23 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("store.redb");
         fs::write(&path, vec![7; 8192]).unwrap();
-        let message = EmbeddedStore::open(folder.path()).err().unwrap().to_string();
-        assert!(message.contains(&format!("store {}: cannot be opened", path.display())), "{message}");
+        let message = EmbeddedStore::open(folder.path())
+            .err()
+            .unwrap()
+            .to_string();
+        assert!(
+            message.contains(&format!("store {}: cannot be opened", path.display())),
+            "{message}"
+        );
         fs::remove_file(&path).unwrap();
         let _open = EmbeddedStore::open(folder.path()).unwrap();
-        let message = EmbeddedStore::open(folder.path()).err().unwrap().to_string();
-        assert!(message.contains("in use by another coordinator"), "{message}");
+        let message = EmbeddedStore::open(folder.path())
+            .err()
+            .unwrap()
+            .to_string();
+        assert!(
+            message.contains("in use by another coordinator"),
+            "{message}"
+        );
     }
 }

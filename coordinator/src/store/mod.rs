@@ -79,7 +79,12 @@ pub trait Store: Send + Sync + 'static {
     fn list(&self, prefix: String) -> BoxFuture<'_, Result<(Vec<Entry>, u64), StoreError>>;
 
     /// Writes a value and gives its revision. The write is durable when this answers.
-    fn put(&self, key: String, value: Vec<u8>, expect: Expect) -> BoxFuture<'_, Result<u64, StoreError>>;
+    fn put(
+        &self,
+        key: String,
+        value: Vec<u8>,
+        expect: Expect,
+    ) -> BoxFuture<'_, Result<u64, StoreError>>;
 
     /// Deletes a value and gives the revision of that. Deleting what is not there is a conflict, except with
     /// [`Expect::Any`].

@@ -1,7 +1,7 @@
 //! The CPU backend's heavy kernels against what the machine can do: matrix products by rows, decode attention.
 //!
-//! Prints, beside criterion's report, each kernel's best rate and its share of the measured limit. `cargo bench -p
-//! engine`; the threads are all cores, or `TANDEM_BENCH_THREADS`.
+//! Prints, beside criterion's report, each kernel's best rate and its share of the measured limit. Run by
+//! `cargo bench -p engine --bench kernels`; the threads are all cores, or `TANDEM_BENCH_THREADS`.
 
 use std::hint::black_box;
 use std::sync::Arc;

@@ -72,7 +72,8 @@ struct Shared {
 #[derive(Default)]
 struct Inbox {
     requests: Vec<Request>,
-    cancels: Vec<RequestKey>,
+    /// Requests, or single candidates of them, that are not wanted any more.
+    cancels: Vec<(RequestKey, Option<u32>)>,
     /// What waits in `requests` and in the scheduler.
     waiting: Backlog,
     /// Candidates that have not ended, by request. The one authority on who owes an end.
@@ -166,9 +167,22 @@ impl EngineHandle {
 
     /// Ends a request's candidates before the next step. Nothing happens when they have ended already.
     pub fn cancel(&self, key: RequestKey) {
+        self.end(key, None);
+    }
+
+    /// Ends one candidate of a request before the next step; the others go on.
+    pub fn cancel_candidate(&self, key: RequestKey, candidate: u32) {
+        self.end(key, Some(candidate));
+    }
+
+    fn end(&self, key: RequestKey, candidate: Option<u32>) {
         let mut inbox = self.door.shared.lock();
-        if inbox.live.contains_key(&key) && !inbox.cancels.contains(&key) {
-            inbox.cancels.push(key);
+        let lives = inbox
+            .live
+            .get(&key)
+            .is_some_and(|live| candidate.is_none_or(|index| live.contains(&index)));
+        if lives && !inbox.cancels.contains(&(key, candidate)) {
+            inbox.cancels.push((key, candidate));
             self.door.shared.filled.notify_one();
         }
     }
@@ -290,8 +304,8 @@ impl Thread {
         for request in inbox.requests.drain(..) {
             self.scheduler.submit(request, &mut self.events);
         }
-        for key in inbox.cancels.drain(..) {
-            self.scheduler.cancel(key, &mut self.events);
+        for (key, candidate) in inbox.cancels.drain(..) {
+            self.scheduler.cancel(key, candidate, &mut self.events);
         }
         !inbox.stopping
     }

@@ -356,7 +356,13 @@ impl Shard {
             Phase::Leaving(_) => self.outbox.send_last(self.held(ShardState::Unloaded)),
             Phase::Over => {}
             Phase::Opening | Phase::Running(..) => {
-                self.fail(Failure::new(FailureKind::Unavailable, end.to_string()))
+                let reason = match end {
+                    EngineEnd::Stopped if self.spec.rank > 0 => {
+                        "rank 0 has ended the shard group".to_owned()
+                    }
+                    end => end.to_string(),
+                };
+                self.fail(Failure::new(FailureKind::Unavailable, reason));
             }
         }
     }

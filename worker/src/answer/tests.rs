@@ -290,12 +290,12 @@ fn logprobs_of_a_prompt_that_do_not_fit_a_frame_fail_the_request_alone() {
     assert!(failure.message.contains("20000 tokens"), "{failure}");
     assert_eq!(
         (failure.kind, step.cancel),
-        (FailureKind::BadRequest, vec![KEY])
+        (FailureKind::BadRequest, vec![(KEY, 0)])
     );
 }
 
 #[test]
-fn the_last_candidate_to_end_cancels_those_that_the_engine_still_runs() {
+fn a_candidate_that_meets_a_stop_string_is_cancelled_alone() {
     let mut answer = Answer::new(REQUEST, text_model("tiny-llama"), PromptPart::default());
     for _ in 0..2 {
         answer.add_candidate(Utf8Stream::default(), &["lo".to_owned()], &[], 0);
@@ -303,32 +303,39 @@ fn the_last_candidate_to_end_cancels_those_that_the_engine_still_runs() {
     let mut answers = Answers::default();
     answers.begin(KEY, answer);
     assert_eq!(answers.key(REQUEST), Some(KEY));
+    let hello = ids("hello");
     let events = (0..)
-        .zip(ids("hello"))
+        .zip(hello)
         .map(|(index, id)| token(index, id, false))
         .collect();
     let step = answers.step(events);
+    let ends = |step: &Step| {
+        step.outputs
+            .iter()
+            .filter(|o| matches!(o, Output::End { .. }))
+            .count()
+    };
+    assert_eq!((step.cancel.as_slice(), ends(&step)), (&[(KEY, 0)][..], 1));
+    let late = Event::Ended {
+        key: KEY,
+        candidate: 0,
+        reason: EndReason::Cancelled,
+        cached_tokens: 0,
+    };
     assert_eq!(
-        (
-            step.cancel.len(),
-            step.outputs
-                .iter()
-                .filter(|o| matches!(o, Output::End { .. }))
-                .count()
-        ),
-        (0, 1)
+        answers.step(vec![late]),
+        Step::default(),
+        "its end is told already"
     );
-    let step = answers.step(vec![Event::Ended {
+    let last = Event::Ended {
         key: KEY,
         candidate: 1,
         reason: EndReason::Length,
         cached_tokens: 0,
-    }]);
-    assert_eq!(
-        step.cancel,
-        [KEY],
-        "candidate 0 matched its stop string, and the engine does not know"
-    );
+    };
+    let step = answers.step(vec![last]);
+    assert_eq!((step.cancel.len(), ends(&step)), (0, 1));
+    assert_eq!(answers.key(REQUEST), None);
 }
 
 /// The shown text of a whole: up to the stop string that is complete first, the longest of those.

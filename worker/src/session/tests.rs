@@ -1,8 +1,9 @@
 //! A fake coordinator over loopback that speaks the true protocol, and real engines behind the session.
 
 use std::future::Future;
+use std::path::Path;
 
-use common::config::{DeviceEntry, Node};
+use common::config::{DeviceEntry, Node, TlsFiles};
 use common::ids::RequestId;
 use common::request::{End, Generate, Prompt, Resume};
 use common::wire::message::{
@@ -665,6 +666,60 @@ fn a_coordinator_that_does_not_read_loses_the_link_and_the_engine_goes_on() {
         drop(link);
         shutdown.cancel();
         session.await.unwrap().unwrap();
+    });
+}
+
+/// Files of an authority and of one process that may be either side.
+fn certificates(folder: &Path) -> TlsFiles {
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+    let mut authority = CertificateParams::default();
+    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority_key = KeyPair::generate().unwrap();
+    let ca = authority.self_signed(&authority_key).unwrap();
+    let process = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+    let key = KeyPair::generate().unwrap();
+    let issuer = Issuer::new(authority, authority_key);
+    let cert = process.signed_by(&key, &issuer).unwrap();
+    let file = |name: &str, text: String| {
+        std::fs::write(folder.join(name), text).unwrap();
+        folder.join(name)
+    };
+    TlsFiles {
+        ca: file("ca.pem", ca.pem()),
+        cert: file("cert.pem", cert.pem()),
+        key: file("key.pem", key.serialize_pem()),
+    }
+}
+
+#[test]
+fn a_link_with_certificates_is_encrypted_and_checks_both_sides() {
+    system(async {
+        let folder = tempfile::tempdir().unwrap();
+        let files = certificates(folder.path());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let acceptor = tokio_rustls::TlsAcceptor::from(common::tls::server(&files).unwrap());
+        let accept = async || acceptor.accept(listener.accept().await.unwrap().0).await;
+
+        let own = common::tls::client(&files).unwrap();
+        let (dialled, accepted) = tokio::join!(dial(&address, Some(own)), accept());
+        let accepted = accepted.unwrap();
+        assert!(accepted.get_ref().1.peer_certificates().is_some());
+        let (mut report, _commands) = link::split::<Report, Command>(dialled.unwrap());
+        let (_command, mut reports) = link::split::<Command, Report>(accepted);
+        report.send(&Report::Pong { nonce: 4 }).await.unwrap();
+        assert_eq!(
+            reports.receive().await.unwrap(),
+            Some(Report::Pong { nonce: 4 })
+        );
+
+        let elsewhere = tempfile::tempdir().unwrap();
+        let stranger = common::tls::client(&certificates(elsewhere.path())).unwrap();
+        let (dialled, accepted) = tokio::join!(dial(&address, Some(stranger)), accept());
+        assert!(
+            dialled.is_err() && accepted.is_err(),
+            "another authority's worker is let in"
+        );
     });
 }
 

@@ -1,16 +1,28 @@
-//! An endpoint as clients see it: the stored record, with live words over it.
+//! What the gateway asks: endpoints as clients see them (the stored record, with live words over it), whether a
+//! configuration fits, how the cluster is.
 
 use super::{CoordinatorActor, Endpoint};
-use crate::actors::slot::Slot;
-use crate::api::{ConfigView, DeploymentState, EndpointView, EntityView};
+use crate::actors::messages::{CheckFit, Status};
+use crate::actors::slot::{Running, Slot, Stage};
+use crate::api::{
+    ApiError, ClusterHealth, ConfigView, DeploymentState, EndpointView, EntityView, ErrorKind,
+};
+use crate::policy::fit::{self, NoFit, Wish};
 use crate::policy::lifecycle::{Deployment, Entity};
+use crate::policy::workload;
 
 impl CoordinatorActor {
     pub(super) fn view(&self, endpoint: &Endpoint) -> EndpointView {
         let record = &endpoint.record;
         let life = &record.life;
-        let task = life.active.iter().chain(&life.pending).flat_map(|deployment| &deployment.entities);
-        let task = task.flat_map(|entity| &entity.replicas).find_map(|replica| self.slots.get(replica)?.task.clone());
+        let task = life
+            .active
+            .iter()
+            .chain(&life.pending)
+            .flat_map(|deployment| &deployment.entities);
+        let task = task
+            .flat_map(|entity| &entity.replicas)
+            .find_map(|replica| self.slots.get(replica)?.task.clone());
         EndpointView {
             name: record.name.clone(),
             id: record.id.clone(),
@@ -31,21 +43,86 @@ impl CoordinatorActor {
         ConfigView {
             version: deployment.version,
             started_ms: deployment.started_ms,
-            entities: deployment.entities.iter().map(|entity| self.entity(entity)).collect(),
+            entities: deployment
+                .entities
+                .iter()
+                .map(|entity| self.entity(entity))
+                .collect(),
             routes: deployment.routes.clone(),
         }
     }
 
     fn entity(&self, entity: &Entity) -> EntityView {
         // Progress is not stored: what is on its way has live words.
-        let moving = matches!(entity.state, DeploymentState::Creating | DeploymentState::Recovering);
-        let slot = entity.replicas.iter().find_map(|replica| self.slots.get(replica)).filter(|_| moving);
+        let moving = matches!(
+            entity.state,
+            DeploymentState::Creating | DeploymentState::Recovering
+        );
+        let slot = entity
+            .replicas
+            .iter()
+            .find_map(|replica| self.slots.get(replica))
+            .filter(|_| moving);
         EntityView {
             spec: entity.spec.clone(),
             creator: entity.creator.clone(),
             created_ms: entity.created_ms,
             state: entity.state,
             message: slot.map_or_else(|| entity.message.clone(), Slot::words),
+        }
+    }
+
+    /// Whether all entities of a configuration can be placed if all workers are there.
+    pub(super) fn check_fit(&self, message: &CheckFit) -> Result<(), ApiError> {
+        let own = |slot: &Slot| message.instead_of.as_deref() == Some(&slot.endpoint);
+        let mut places = self.places(true, |slot| slot.is_retiring() || own(slot));
+        let types = &self.means.cluster.workload_types;
+        for (entity, facts) in message.config.entities.iter().zip(&message.facts) {
+            let workload = workload::resolve(types, &entity.workload_type, entity.workload_size)?;
+            let wish = Wish {
+                facts,
+                workload,
+                concurrency: entity.workload_size.concurrency(),
+            };
+            match fit::fit(wish, &places, types) {
+                Ok(fit) => {
+                    for device in fit.devices {
+                        places[device].free_bytes = places[device]
+                            .free_bytes
+                            .map(|free| free.saturating_sub(fit.plan.bytes()));
+                    }
+                }
+                Err(NoFit::Waiting(_)) => {}
+                Err(NoFit::Never(why)) => {
+                    return Err(ApiError::new(ErrorKind::InvalidParameter, why));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn health(&self) -> ClusterHealth {
+        let stalled = |slot: &&Slot| {
+            matches!(
+                &slot.stage,
+                Stage::Running(Running {
+                    status: Status::Stalled,
+                    ..
+                })
+            )
+        };
+        ClusterHealth {
+            live: true,
+            ready: true,
+            workers: self.workers.len() as u32,
+            workers_expected: self.means.cluster.workers().count() as u32,
+            endpoints_ready: self
+                .endpoints
+                .values()
+                .filter(|endpoint| endpoint.record.life.ready())
+                .count() as u32,
+            endpoints: self.endpoints.len() as u32,
+            stalled: self.slots.values().filter(stalled).count() as u32,
         }
     }
 }

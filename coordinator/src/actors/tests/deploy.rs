@@ -12,18 +12,43 @@ async fn an_endpoint_is_created_loaded_and_answers() {
     let core = cluster(folder.path(), |text| text).await;
     let mut worker = FakeWorker::join(&core, "0").await;
     let view = core.create("e", config("tiny", "CPU")).await.unwrap();
-    assert_eq!((view.ready, view.update, view.active.is_none()), (false, UpdateState::InProgress, true));
+    assert_eq!(
+        (view.ready, view.update, view.active.is_none()),
+        (false, UpdateState::InProgress, true)
+    );
     let shard = worker.load().await;
-    assert_eq!((shard.rank, shard.members.len(), shard.options.context_max), (0, 1, 1024));
-    let loading = ShardState::Loading { stage: "reading weights".into(), done_bytes: 45, total_bytes: 100 };
+    assert_eq!(
+        (shard.rank, shard.members.len(), shard.options.context_max),
+        (0, 1, 1024)
+    );
+    let loading = ShardState::Loading {
+        stage: "reading weights".into(),
+        done_bytes: 45,
+        total_bytes: 100,
+    };
     worker.state(&shard, loading).await;
-    let words = |view: &crate::api::EndpointView| view.pending.as_ref().map_or(String::new(), |p| p.entities[0].message.clone());
-    core.until("e", "loading", |view| words(view).starts_with("reading weights 45 %")).await;
+    let words = |view: &crate::api::EndpointView| {
+        view.pending
+            .as_ref()
+            .map_or(String::new(), |p| p.entities[0].message.clone())
+    };
+    core.until("e", "loading", |view| {
+        words(view).starts_with("reading weights 45 %")
+    })
+    .await;
     let early = core.ask("e", "hi").await.unwrap_err();
-    assert_eq!((early.kind, early.retry_after_s.is_some()), (ErrorKind::Unavailable, true));
-    worker.state(&shard, crate::actors::testing::ready_state()).await;
+    assert_eq!(
+        (early.kind, early.retry_after_s.is_some()),
+        (ErrorKind::Unavailable, true)
+    );
+    worker
+        .state(&shard, crate::actors::testing::ready_state())
+        .await;
     let view = core.until_ready("e").await;
-    assert_eq!((view.update, view.pending.is_none(), view.task.as_deref()), (UpdateState::NotUpdating, true, Some("llm/v1/completions")));
+    assert_eq!(
+        (view.update, view.pending.is_none(), view.task.as_deref()),
+        (UpdateState::NotUpdating, true, Some("llm/v1/completions"))
+    );
     let (answer, _) = tokio::join!(core.ask("e", "hi"), async {
         let start = worker.accept().await;
         worker.token(&start, "Hel").await;
@@ -31,7 +56,13 @@ async fn an_endpoint_is_created_loaded_and_answers() {
         worker.end(&start, End::Stop).await;
     });
     let answer = answer.unwrap();
-    assert_eq!((answer.served_entity.as_str(), answer.generations[0].prompt_tokens), ("tiny-1", 3));
+    assert_eq!(
+        (
+            answer.served_entity.as_str(),
+            answer.generations[0].prompt_tokens
+        ),
+        ("tiny-1", 3)
+    );
     assert_eq!(whole(answer).await, ("Hello".into(), End::Stop));
 }
 
@@ -41,41 +72,83 @@ async fn a_group_is_ready_when_all_its_ranks_are_and_says_what_stands_in() {
     let core = cluster(folder.path(), |text| text).await;
     core.create("e", config("tiny", "PAIR")).await.unwrap();
     let mut first = FakeWorker::join(&core, "0").await;
-    core.until("e", "waiting", |view| view.pending.as_ref().unwrap().entities[0].message.contains("waiting for workers")).await;
+    core.until("e", "waiting", |view| {
+        view.pending.as_ref().unwrap().entities[0]
+            .message
+            .contains("waiting for workers")
+    })
+    .await;
     let mut second = FakeWorker::join(&core, "1").await;
     let (one, two) = (first.serve().await, second.load().await);
-    assert_eq!((one.rank, two.rank, &one.members, one.group_key), (0, 1, &two.members, two.group_key));
+    assert_eq!(
+        (one.rank, two.rank, &one.members, one.group_key),
+        (0, 1, &two.members, two.group_key)
+    );
     assert!(!core.gateway.get("e".into()).await.unwrap().ready);
-    second.state(&two, crate::actors::testing::ready_state()).await;
+    second
+        .state(&two, crate::actors::testing::ready_state())
+        .await;
     let view = core.until_ready("e").await;
     let message = &view.active.unwrap().entities[0].message;
-    assert_eq!(message, "Served by n/0, n/1; 2 CPU shards stand in for 2 x A100 80 GB");
+    assert_eq!(
+        message,
+        "Served by n/0, n/1; 2 CPU shards stand in for 2 x A100 80 GB"
+    );
 }
 
 #[actix::test]
 async fn what_cannot_be_created_says_why_and_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
-    let core = cluster(folder.path(), |text| text.replace("memory = \"1GiB\"", "memory = \"16MiB\"")).await;
-    let refused = |result: Result<_, crate::api::ApiError>| result.map(|_: crate::api::EndpointView| ()).unwrap_err();
+    let core = cluster(folder.path(), |text| {
+        text.replace("memory = \"1GiB\"", "memory = \"16MiB\"")
+    })
+    .await;
+    let refused = |result: Result<_, crate::api::ApiError>| {
+        result.map(|_: crate::api::EndpointView| ()).unwrap_err()
+    };
     let large = refused(core.create("e", config("tiny", "CPU")).await);
     assert_eq!(large.kind, ErrorKind::InvalidParameter);
-    assert!(large.message.contains("does not fit workload type CPU") && large.message.contains("What would do"), "{large}");
+    assert!(
+        large.message.contains("does not fit workload type CPU")
+            && large.message.contains("What would do"),
+        "{large}"
+    );
     let unmapped = refused(core.create("e", config("tiny", "GPU_MEDIUM")).await);
-    assert!(unmapped.message.ends_with("Please choose a node type from [CPU, PAIR]"), "{unmapped}");
+    assert!(
+        unmapped
+            .message
+            .ends_with("Please choose a node type from [CPU, PAIR]"),
+        "{unmapped}"
+    );
     let unknown = refused(core.create("e", config("nobody", "CPU")).await);
     assert_eq!(unknown.kind, ErrorKind::NotFound);
     assert!(core.gateway.list().await.unwrap().is_empty());
     let missing = core.ask("e", "hi").await.unwrap_err();
-    assert_eq!((missing.kind, missing.message.as_str()), (ErrorKind::NotFound, "Endpoint with name 'e' does not exist."));
+    assert_eq!(
+        (missing.kind, missing.message.as_str()),
+        (
+            ErrorKind::NotFound,
+            "Endpoint with name 'e' does not exist."
+        )
+    );
 }
 
 #[actix::test]
 async fn a_name_is_taken_once() {
     let folder = tempfile::tempdir().unwrap();
     let core = cluster(folder.path(), |text| text).await;
-    let both = tokio::join!(core.create("e", config("tiny", "CPU")), core.create("e", config("tiny", "CPU")));
-    let failed = [both.0.err(), both.1.err()].into_iter().flatten().collect::<Vec<_>>();
-    assert_eq!(failed.iter().map(|e| e.kind).collect::<Vec<_>>(), [ErrorKind::AlreadyExists]);
+    let both = tokio::join!(
+        core.create("e", config("tiny", "CPU")),
+        core.create("e", config("tiny", "CPU"))
+    );
+    let failed = [both.0.err(), both.1.err()]
+        .into_iter()
+        .flatten()
+        .collect::<Vec<_>>();
+    assert_eq!(
+        failed.iter().map(|e| e.kind).collect::<Vec<_>>(),
+        [ErrorKind::AlreadyExists]
+    );
 }
 
 #[actix::test]
@@ -87,13 +160,23 @@ async fn a_first_deployment_that_fails_answers_with_a_clear_400() {
     let shard = worker.load().await;
     let failure = Failure::new(FailureKind::BadRequest, "tensor x is missing");
     worker.state(&shard, ShardState::Failed(failure)).await;
-    let view = core.until("e", "failed", |view| view.update == UpdateState::Failed).await;
+    let view = core
+        .until("e", "failed", |view| view.update == UpdateState::Failed)
+        .await;
     assert!(!view.ready && view.active.is_none());
-    assert_eq!(view.pending.unwrap().entities[0].state, DeploymentState::Failed);
+    assert_eq!(
+        view.pending.unwrap().entities[0].state,
+        DeploymentState::Failed
+    );
     assert_eq!(worker.unload().await, shard.replica);
     let refused = core.ask("e", "hi").await.unwrap_err();
     assert_eq!(refused.kind, ErrorKind::BadRequest);
-    assert!(refused.message.contains("could not be deployed: rank 0 on n/0: tensor x is missing"), "{refused}");
+    assert!(
+        refused
+            .message
+            .contains("could not be deployed: rank 0 on n/0: tensor x is missing"),
+        "{refused}"
+    );
 }
 
 #[actix::test]
@@ -104,39 +187,75 @@ async fn the_old_version_serves_until_the_new_one_is_ready() {
     core.create("e", config("tiny", "CPU")).await.unwrap();
     let old = worker.serve().await;
     core.until_ready("e").await;
-    let update = || core.gateway.update("user".into(), "e".into(), config("other", "CPU"));
+    let update = || {
+        core.gateway
+            .update("user".into(), "e".into(), config("other", "CPU"))
+    };
     let view = update().await.unwrap();
     assert_eq!((view.ready, view.update), (true, UpdateState::InProgress));
     assert_eq!(update().await.unwrap_err().kind, ErrorKind::Conflict);
     let new = worker.load().await;
     let (answer, start) = tokio::join!(core.ask("e", "hi"), worker.accept());
-    assert_eq!((start.replica, answer.unwrap().served_entity.as_str()), (old.replica, "tiny-1"));
+    assert_eq!(
+        (start.replica, answer.unwrap().served_entity.as_str()),
+        (old.replica, "tiny-1")
+    );
     worker.end(&start, End::Stop).await;
     assert_eq!(worker.cancel().await, start.request);
-    worker.state(&new, crate::actors::testing::ready_state()).await;
-    let view = core.until("e", "updated", |view| view.update == UpdateState::NotUpdating).await;
+    worker
+        .state(&new, crate::actors::testing::ready_state())
+        .await;
+    let view = core
+        .until("e", "updated", |view| {
+            view.update == UpdateState::NotUpdating
+        })
+        .await;
     assert!(view.ready);
     assert_eq!(view.active.unwrap().version, 2);
     assert_eq!(worker.unload().await, old.replica);
     let (answer, start) = tokio::join!(core.ask("e", "hi"), worker.accept());
-    assert_eq!((start.replica, answer.unwrap().served_entity.as_str()), (new.replica, "other-1"));
+    assert_eq!(
+        (start.replica, answer.unwrap().served_entity.as_str()),
+        (new.replica, "other-1")
+    );
 }
 
 #[actix::test]
 async fn an_update_without_room_for_both_fails_and_the_old_version_goes_on() {
     let folder = tempfile::tempdir().unwrap();
-    let core = cluster(folder.path(), |text| text.replace("memory = \"1GiB\"", "memory = \"64MiB\"").replace("name = \"1\"\nkind = \"cpu\"", "name = \"1\"\nkind = \"cuda:0\"")).await;
+    let core = cluster(folder.path(), |text| {
+        text.replace("memory = \"1GiB\"", "memory = \"64MiB\"")
+            .replace(
+                "name = \"1\"\nkind = \"cpu\"",
+                "name = \"1\"\nkind = \"cuda:0\"",
+            )
+    })
+    .await;
     let hello = FakeWorker::hello(&core, "0");
-    let device = common::wire::message::Device { memory_bytes: 64 << 20, ..hello.device.clone() };
-    let mut worker = FakeWorker::dial(&core, common::wire::message::Hello { device, ..hello }).await;
+    let device = common::wire::message::Device {
+        memory_bytes: 64 << 20,
+        ..hello.device.clone()
+    };
+    let mut worker =
+        FakeWorker::dial(&core, common::wire::message::Hello { device, ..hello }).await;
     worker.command().await;
     core.create("e", config("tiny", "CPU")).await.unwrap();
     let old = worker.serve().await;
     core.until_ready("e").await;
-    core.gateway.update("user".into(), "e".into(), config("other", "CPU")).await.unwrap();
-    let view = core.until("e", "failed", |view| view.update == UpdateState::Failed).await;
+    core.gateway
+        .update("user".into(), "e".into(), config("other", "CPU"))
+        .await
+        .unwrap();
+    let view = core
+        .until("e", "failed", |view| view.update == UpdateState::Failed)
+        .await;
     assert!(view.ready);
-    assert!(view.pending.unwrap().entities[0].message.contains("does not fit"), "it says why");
+    assert!(
+        view.pending.unwrap().entities[0]
+            .message
+            .contains("does not fit"),
+        "it says why"
+    );
     let (answer, start) = tokio::join!(core.ask("e", "hi"), worker.accept());
     assert_eq!((start.replica, answer.is_ok()), (old.replica, true));
 }
@@ -152,10 +271,22 @@ async fn deleting_an_endpoint_ends_its_requests_and_frees_its_shards() {
     let (answer, start) = tokio::join!(core.ask("e", "hi"), worker.accept());
     worker.token(&start, "Hel").await;
     core.gateway.delete("e".into()).await.unwrap();
-    assert_eq!(core.gateway.get("e".into()).await.unwrap_err().kind, ErrorKind::NotFound);
+    assert_eq!(
+        core.gateway.get("e".into()).await.unwrap_err().kind,
+        ErrorKind::NotFound
+    );
     let (text, end) = whole(answer.unwrap()).await;
     assert_eq!(text, "Hel");
-    assert!(matches!(end, End::Error(Failure { kind: FailureKind::Unavailable, .. })), "{end:?}");
+    assert!(
+        matches!(
+            end,
+            End::Error(Failure {
+                kind: FailureKind::Unavailable,
+                ..
+            })
+        ),
+        "{end:?}"
+    );
     assert_eq!(worker.unload().await, shard.replica);
     core.create("e", config("tiny", "CPU")).await.unwrap();
     assert_ne!(worker.serve().await.replica, shard.replica);
@@ -181,7 +312,10 @@ async fn after_a_restart_held_shards_are_adopted_and_lost_ones_loaded_again() {
     assert!(core.doorkeeper.term > term);
     for name in ["kept", "lost"] {
         let view = core.gateway.get(name.into()).await.unwrap();
-        assert_eq!((view.ready, view.active.unwrap().entities[0].state), (false, DeploymentState::Recovering));
+        assert_eq!(
+            (view.ready, view.active.unwrap().entities[0].state),
+            (false, DeploymentState::Recovering)
+        );
     }
     let mut worker = FakeWorker::join_with(&core, "0", vec![held(&kept)]).await;
     let mut second = FakeWorker::join(&core, "1").await;
@@ -191,7 +325,10 @@ async fn after_a_restart_held_shards_are_adopted_and_lost_ones_loaded_again() {
     assert!(again.generation > lost.generation);
     core.until_ready("lost").await;
     let (answer, start) = tokio::join!(core.ask("kept", "hi"), worker.accept());
-    assert_eq!((start.replica, start.generation, answer.is_ok()), (kept.replica, kept.generation, true));
+    assert_eq!(
+        (start.replica, start.generation, answer.is_ok()),
+        (kept.replica, kept.generation, true)
+    );
 }
 
 #[actix::test]
@@ -216,5 +353,11 @@ async fn endpoints_of_cluster_toml_exist_from_the_first_start() {
     let mut worker = FakeWorker::join(&core, "0").await;
     worker.serve().await;
     let view = core.until_ready("seeded").await;
-    assert_eq!((view.creator.as_str(), view.active.unwrap().entities[0].spec.name.as_str()), ("cluster.toml", "tiny-1"));
+    assert_eq!(
+        (
+            view.creator.as_str(),
+            view.active.unwrap().entities[0].spec.name.as_str()
+        ),
+        ("cluster.toml", "tiny-1")
+    );
 }

@@ -22,8 +22,14 @@ async fn a_worker_that_dies_and_comes_back_is_used_again() {
     core.until_ready("e").await;
     drop(worker);
     let view = core.until("e", "lost", |view| !view.ready).await;
-    assert_eq!(view.active.unwrap().entities[0].state, DeploymentState::Recovering);
-    assert_eq!(core.ask("e", "p").await.unwrap_err().kind, ErrorKind::Unavailable);
+    assert_eq!(
+        view.active.unwrap().entities[0].state,
+        DeploymentState::Recovering
+    );
+    assert_eq!(
+        core.ask("e", "p").await.unwrap_err().kind,
+        ErrorKind::Unavailable
+    );
     let mut worker = FakeWorker::join(&core, "0").await;
     let after = worker.serve().await;
     assert_eq!(after.replica, before.replica);
@@ -81,8 +87,13 @@ async fn a_request_with_output_ends_with_an_error_that_may_be_tried_again() {
     assert!(answer.generations[0].events.recv().await.is_some());
     drop(worker);
     let (_, end) = whole(answer).await;
-    let End::Error(failure) = end else { panic!("{end:?}") };
-    assert!(failure.kind.retryable() && failure.message.contains("worker n/0"), "{failure:?}");
+    let End::Error(failure) = end else {
+        panic!("{end:?}")
+    };
+    assert!(
+        failure.kind.retryable() && failure.message.contains("worker n/0"),
+        "{failure:?}"
+    );
 }
 
 #[actix::test]
@@ -111,7 +122,9 @@ async fn a_shard_that_fails_while_serving_is_loaded_again() {
     let shard = worker.serve().await;
     core.until_ready("e").await;
     let failure = Failure::new(FailureKind::Internal, "the engine panicked");
-    worker.state(&shard, common::wire::message::ShardState::Failed(failure)).await;
+    worker
+        .state(&shard, common::wire::message::ShardState::Failed(failure))
+        .await;
     assert_eq!(worker.unload().await, shard.replica);
     assert!(worker.serve().await.generation > shard.generation);
     core.until_ready("e").await;
@@ -146,7 +159,10 @@ async fn actors_that_panic_are_started_again() {
     let mut worker = loop {
         let mut worker = FakeWorker::dial(
             &core,
-            common::wire::message::Hello { shards: vec![held(&shard)], ..FakeWorker::hello(&core, "0") },
+            common::wire::message::Hello {
+                shards: vec![held(&shard)],
+                ..FakeWorker::hello(&core, "0")
+            },
         )
         .await;
         if worker.command().await.is_some() {

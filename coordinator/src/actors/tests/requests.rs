@@ -31,15 +31,31 @@ async fn four_run_four_wait_and_the_ninth_is_sent_away() {
     }
     worker.is_left_alone(Duration::from_millis(300)).await;
     let ninth = core.ask("e", "p").await.unwrap_err();
-    assert_eq!((ninth.kind, ninth.retry_after_s.is_some()), (ErrorKind::Overloaded, true), "{ninth}");
-    let never = core.gateway.generate(call("e", &["p"; 9])).await.unwrap_err();
+    assert_eq!(
+        (ninth.kind, ninth.retry_after_s.is_some()),
+        (ErrorKind::Overloaded, true),
+        "{ninth}"
+    );
+    let never = core
+        .gateway
+        .generate(call("e", &["p"; 9]))
+        .await
+        .unwrap_err();
     assert_eq!(never.kind, ErrorKind::BadRequest, "{never}");
     for _ in 0..4 {
         worker.end(&running.pop().unwrap(), End::Stop).await;
         let next = worker.accept().await;
         running.insert(0, next);
     }
-    assert_eq!(soon("all accepted", eight).await.unwrap().unwrap().generations.len(), 8);
+    assert_eq!(
+        soon("all accepted", eight)
+            .await
+            .unwrap()
+            .unwrap()
+            .generations
+            .len(),
+        8
+    );
 }
 
 #[actix::test]
@@ -84,7 +100,10 @@ async fn a_request_that_waits_beyond_its_deadline_is_told_so() {
     }
     let mut late = call("e", &["late"]);
     late.deadline = Instant::now() + Duration::from_millis(200);
-    assert_eq!(core.gateway.generate(late).await.unwrap_err().kind, ErrorKind::Deadline);
+    assert_eq!(
+        core.gateway.generate(late).await.unwrap_err().kind,
+        ErrorKind::Deadline
+    );
     worker.end(&running[0].1, End::Stop).await;
     worker.is_left_alone(Duration::from_millis(300)).await;
 }
@@ -108,21 +127,34 @@ async fn a_reader_that_stops_is_cancelled_and_the_others_go_on() {
     let cancelled = async {
         loop {
             worker.token(&other_start, "x").await;
-            if let Ok(request) = tokio::time::timeout(Duration::from_millis(100), worker.cancel()).await {
+            if let Ok(request) =
+                tokio::time::timeout(Duration::from_millis(100), worker.cancel()).await
+            {
                 return request;
             }
         }
     };
     let read = async {
         loop {
-            soon("the other's token", other.generations[0].events.recv()).await.unwrap();
+            soon("the other's token", other.generations[0].events.recv())
+                .await
+                .unwrap();
         }
     };
     let request = tokio::select! { request = soon("a cancel", cancelled) => request, () = read => unreachable!() };
     assert_eq!(request, slow_start.request);
     let events = &mut slow.generations[0].events;
-    assert!(matches!(events.recv().await, Some(GenerationEvent::Delta(_))));
-    assert!(matches!(events.recv().await, Some(GenerationEvent::End { end: End::Cancelled, .. })));
+    assert!(matches!(
+        events.recv().await,
+        Some(GenerationEvent::Delta(_))
+    ));
+    assert!(matches!(
+        events.recv().await,
+        Some(GenerationEvent::End {
+            end: End::Cancelled,
+            ..
+        })
+    ));
     assert!(events.recv().await.is_none());
 }
 
@@ -157,7 +189,12 @@ async fn token_prompts_that_cannot_fit_the_context_are_refused_at_once() {
     };
     let error = ask(1024, None).await.unwrap_err();
     assert_eq!(error.kind, ErrorKind::BadRequest);
-    assert!(error.message.contains("the prompt has 1024 tokens; the model's context is 1024"), "{error}");
+    assert!(
+        error
+            .message
+            .contains("the prompt has 1024 tokens; the model's context is 1024"),
+        "{error}"
+    );
     let (scored, _) = tokio::join!(ask(1024, Some(0)), worker.accept());
     assert!(scored.is_ok());
 }

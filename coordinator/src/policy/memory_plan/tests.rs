@@ -9,7 +9,15 @@ use crate::registry::Shape;
 use crate::registry::shape::Family;
 
 /// A bf16 Llama of this shape, with the tensors its checkpoint would have.
-fn llama(hidden: u64, layers: u64, heads: u64, kv_heads: u64, intermediate: u64, vocab: u64, context: u32) -> ModelFacts {
+fn llama(
+    hidden: u64,
+    layers: u64,
+    heads: u64,
+    kv_heads: u64,
+    intermediate: u64,
+    vocab: u64,
+    context: u32,
+) -> ModelFacts {
     let head_width = hidden / heads;
     let shape = Shape {
         architecture: "LlamaForCausalLM".into(),
@@ -30,7 +38,13 @@ fn llama(hidden: u64, layers: u64, heads: u64, kv_heads: u64, intermediate: u64,
     };
     let mut tensors = Vec::new();
     let mut add = |name: &str, dims: &[u64], slice| {
-        tensors.push(WeightTensor { name: name.into(), dims: dims.to_vec(), loaded_bytes: 2, slice });
+        let by_columns = matches!(name, "o" | "down");
+        tensors.push(WeightTensor {
+            name: name.into(),
+            dims: dims.to_vec(),
+            slice,
+            by_columns,
+        });
     };
     add("embed", &[vocab, hidden], Slice::Vocabulary);
     add("head", &[vocab, hidden], Slice::Vocabulary);
@@ -48,7 +62,15 @@ fn llama(hidden: u64, layers: u64, heads: u64, kv_heads: u64, intermediate: u64,
     add("norm", &[hidden], Slice::Whole);
     let model = ModelRef::new("m", "1").unwrap();
     let folder = "/m".into();
-    ModelFacts { model, folder, task: None, shape, tensors, kv_dtype: KvDtype::Bf16, context_max: context }
+    ModelFacts {
+        model,
+        folder,
+        task: None,
+        shape,
+        tensors,
+        kv_dtype: KvDtype::Bf16,
+        context_max: context,
+    }
 }
 
 fn llama_70b() -> ModelFacts {
@@ -57,6 +79,31 @@ fn llama_70b() -> ModelFacts {
 
 const A100: u64 = 80 << 30;
 
+/// Bytes of weights that the engine says it took, for 1 and 2 ranks.
+#[test]
+fn the_plan_agrees_with_what_the_engine_takes() {
+    let measured = [
+        ("tiny-llama", 1, 2_527_744),
+        ("tiny-llama", 2, 1_266_176),
+        ("tiny-mistral", 1, 2_560_512),
+        ("tiny-mpt", 2, 1_053_184),
+    ];
+    for (name, ranks, taken) in measured {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../tests/models")
+            .join(name);
+        let model = ModelRef::new("m", "1").unwrap();
+        let facts = crate::registry::read_facts(&model, &folder, KvDtype::Bf16, None).unwrap();
+        let planned = need(&facts, DeviceKind::Cpu, ranks, 4)
+            .unwrap()
+            .weight_bytes;
+        assert!(
+            (taken..=taken + taken / 50).contains(&planned),
+            "{name} on {ranks}: planned {planned}, taken {taken}"
+        );
+    }
+}
+
 #[test]
 fn a_70b_model_needs_two_a100_and_a_34b_one() {
     let one = need(&llama_70b(), DeviceKind::Cuda, 1, 4).unwrap();
@@ -64,12 +111,21 @@ fn a_70b_model_needs_two_a100_and_a_34b_one() {
     let two = need(&llama_70b(), DeviceKind::Cuda, 2, 4).unwrap();
     let plan = two.fit(A100, 64).unwrap();
     // 69e9 parameters of two bytes, half on each, and padding.
-    assert!((64..70).contains(&(plan.need.weight_bytes >> 30)), "{}", plan.need.text());
+    assert!(
+        (64..70).contains(&(plan.need.weight_bytes >> 30)),
+        "{}",
+        plan.need.text()
+    );
     // 2 (K, V) x 80 layers x 4 heads x 128 x 2 bytes x 16 tokens.
     assert_eq!(plan.need.block_bytes, 2 * 80 * 4 * 128 * 2 * 16);
     assert!(plan.concurrency() >= 4 && plan.bytes() <= A100);
     let code_llama_34b = llama(8192, 48, 64, 8, 22016, 32000, 16384);
-    assert!(need(&code_llama_34b, DeviceKind::Cuda, 1, 4).unwrap().fit(A100, 4).is_some());
+    assert!(
+        need(&code_llama_34b, DeviceKind::Cuda, 1, 4)
+            .unwrap()
+            .fit(A100, 4)
+            .is_some()
+    );
 }
 
 #[test]
@@ -84,8 +140,15 @@ fn kv_heads_are_repeated_when_there_are_fewer_than_ranks() {
 #[test]
 fn ranks_that_do_not_divide_the_heads_are_refused_with_what_would_do() {
     let facts = llama(96, 2, 12, 3, 96, 100, 128);
-    let message = |ranks| need(&facts, DeviceKind::Cpu, ranks, 4).unwrap_err().to_string();
-    assert_eq!(message(5), "12 attention heads cannot be divided among 5 shards; choose a workload type with a divisor of 12 shards");
+    let message = |ranks| {
+        need(&facts, DeviceKind::Cpu, ranks, 4)
+            .unwrap_err()
+            .to_string()
+    };
+    assert_eq!(
+        message(5),
+        "12 attention heads cannot be divided among 5 shards; choose a workload type with a divisor of 12 shards"
+    );
     assert!(message(2).contains("3 KV heads cannot be divided among 2 shards"));
 }
 
@@ -95,10 +158,16 @@ fn a_pool_shrinks_to_the_memory_and_holds_one_sequence_at_least() {
     let need = need(&facts, DeviceKind::Cpu, 1, 64).unwrap();
     assert_eq!(need.fit(u64::MAX / 2, 64).unwrap().concurrency(), 64);
     let least = need.fit(need.least_bytes(), 64).unwrap();
-    assert_eq!((least.concurrency(), least.bytes()), (1, need.least_bytes()));
+    assert_eq!(
+        (least.concurrency(), least.bytes()),
+        (1, need.least_bytes())
+    );
     assert_eq!(need.fit(need.least_bytes() - 1, 64), None);
     assert_eq!(need.context_within(need.least_bytes()), 128);
-    assert_eq!(need.context_within(need.least_bytes() - need.block_bytes), 112);
+    assert_eq!(
+        need.context_within(need.least_bytes() - need.block_bytes),
+        112
+    );
     assert_eq!(need.context_within(0), 0);
 }
 

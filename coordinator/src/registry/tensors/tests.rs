@@ -32,7 +32,10 @@ impl Checkpoint {
     fn header(&self, from: &str, to: &str) -> &Self {
         assert_eq!(from.len(), to.len());
         self.change(|mut bytes| {
-            let at = bytes.windows(from.len()).position(|window| window == from.as_bytes()).expect("the words are there");
+            let at = bytes
+                .windows(from.len())
+                .position(|window| window == from.as_bytes())
+                .expect("the words are there");
             bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
             bytes
         })
@@ -51,12 +54,20 @@ impl Checkpoint {
 #[test]
 fn a_truncated_file_is_noticed_from_its_header() {
     let checkpoint = Checkpoint::tiny_llama();
-    let message = checkpoint.change(|bytes| bytes[..bytes.len() - 1].to_vec()).message();
-    assert!(message.contains("model.safetensors: is corrupt or cut short: tensor"), "{message}");
+    let message = checkpoint
+        .change(|bytes| bytes[..bytes.len() - 1].to_vec())
+        .message();
+    assert!(
+        message.contains("model.safetensors: is corrupt or cut short: tensor"),
+        "{message}"
+    );
     let message = checkpoint.change(|bytes| bytes[..500].to_vec()).message();
     assert!(message.contains("its header claims"), "{message}");
     let message = checkpoint.change(|bytes| bytes[..5].to_vec()).message();
-    assert!(message.contains("5 bytes cannot hold a header"), "{message}");
+    assert!(
+        message.contains("5 bytes cannot hold a header"),
+        "{message}"
+    );
 }
 
 #[test]
@@ -67,7 +78,10 @@ fn a_lying_header_length_allocates_nothing() {
             bytes
         })
         .message();
-    assert!(message.contains("its header claims 18446744073709551615 bytes"), "{message}");
+    assert!(
+        message.contains("its header claims 18446744073709551615 bytes"),
+        "{message}"
+    );
 }
 
 #[test]
@@ -83,25 +97,50 @@ fn garbage_in_the_header_is_corrupt() {
 
 #[test]
 fn a_renamed_tensor_is_missing_and_an_odd_shape_is_shown() {
-    let message = Checkpoint::tiny_llama().header("layers.2.self_attn.k_proj", "layers.2.self_attn.x_proj").message();
-    assert!(message.contains("no tensor model.layers.2.self_attn.k_proj.weight [64, 128]"), "{message}");
-    let message = Checkpoint::tiny_llama().header("[64,128]", "[128,64]").message();
-    assert!(message.contains("has the shape [128, 64]; config.json asks for [64, 128]"), "{message}");
-    let message = Checkpoint::tiny_llama().header("[64,128]", "[64,129]").message();
+    let message = Checkpoint::tiny_llama()
+        .header("layers.2.self_attn.k_proj", "layers.2.self_attn.x_proj")
+        .message();
+    assert!(
+        message.contains("no tensor model.layers.2.self_attn.k_proj.weight [64, 128]"),
+        "{message}"
+    );
+    let message = Checkpoint::tiny_llama()
+        .header("[64,128]", "[128,64]")
+        .message();
+    assert!(
+        message.contains("has the shape [128, 64]; config.json asks for [64, 128]"),
+        "{message}"
+    );
+    let message = Checkpoint::tiny_llama()
+        .header("[64,128]", "[64,129]")
+        .message();
     assert!(message.contains("does not fill bytes"), "{message}");
 }
 
 #[test]
 fn a_dtype_that_cannot_be_served_is_named() {
-    let message = Checkpoint::tiny_llama().header("\"BF16\"", "\"I16\" ").message();
-    assert!(message.contains("has the dtype I16; supported are BF16, F16 and F32"), "{message}");
+    let message = Checkpoint::tiny_llama()
+        .header("\"BF16\"", "\"I16\" ")
+        .message();
+    assert!(
+        message.contains("has the dtype I16; supported are BF16, F16 and F32"),
+        "{message}"
+    );
 }
 
 #[test]
 fn pickled_weights_must_be_converted() {
     let checkpoint = Checkpoint::tiny_llama();
-    fs::rename(checkpoint.file(), checkpoint.0.path().join("pytorch_model.bin")).unwrap();
-    assert!(checkpoint.message().contains("neither model.safetensors nor model.safetensors.index.json"));
+    fs::rename(
+        checkpoint.file(),
+        checkpoint.0.path().join("pytorch_model.bin"),
+    )
+    .unwrap();
+    assert!(
+        checkpoint
+            .message()
+            .contains("neither model.safetensors nor model.safetensors.index.json")
+    );
 }
 
 /// The tiny llama as two files with an index.
@@ -110,7 +149,16 @@ fn sharded() -> Checkpoint {
     let whole = checkpoint.read().unwrap();
     let map: BTreeMap<String, &str> = whole
         .iter()
-        .map(|tensor| (tensor.name.clone(), if tensor.name.contains("layers.3") { "b.safetensors" } else { "a.safetensors" }))
+        .map(|tensor| {
+            (
+                tensor.name.clone(),
+                if tensor.name.contains("layers.3") {
+                    "b.safetensors"
+                } else {
+                    "a.safetensors"
+                },
+            )
+        })
         .collect();
     let index = serde_json::json!({ "metadata": {}, "weight_map": map });
     fs::write(checkpoint.0.path().join(INDEX), index.to_string()).unwrap();
@@ -122,7 +170,10 @@ fn sharded() -> Checkpoint {
 
 #[test]
 fn shards_are_read_through_their_index() {
-    assert_eq!(sharded().read().unwrap(), Checkpoint::tiny_llama().read().unwrap());
+    assert_eq!(
+        sharded().read().unwrap(),
+        Checkpoint::tiny_llama().read().unwrap()
+    );
 }
 
 #[test]
@@ -132,7 +183,10 @@ fn a_truncated_or_missing_shard_is_named() {
     let bytes = fs::read(&shard).unwrap();
     fs::write(&shard, &bytes[..bytes.len() / 2]).unwrap();
     let message = checkpoint.message();
-    assert!(message.contains("b.safetensors: is corrupt or cut short"), "{message}");
+    assert!(
+        message.contains("b.safetensors: is corrupt or cut short"),
+        "{message}"
+    );
     fs::remove_file(&shard).unwrap();
     assert!(checkpoint.message().contains("b.safetensors: No such file"));
 }
@@ -143,7 +197,10 @@ fn an_index_that_leads_elsewhere_is_refused() {
     for path in ["../b.safetensors", "/etc/passwd", "", "x/y"] {
         let index = serde_json::json!({ "weight_map": { "t": path } });
         fs::write(checkpoint.0.path().join(INDEX), index.to_string()).unwrap();
-        assert!(checkpoint.message().contains("which is not beside it"), "{path}");
+        assert!(
+            checkpoint.message().contains("which is not beside it"),
+            "{path}"
+        );
     }
     fs::write(checkpoint.0.path().join(INDEX), "{\"weight_map\": 7}").unwrap();
     assert!(checkpoint.message().contains("is not an index"));

@@ -119,13 +119,24 @@ impl Scheduler {
         self.parked.extend(goes_on);
     }
 
-    /// Ends all candidates of a request; its blocks are free at once. Unknown keys are ignored: the request may just
-    /// have ended.
-    pub fn cancel(&mut self, key: RequestKey, events: &mut Vec<Event>) {
-        self.end_where(
-            |sequence| (sequence.shared.key == key).then_some(EndReason::Cancelled),
-            events,
-        );
+    /// Ends one candidate of a request, or all of them; their blocks are free at once. Unknown ones are ignored: they
+    /// may just have ended.
+    pub fn cancel(&mut self, key: RequestKey, candidate: Option<u32>, events: &mut Vec<Event>) {
+        let mut led = false;
+        let cancelled = |sequence: &mut Sequence| {
+            let meant = sequence.shared.key == key
+                && candidate.is_none_or(|index| index == sequence.candidate);
+            led |= meant && sequence.leads;
+            meant.then_some(EndReason::Cancelled)
+        };
+        self.end_where(cancelled, events);
+        let heir = |sequence: &Sequence| sequence.shared.key == key;
+        if led && let Some(at) = self.parked.iter().position(heir) {
+            let mut leader = self.parked.remove(at);
+            leader.leads = true;
+            leader.scores = leader.shared.first_scores();
+            self.waiting.push_front(leader);
+        }
     }
 
     /// Makes the next step's plan. False when there is nothing to run.

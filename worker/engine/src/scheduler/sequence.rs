@@ -20,6 +20,13 @@ pub(super) struct Shared {
     pub deadline: Option<Instant>,
 }
 
+impl Shared {
+    /// Where the prompt's log-probabilities are gathered, if they are wanted: the first token has none.
+    pub fn first_scores(&self) -> Option<Vec<Option<TokenLogprob>>> {
+        self.prompt_logprobs.map(|_| vec![None])
+    }
+}
+
 /// One candidate.
 pub(super) struct Sequence {
     pub shared: Arc<Shared>,
@@ -71,7 +78,7 @@ impl Sequence {
         let sequence = |candidate: crate::request::Candidate| {
             let mut tokens = prompt.clone();
             tokens.extend(&candidate.emitted);
-            let scored = std::mem::take(&mut first) && prompt_logprobs.is_some();
+            let scores = shared.first_scores().filter(|_| std::mem::take(&mut first));
             Sequence {
                 shared: shared.clone(),
                 candidate: candidate.index,
@@ -80,7 +87,7 @@ impl Sequence {
                 len_max,
                 computed: 0,
                 table: BlockTable::default(),
-                scores: scored.then(|| vec![None]),
+                scores,
                 leads: false,
                 cached: None,
                 preemptions: 0,

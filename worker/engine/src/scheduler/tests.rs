@@ -107,8 +107,13 @@ impl Harness {
     }
 
     fn cancel(&mut self, key: RequestKey) {
+        self.end(key, None);
+    }
+
+    /// Cancels a request, or one candidate of it.
+    fn end(&mut self, key: RequestKey, candidate: Option<u32>) {
         let mut events = Vec::new();
-        self.scheduler.cancel(key, &mut events);
+        self.scheduler.cancel(key, candidate, &mut events);
         let cancelled = |event: &Event| matches!(event, Event::Ended { reason: EndReason::Cancelled, key: k, .. } if *k == key);
         assert!(events.iter().all(cancelled), "{events:?}");
         self.take(events);
@@ -413,7 +418,8 @@ fn a_hundred_thousand_random_steps_break_no_invariant_and_change_no_token() {
                 harness.submit(request);
             }
             if rng.one_in(25) {
-                harness.cancel(rng.of(key.saturating_sub(6)..key + 1));
+                let candidate = rng.one_in(2).then(|| rng.of(0..3) as u32);
+                harness.end(rng.of(key.saturating_sub(6)..key + 1), candidate);
             }
             if !harness.step() {
                 harness.steps += 1;

@@ -4,7 +4,7 @@
 //! (`simd`) and compiled for each instruction path (`isa`); the choice falls once, when the backend is made. Rows
 //! have the same bits whatever the batch, the chunks and the threads are, and the same on all machines of one path.
 //!
-//! Read in this order: `simd`, `isa`, `tile` (the one inner loop), `linear`, `kv`, `attention`, `rows`,
+//! Read in this order: `simd`, `isa`, `tile` (the one inner loop), `linear`, `kv`, `attention`, `rows`, `ops`,
 //! `pool`. Unsafe code stands in these (but for `kv`), in `thread` and in `limits`, nowhere else.
 
 use std::sync::Arc;
@@ -14,7 +14,8 @@ use super::{
     RowSource, Size,
 };
 use attention::AttentionSpace;
-use rows::{Add, LayerNormRows, Pointwise, RmsNorm, Rope, SiluMul, for_rows};
+use ops::{Add, Clamp, Gelu, Scale};
+use rows::{Combine, LayerNormRows, RmsNorm, Rope, SiluMulRows, for_rows};
 
 #[allow(unsafe_code)]
 mod attention;
@@ -26,6 +27,8 @@ pub mod limits;
 #[allow(unsafe_code)]
 mod linear;
 mod memory;
+#[allow(unsafe_code)]
+mod ops;
 #[allow(unsafe_code)]
 mod pool;
 #[allow(unsafe_code)]
@@ -155,13 +158,12 @@ impl Backend for CpuBackend {
     }
 
     fn rms_norm(&mut self, size: Size, x: &CpuBuf, weight: &CpuBuf, eps: f32, out: &mut CpuBuf) {
-        let (isa, width, x, weight) = (self.isa, size.width, x.as_ref(), weight.as_ref());
+        let (isa, x, weight) = (self.isa, x.as_ref(), &weight.as_ref()[..size.width]);
         for_rows(&self.pool, size, out.as_mut(), &|row, out| {
             isa.run(RmsNorm {
-                x: &x[row * width..],
+                x: &x[row * size.width..],
                 weight,
                 eps,
-                width,
                 out,
             });
         });
@@ -175,14 +177,15 @@ impl Backend for CpuBackend {
         out: &mut CpuBuf,
     ) {
         let (isa, width, x) = (self.isa, size.width, x.as_ref());
-        let (weight, bias, eps) = (norm.weight.as_ref(), norm.bias.map(AsRef::as_ref), norm.eps);
+        let weight = &norm.weight.as_ref()[..width];
+        let bias = norm.bias.map(|bias| &bias.as_ref()[..width]);
+        let eps = norm.eps;
         for_rows(&self.pool, size, out.as_mut(), &|row, out| {
             isa.run(LayerNormRows {
                 x: &x[row * width..],
                 weight,
                 bias,
                 eps,
-                width,
                 out,
             });
         });
@@ -202,13 +205,7 @@ impl Backend for CpuBackend {
     }
 
     fn clamp(&mut self, size: Size, x: &mut CpuBuf, limit: f32) {
-        rows::apply(
-            self.isa,
-            &self.pool,
-            size,
-            x.as_mut(),
-            Pointwise::Clamp(limit),
-        );
+        rows::apply(self.isa, &self.pool, size, x.as_mut(), Clamp(limit));
     }
 
     fn copy_columns(&mut self, rows: usize, from: Columns<&CpuBuf>, to: Columns<&mut CpuBuf>) {
@@ -284,17 +281,20 @@ impl Backend for CpuBackend {
     fn add(&mut self, size: Size, x: &mut CpuBuf, y: &CpuBuf) {
         let (isa, y) = (self.isa, y.as_ref());
         for_rows(&self.pool, size, x.as_mut(), &|row, x| {
-            isa.run(Add {
+            let y = &y[row * size.width..];
+            isa.run(Combine {
+                op: Add,
                 x,
-                y: &y[row * size.width..],
-            })
+                y,
+                z: y,
+            });
         });
     }
 
     fn silu_mul(&mut self, size: Size, gate_up: &CpuBuf, out: &mut CpuBuf) {
         let (isa, width, gate_up) = (self.isa, size.width, gate_up.as_ref());
         for_rows(&self.pool, size, out.as_mut(), &|row, out| {
-            isa.run(SiluMul {
+            isa.run(SiluMulRows {
                 gate_up: &gate_up[2 * row * width..],
                 width,
                 out,
@@ -303,20 +303,14 @@ impl Backend for CpuBackend {
     }
 
     fn gelu(&mut self, size: Size, x: &mut CpuBuf) {
-        rows::apply(self.isa, &self.pool, size, x.as_mut(), Pointwise::Gelu);
+        rows::apply(self.isa, &self.pool, size, x.as_mut(), Gelu);
     }
 
     fn scale(&mut self, size: Size, x: &mut CpuBuf, factor: f32) {
         if factor == 0.0 {
             x.as_mut()[..size.rows * size.width].fill(0.0);
         }
-        rows::apply(
-            self.isa,
-            &self.pool,
-            size,
-            x.as_mut(),
-            Pointwise::Scale(factor),
-        );
+        rows::apply(self.isa, &self.pool, size, x.as_mut(), Scale(factor));
     }
 
     fn gather_rows(&mut self, width: usize, x: &CpuBuf, rows: &[u32], out: &mut CpuBuf) {

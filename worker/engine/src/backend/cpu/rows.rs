@@ -3,6 +3,7 @@
 //! Owns their kernels, each on some rows of one width, and the cut of many rows into parts for the threads.
 
 use super::isa::{Isa, Kernel};
+use super::ops::{Add, Normalize, Op, Scale, SiluMul, SquareFrom};
 use super::pool::Pool;
 use super::simd::{LANES, Simd};
 use crate::backend::Size;
@@ -28,30 +29,33 @@ pub(super) fn for_rows(
     );
 }
 
-/// Adds up `f` over `x`: four vectors side by side, then the rest one by one. One order for a given width.
+/// Adds up `op(x)`: four vectors side by side, then the rest. One order for a given width.
 ///
 /// # Safety
 /// The features of `S`.
 #[inline(always)]
-unsafe fn sum_of<S: Simd>(x: &[f32], f: impl Fn(S::V) -> S::V) -> f32 {
+unsafe fn sum_of<S: Simd, O: Op>(x: &[f32], op: O) -> f32 {
     // SAFETY: every load stays inside its chunk; the features are the caller's promise.
     unsafe {
         let mut sums = [S::zero(); 4];
         let mut blocks = x.chunks_exact(4 * LANES);
         for block in &mut blocks {
             for (i, sum) in sums.iter_mut().enumerate() {
-                *sum = S::add(*sum, f(S::load(block.as_ptr().add(i * LANES))));
+                let x = S::load(block.as_ptr().wrapping_add(i * LANES));
+                *sum = S::add(*sum, op.of::<S>(x, x, x));
             }
         }
         let mut rest = blocks.remainder().chunks_exact(LANES);
         for block in &mut rest {
-            sums[0] = S::add(sums[0], f(S::load(block.as_ptr())));
+            let x = S::load(block.as_ptr());
+            sums[0] = S::add(sums[0], op.of::<S>(x, x, x));
         }
         let tail = rest.remainder();
         if !tail.is_empty() {
+            let x = load_some::<S>(tail);
             let mut block = [0.0; LANES];
-            S::store(block.as_mut_ptr(), f(load_some::<S>(tail)));
-            // Lanes beyond the tail hold f(0), which need not be 0.
+            S::store(block.as_mut_ptr(), op.of::<S>(x, x, x));
+            // Lanes beyond the tail hold op(0), which need not be 0.
             block[tail.len()..].fill(0.0);
             sums[1] = S::add(sums[1], S::load(block.as_ptr()));
         }
@@ -68,47 +72,80 @@ unsafe fn load_some<S: Simd>(x: &[f32]) -> S::V {
     unsafe { S::load(block.as_ptr()) }
 }
 
-/// `x[i] = f(x[i], y[i], z[i])` for all `i`.
+/// `x[i] = op(x[i], y[i], z[i])` for all `i`. Ops of fewer operands are given one of their others again.
 ///
 /// # Safety
-/// The features of `S`.
+/// The features of `S`; `y` and `z` are as long as `x`, and may be `x`.
 #[inline(always)]
-unsafe fn map<S: Simd>(x: &mut [f32], y: &[f32], z: &[f32], f: impl Fn(S::V, S::V, S::V) -> S::V) {
-    let (y, z) = (&y[..x.len()], &z[..x.len()]);
-    let whole = x.len() / LANES * LANES;
-    // SAFETY: whole vectors inside the slices, then a rest through blocks; the features are the caller's promise.
+unsafe fn map<S: Simd, O: Op>(x: *mut f32, y: *const f32, z: *const f32, len: usize, op: O) {
+    let whole = len / LANES * LANES;
+    // SAFETY: whole vectors inside the operands, then a rest through blocks; the features are the caller's promise.
     unsafe {
         for i in (0..whole).step_by(LANES) {
-            let at = x.as_mut_ptr().add(i);
+            let x = x.wrapping_add(i);
             S::store(
-                at,
-                f(
-                    S::load(at),
-                    S::load(y.as_ptr().add(i)),
-                    S::load(z.as_ptr().add(i)),
+                x,
+                op.of::<S>(
+                    S::load(x),
+                    S::load(y.wrapping_add(i)),
+                    S::load(z.wrapping_add(i)),
                 ),
             );
         }
-        let rest = &mut x[whole..];
-        if !rest.is_empty() {
+        let rest = len - whole;
+        if rest > 0 {
+            let some = |from: *const f32| {
+                load_some::<S>(std::slice::from_raw_parts(from.wrapping_add(whole), rest))
+            };
             let mut block = [0.0; LANES];
-            let result = f(
-                load_some::<S>(rest),
-                load_some::<S>(&y[whole..]),
-                load_some::<S>(&z[whole..]),
-            );
-            S::store(block.as_mut_ptr(), result);
-            rest.copy_from_slice(&block[..rest.len()]);
+            S::store(block.as_mut_ptr(), op.of::<S>(some(x), some(y), some(z)));
+            std::ptr::copy_nonoverlapping(block.as_ptr(), x.wrapping_add(whole), rest);
         }
     }
 }
 
-/// See [`crate::backend::Backend::rms_norm`]; `out` holds the rows from `first` on.
+/// `x = op(x)`.
+pub(super) struct Apply<'a, O> {
+    pub(super) op: O,
+    pub(super) x: &'a mut [f32],
+}
+
+impl<O: Op> Kernel for Apply<'_, O> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let x = self.x.as_mut_ptr();
+        // SAFETY: one slice three times; the features are the caller's promise.
+        unsafe { map::<S, O>(x, x, x, self.x.len(), self.op) }
+    }
+}
+
+/// `x = op(x, y, z)`.
+pub(super) struct Combine<'a, O> {
+    pub(super) op: O,
+    pub(super) x: &'a mut [f32],
+    pub(super) y: &'a [f32],
+    pub(super) z: &'a [f32],
+}
+
+impl<O: Op> Kernel for Combine<'_, O> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let len = self.x.len();
+        let (y, z) = (&self.y[..len], &self.z[..len]);
+        // SAFETY: three slices of one length; the features are the caller's promise.
+        unsafe { map::<S, O>(self.x.as_mut_ptr(), y.as_ptr(), z.as_ptr(), len, self.op) }
+    }
+}
+
+/// See [`crate::backend::Backend::rms_norm`], of the rows of `out`.
 pub(super) struct RmsNorm<'a> {
     pub(super) x: &'a [f32],
     pub(super) weight: &'a [f32],
     pub(super) eps: f32,
-    pub(super) width: usize,
     pub(super) out: &'a mut [f32],
 }
 
@@ -117,30 +154,34 @@ impl Kernel for RmsNorm<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
+        let width = self.weight.len();
         for (x, out) in self
             .x
-            .chunks_exact(self.width)
-            .zip(self.out.chunks_exact_mut(self.width))
+            .chunks_exact(width)
+            .zip(self.out.chunks_exact_mut(width))
         {
             // SAFETY: the features are the caller's promise.
             unsafe {
-                let mean_square = sum_of::<S>(x, |x| S::mul(x, x)) / self.width as f32;
-                let factor = S::splat(1.0 / (mean_square + self.eps).sqrt());
-                map::<S>(out, x, self.weight, |_, x, weight| {
-                    S::mul(S::mul(x, factor), weight)
-                });
+                let mean_square = sum_of::<S, _>(x, SquareFrom(0.0)) / width as f32;
+                let op = Normalize(0.0, 1.0 / (mean_square + self.eps).sqrt());
+                Combine {
+                    op,
+                    x: out,
+                    y: x,
+                    z: self.weight,
+                }
+                .run::<S>();
             }
         }
     }
 }
 
-/// See [`crate::backend::Backend::layer_norm`].
+/// See [`crate::backend::Backend::layer_norm`], of the rows of `out`.
 pub(super) struct LayerNormRows<'a> {
     pub(super) x: &'a [f32],
     pub(super) weight: &'a [f32],
     pub(super) bias: Option<&'a [f32]>,
     pub(super) eps: f32,
-    pub(super) width: usize,
     pub(super) out: &'a mut [f32],
 }
 
@@ -149,115 +190,64 @@ impl Kernel for LayerNormRows<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
+        let width = self.weight.len();
         for (x, out) in self
             .x
-            .chunks_exact(self.width)
-            .zip(self.out.chunks_exact_mut(self.width))
+            .chunks_exact(width)
+            .zip(self.out.chunks_exact_mut(width))
         {
             // SAFETY: the features are the caller's promise.
             unsafe {
-                let mean = S::splat(sum_of::<S>(x, |x| x) / self.width as f32);
-                let variance = sum_of::<S>(x, |x| S::mul(S::sub(x, mean), S::sub(x, mean)))
-                    / self.width as f32;
-                let factor = S::splat(1.0 / (variance + self.eps).sqrt());
-                map::<S>(out, x, self.weight, |_, x, weight| {
-                    S::mul(S::mul(S::sub(x, mean), factor), weight)
-                });
+                let mean = sum_of::<S, _>(x, Scale(1.0)) / width as f32;
+                let variance = sum_of::<S, _>(x, SquareFrom(mean)) / width as f32;
+                let op = Normalize(mean, 1.0 / (variance + self.eps).sqrt());
+                Combine {
+                    op,
+                    x: out,
+                    y: x,
+                    z: self.weight,
+                }
+                .run::<S>();
                 if let Some(bias) = self.bias {
-                    map::<S>(out, bias, bias, |out, bias, _| S::add(out, bias));
+                    Combine {
+                        op: Add,
+                        x: out,
+                        y: bias,
+                        z: bias,
+                    }
+                    .run::<S>();
                 }
             }
         }
     }
 }
 
-/// See [`crate::backend::Backend::silu_mul`].
-pub(super) struct SiluMul<'a> {
+/// See [`crate::backend::Backend::silu_mul`], of the rows of `out`.
+pub(super) struct SiluMulRows<'a> {
     pub(super) gate_up: &'a [f32],
     pub(super) width: usize,
     pub(super) out: &'a mut [f32],
 }
 
-impl Kernel for SiluMul<'_> {
+impl Kernel for SiluMulRows<'_> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        for (gate_up, out) in self
-            .gate_up
-            .chunks_exact(2 * self.width)
-            .zip(self.out.chunks_exact_mut(self.width))
-        {
+        let rows = self.gate_up.chunks_exact(2 * self.width);
+        for (gate_up, out) in rows.zip(self.out.chunks_exact_mut(self.width)) {
             let (gate, up) = gate_up.split_at(self.width);
             // SAFETY: the features are the caller's promise.
             unsafe {
-                map::<S>(out, gate, up, |_, gate, up| {
-                    let one_more = S::add(S::splat(1.0), S::exp(S::sub(S::zero(), gate)));
-                    S::mul(S::div(gate, one_more), up)
-                });
-            }
-        }
-    }
-}
-
-/// An op on single numbers.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Pointwise {
-    /// `x / 2 * (1 + erf(x / sqrt(2)))`.
-    Gelu,
-    /// `min(max(x, -limit), limit)`.
-    Clamp(f32),
-    /// `x * factor`.
-    Scale(f32),
-}
-
-/// Applies an op to all numbers.
-pub(super) struct Apply<'a> {
-    pub(super) op: Pointwise,
-    pub(super) x: &'a mut [f32],
-}
-
-impl Kernel for Apply<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        /// Stands in for operands that an op does not have: at most so many numbers at a time.
-        const NOTHING: [f32; 4096] = [0.0; 4096];
-        for x in self.x.chunks_mut(NOTHING.len()) {
-            // SAFETY: the features are the caller's promise.
-            unsafe {
-                match self.op {
-                    Pointwise::Gelu => map::<S>(x, &NOTHING, &NOTHING, |x, _, _| {
-                        let erf = S::erf(S::mul(x, S::splat(std::f32::consts::FRAC_1_SQRT_2)));
-                        S::mul(S::mul(x, S::splat(0.5)), S::add(S::splat(1.0), erf))
-                    }),
-                    // NaN stays: the second operand is given for it.
-                    Pointwise::Clamp(limit) => map::<S>(x, &NOTHING, &NOTHING, |x, _, _| {
-                        S::min(S::splat(limit), S::max(S::splat(-limit), x))
-                    }),
-                    Pointwise::Scale(factor) => {
-                        map::<S>(x, &NOTHING, &NOTHING, |x, _, _| S::mul(x, S::splat(factor)))
-                    }
+                Combine {
+                    op: SiluMul,
+                    x: out,
+                    y: gate,
+                    z: up,
                 }
-            }
+                .run::<S>()
+            };
         }
-    }
-}
-
-/// `x += y`.
-pub(super) struct Add<'a> {
-    pub(super) x: &'a mut [f32],
-    pub(super) y: &'a [f32],
-}
-
-impl Kernel for Add<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        // SAFETY: the features are the caller's promise.
-        unsafe { map::<S>(self.x, self.y, self.y, |x, y, _| S::add(x, y)) }
     }
 }
 
@@ -294,7 +284,7 @@ impl Kernel for Rope<'_> {
     }
 }
 
-/// Runs a kernel on each part of the rows of `x`.
-pub(super) fn apply(isa: Isa, pool: &Pool, size: Size, x: &mut [f32], op: Pointwise) {
+/// Applies an op to all numbers of the rows of `x`.
+pub(super) fn apply(isa: Isa, pool: &Pool, size: Size, x: &mut [f32], op: impl Op) {
     for_rows(pool, size, x, &|_, x| isa.run(Apply { op, x }));
 }

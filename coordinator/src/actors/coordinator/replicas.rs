@@ -1,0 +1,359 @@
+//! Replicas from wish to end: headers read, devices found, stored, started, watched, let go.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use actix::fut::ActorFutureExt;
+use actix::{Actor, AsyncContext, Context, WrapFuture};
+use common::ids::{Generation, ReplicaId, WorkerId};
+
+use super::CoordinatorActor;
+use crate::actors::messages::{Assigned, FactsRead, ReplicaStatus, Retire, Status};
+use crate::actors::permit::Credits;
+use crate::actors::record::{Assignment, StoredOptions, encode, replica_key};
+use crate::actors::replica::{Member, Replica, ReplicaActor};
+use crate::actors::slot::{ROOM_PAUSE, Running, Slot, Stage};
+use crate::policy::fit::{self, NoFit, Wish};
+use crate::policy::lifecycle::Entity;
+use crate::policy::workload;
+use crate::registry::{ModelFacts, RegistryError};
+use crate::store::Expect;
+
+impl CoordinatorActor {
+    pub(super) fn restore(
+        &mut self,
+        assignment: Assignment,
+        now: Instant,
+        ctx: &mut Context<Self>,
+    ) {
+        let Some(endpoint) = self.endpoints.get(&assignment.endpoint) else {
+            return self.forget(assignment.replica);
+        };
+        let wanted = endpoint.record.life.wanted();
+        let Some((_, entity)) = wanted
+            .into_iter()
+            .find(|(replica, _)| *replica == assignment.replica)
+        else {
+            return self.forget(assignment.replica);
+        };
+        let credits = Credits::new(entity.spec.workload_size.concurrency());
+        let mut slot = Slot::new(assignment.replica, &assignment.endpoint, now);
+        slot.generation = assignment.generation;
+        let workload_type = self
+            .means
+            .cluster
+            .workload_types
+            .iter()
+            .find(|known| known.name == entity.spec.workload_type);
+        slot.stand_in = workload_type.and_then(workload::stand_in);
+        let replica = Replica::restored(
+            assignment.clone(),
+            credits.clone(),
+            endpoint.meters.clone(),
+            now,
+        );
+        slot.stage = Stage::Running(self.run_replica(replica, assignment, credits, ctx));
+        self.slots.insert(slot.replica, slot);
+    }
+
+    pub(super) fn run_replica(
+        &self,
+        replica: Replica,
+        assignment: Assignment,
+        credits: Arc<Credits>,
+        ctx: &mut Context<Self>,
+    ) -> Running {
+        let me = ctx.address();
+        let addr = ReplicaActor::new(
+            replica,
+            me.clone().recipient(),
+            me.recipient(),
+            self.incarnation.clone(),
+        )
+        .start();
+        Running {
+            assignment,
+            addr,
+            credits,
+            status: Status::Starting("asking the workers".into()),
+            retiring: false,
+        }
+    }
+
+    /// Deletes where a replica was; a failure is logged: a stale record is forgotten at the next start.
+    pub(super) fn forget(&self, replica: ReplicaId) {
+        let store = self.means.store.clone();
+        tokio::spawn(async move {
+            if let Err(error) = store.delete(replica_key(replica), Expect::Any).await {
+                tracing::warn!(%replica, %error, "where a replica was cannot be deleted");
+            }
+        });
+    }
+
+    pub(super) fn replica_status(&mut self, message: ReplicaStatus) {
+        let served = self.is_served(message.replica);
+        let Some(slot) = self.slots.get_mut(&message.replica) else {
+            return;
+        };
+        let Some(running) = slot.running(message.generation) else {
+            return;
+        };
+        let members = running
+            .assignment
+            .members
+            .iter()
+            .map(|worker| worker.0.as_str())
+            .collect::<Vec<_>>()
+            .join(", ");
+        match &message.status {
+            Status::Starting(words) | Status::Waiting(words) => {
+                slot.message = format!("{words} ({members})")
+            }
+            Status::Ready { task, numerics_id } => {
+                slot.attempts = 0;
+                slot.task.clone_from(task);
+                slot.message = format!("Served by {members}");
+                tracing::info!(endpoint = slot.endpoint, replica = %slot.replica, generation = %slot.generation, numerics_id, "replica is ready");
+            }
+            Status::Stalled => {
+                tracing::warn!(endpoint = slot.endpoint, replica = %slot.replica, "replica makes no progress")
+            }
+            Status::Over {
+                fatal,
+                message: why,
+            } => {
+                tracing::warn!(endpoint = slot.endpoint, replica = %slot.replica, generation = %slot.generation, why, "replica is over");
+                let (fatal, why) = (*fatal, why.clone());
+                return self.replica_over(message.replica, fatal, served, why);
+            }
+        }
+        if let Some(running) = slot.running(message.generation) {
+            running.status = message.status;
+        }
+    }
+
+    pub(super) fn replica_over(
+        &mut self,
+        replica: ReplicaId,
+        fatal: bool,
+        served: bool,
+        why: String,
+    ) {
+        let Some(slot) = self.slots.get_mut(&replica) else {
+            return;
+        };
+        if slot.is_retiring() {
+            self.slots.remove(&replica);
+            self.forget(replica);
+        } else {
+            slot.over(fatal, served, why, Instant::now());
+        }
+        self.room_was_made();
+    }
+
+    /// The replica belongs to a configuration in force.
+    pub(super) fn is_served(&self, replica: ReplicaId) -> bool {
+        let active = self
+            .endpoints
+            .values()
+            .filter_map(|endpoint| endpoint.record.life.active.as_ref());
+        active
+            .flat_map(|active| &active.entities)
+            .any(|entity| entity.replicas.contains(&replica))
+    }
+
+    /// Takes a replica's next step, if one is due.
+    pub(super) fn advance(
+        &mut self,
+        replica: ReplicaId,
+        entity: &Entity,
+        now: Instant,
+        ctx: &mut Context<Self>,
+    ) {
+        let Some(slot) = self.slots.get_mut(&replica) else {
+            return;
+        };
+        match &slot.stage {
+            Stage::Idle(at) if *at <= now => {
+                slot.stage = Stage::Reading;
+                let (registry, model) = (self.means.registry.clone(), entity.spec.model.clone());
+                let read = async move {
+                    let facts =
+                        tokio::task::spawn_blocking(move || registry.facts(&model).map(Arc::new))
+                            .await;
+                    facts.unwrap_or_else(|e| {
+                        Err(RegistryError::Broken(format!(
+                            "reading the model failed: {e}"
+                        )))
+                    })
+                };
+                ctx.spawn(
+                    read.into_actor(self)
+                        .map(move |facts, _, ctx| ctx.notify(FactsRead { replica, facts })),
+                );
+            }
+            Stage::Waiting(facts, at) if *at <= now => {
+                let facts = facts.clone();
+                self.place(replica, facts, entity, now, ctx);
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn facts_read(&mut self, message: FactsRead) {
+        let served = self.is_served(message.replica);
+        let Some(slot) = self.slots.get_mut(&message.replica) else {
+            return;
+        };
+        match message.facts {
+            Ok(facts) => {
+                slot.task.clone_from(&facts.task);
+                slot.stage = Stage::Waiting(facts, Instant::now());
+            }
+            Err(error) => slot.over(true, served, error.to_string(), Instant::now()),
+        }
+    }
+
+    /// Looks for devices; what is found is stored before anybody is told.
+    pub(super) fn place(
+        &mut self,
+        replica: ReplicaId,
+        facts: Arc<ModelFacts>,
+        entity: &Entity,
+        now: Instant,
+        ctx: &mut Context<Self>,
+    ) {
+        let types = &self.means.cluster.workload_types;
+        let size = entity.spec.workload_size;
+        let leaving = self.slots.values().any(Slot::is_retiring);
+        let found = workload::resolve(types, &entity.spec.workload_type, size)
+            .map_err(|e| NoFit::Never(e.message))
+            .and_then(|workload| {
+                let wish = Wish {
+                    facts: &facts,
+                    workload,
+                    concurrency: size.concurrency(),
+                };
+                let places = self.places(false, |_| false);
+                let fit = fit::fit(wish, &places, types)?;
+                let members: Vec<WorkerId> = fit
+                    .devices
+                    .iter()
+                    .map(|&device| WorkerId(places[device].worker.clone()))
+                    .collect();
+                Ok((members, fit.plan, workload::stand_in(workload)))
+            });
+        let served = self.is_served(replica);
+        let Some(slot) = self.slots.get_mut(&replica) else {
+            return;
+        };
+        let (members, plan, stand_in) = match found {
+            Ok(found) => found,
+            // What leaves makes room in a moment.
+            Err(NoFit::Never(why)) if !served && !leaving => {
+                return slot.over(true, served, why, now);
+            }
+            Err(NoFit::Waiting(why) | NoFit::Never(why)) => {
+                slot.message = why;
+                slot.stage = Stage::Waiting(facts, now + ROOM_PAUSE);
+                return;
+            }
+        };
+        slot.stand_in = stand_in;
+        slot.generation = Generation(slot.generation.0 + 1);
+        slot.message = "assigned to workers".to_owned();
+        let assignment = Assignment {
+            replica,
+            generation: slot.generation,
+            endpoint: slot.endpoint.clone(),
+            members,
+            folder: facts.folder.display().to_string(),
+            options: StoredOptions::of(&plan, facts.kv_dtype),
+        };
+        slot.stage = Stage::Placing(assignment.clone());
+        let (store, generation) = (self.means.store.clone(), assignment.generation);
+        let write = async move {
+            store
+                .put(replica_key(replica), encode(&assignment)?, Expect::Any)
+                .await
+                .map(drop)
+        };
+        ctx.spawn(write.into_actor(self).map(move |stored, _, ctx| {
+            ctx.notify(Assigned {
+                replica,
+                generation,
+                stored,
+            })
+        }));
+    }
+
+    /// Where the replica goes is stored: its workers are told.
+    pub(super) fn assigned(&mut self, message: Assigned, ctx: &mut Context<Self>) {
+        let served = self.is_served(message.replica);
+        let Some(slot) = self.slots.get_mut(&message.replica) else {
+            return;
+        };
+        let Stage::Placing(assignment) = &slot.stage else {
+            return;
+        };
+        if assignment.generation != message.generation {
+            return;
+        }
+        let now = Instant::now();
+        if let Err(error) = message.stored {
+            return slot.over(false, served, error.to_string(), now);
+        }
+        let assignment = assignment.clone();
+        let wish = self.endpoints.get(&slot.endpoint).and_then(|endpoint| {
+            let entity = endpoint
+                .record
+                .life
+                .wanted()
+                .into_iter()
+                .find(|(replica, _)| *replica == message.replica)?
+                .1;
+            Some((entity.spec.workload_size, endpoint.meters.clone()))
+        });
+        let Some((size, meters)) = wish else {
+            // Deleted or replaced meanwhile.
+            self.slots.remove(&message.replica);
+            return self.forget(message.replica);
+        };
+        let member = |worker: &WorkerId| {
+            let worker = self.workers.get(worker)?;
+            Some(Member {
+                link: worker.link.clone(),
+                group_address: worker.group_address.clone(),
+            })
+        };
+        let Some(members) = assignment
+            .members
+            .iter()
+            .map(member)
+            .collect::<Option<Vec<Member>>>()
+        else {
+            return slot.over(
+                false,
+                served,
+                "a worker left before it could load".to_owned(),
+                now,
+            );
+        };
+        let credits = Credits::new(size.concurrency());
+        let replica = Replica::load(assignment.clone(), &members, credits.clone(), meters, now);
+        let running = self.run_replica(replica, assignment, credits, ctx);
+        if let Some(slot) = self.slots.get_mut(&message.replica) {
+            slot.stage = Stage::Running(running);
+        }
+    }
+}
+
+/// Tells a replica that is not wanted any more to go, once.
+pub(super) fn retire(slot: &mut Slot, drain: Duration) {
+    if let Stage::Running(running) = &mut slot.stage {
+        if !running.retiring || drain.is_zero() {
+            running.addr.do_send(Retire { drain });
+        }
+        running.retiring = true;
+    }
+}
