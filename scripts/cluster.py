@@ -3,7 +3,7 @@
     cluster.py up       the coordinator and one worker per device of this machine; returns when all have met
     cluster.py down     asks them to stop, and waits until they have
 
-Process ids are in var/run/NAME.pid, logs in var/logs/NAME.log.
+Process ids and times of birth are in var/run/NAME.pid, logs in var/logs/NAME.log.
 """
 
 import json
@@ -20,6 +20,7 @@ from client import ENV_FILE, ROOT
 PROGRAMS = os.path.join(ROOT, "target", "release")
 CONFIG = os.path.join(ROOT, os.environ.get("TANDEM_CONFIG", "cluster.toml"))
 RUN, LOGS = os.path.join(ROOT, "var", "run"), os.path.join(ROOT, "var", "logs")
+STARTED = "=== started"
 START_LIMIT_S = 60
 STOP_LIMIT_S = 30
 LOOK_EVERY_S = 0.1
@@ -123,10 +124,12 @@ def check_ports(facts):
 
 def start(name, command):
     with open(log_file(name), "ab") as log:
+        log.write(f"{STARTED} {time.strftime('%Y-%m-%d %H:%M:%S')}: {' '.join(command)}\n".encode())
+        log.flush()
         # A session of its own: Ctrl-C in this terminal is not for it.
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     with open(pid_file(name), "w") as file:
-        file.write(f"{process.pid}\n")
+        file.write(f"{process.pid} {birth(process.pid) or 0}\n")
 
 
 class Failed(Exception):
@@ -201,19 +204,24 @@ def alive(name):
     """The process's id while it lives, else 0. Another process that got its id later is not taken for it."""
     try:
         with open(pid_file(name)) as file:
-            pid = int(file.read())
-        os.waitpid(pid, os.WNOHANG)  # takes the status of an ended child of ours, so that it is not seen as living
-    except ChildProcessError:
-        pass
+            pid, born = (int(word) for word in file.read().split())
     except (OSError, ValueError):
         return 0
     try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            words = file.read().split(b"\0")
+        os.waitpid(pid, os.WNOHANG)  # takes the status of an ended child of ours, so that it is not seen as living
+    except ChildProcessError:
+        pass
+    return pid if birth(pid) == born else 0
+
+
+def birth(pid):
+    """When a process was started, in clock ticks since the machine was; None when it is over."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            state, *fields = file.read().rpartition(")")[2].split()
     except OSError:
-        return 0
-    is_ours = os.path.basename(words[0]) in (b"coordinator", b"worker")
-    return pid if is_ours and (name == "coordinator" or name.encode() in words) else 0
+        return None
+    return None if state == "Z" else int(fields[18])
 
 
 def program(name):
@@ -229,8 +237,10 @@ def log_file(name):
 
 
 def tail(name, lines=20):
+    """The last lines of a log, none from before the last start."""
     with open(log_file(name), errors="replace") as file:
-        return "".join(file.readlines()[-lines:]).rstrip()
+        log = file.read()
+    return "\n".join(log[log.rfind(STARTED) :].splitlines()[-lines:])
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ impl Doorkeeper {
     /// Accepts links until `stop`.
     ///
     /// # Errors
-    /// When the certificates of [tls] cannot be used.
+    /// When the certificates of `[tls]` cannot be used.
     pub async fn serve(
         self: Arc<Self>,
         listener: TcpListener,

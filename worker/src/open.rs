@@ -39,8 +39,10 @@ const BACKLOG: Backlog = Backlog {
     sequences: 4096,
 };
 
-/// Told what is being done, and of how many bytes.
-pub type Progress = Box<dyn Fn(&str, u64) + Send>;
+/// Told what is being done, and how many bytes of how many are.
+pub type Progress = Box<dyn Fn(&str, u64, u64) + Send>;
+/// Progress within a stage is told so often.
+const PROGRESS_PERIOD: Duration = Duration::from_millis(250);
 
 /// Everything that opening needs.
 pub struct Opening {
@@ -130,7 +132,7 @@ pub fn open(opening: Opening) -> Result<Opened, Failure> {
         progress,
         on_end,
     } = opening;
-    progress("reading the model's files", 0);
+    progress("reading the model's files", 0, 0);
     let ModelSource::Folder(folder) = &spec.source;
     let folder = ModelFolder::find(Path::new(folder)).map_err(|e| bad(e.to_string()))?;
     let text = (spec.rank == 0).then(|| open_text(&folder)).transpose()?;
@@ -166,14 +168,14 @@ pub fn open(opening: Opening) -> Result<Opened, Failure> {
         limits,
         outbox,
         on_end,
+        progress: &progress,
+        weight_bytes: footprint.weights,
     };
     let (numerics_id, running, chat) = if spec.members.len() == 1 {
-        progress("reading weights", footprint.weights);
         loading.load(Solo::new())?
     } else {
-        progress("joining the shard group", 0);
+        progress("joining the shard group", 0, 0);
         let group = group::form(&spec, &device.groups)?;
-        progress("reading weights", footprint.weights);
         loading.load(group)?
     };
     let ready = ReadyShard {
@@ -246,6 +248,9 @@ struct Loading<'a> {
     limits: Limits,
     outbox: Arc<Outbox>,
     on_end: OnEnd,
+    progress: &'a Progress,
+    /// Bytes of weights there are to read.
+    weight_bytes: u64,
 }
 
 impl Loading<'_> {
@@ -262,10 +267,20 @@ impl Loading<'_> {
             limits,
             outbox,
             on_end,
+            progress,
+            weight_bytes,
         } = self;
         let abort = collective.abort_handle();
-        let runner =
-            ModelRunner::load(checkpoint, &options, backend, collective).map_err(|e| match e {
+        let mut told: Option<Instant> = None;
+        let mut progress = |done: u64| {
+            if told.is_none_or(|at| at.elapsed() >= PROGRESS_PERIOD) {
+                told = Some(Instant::now());
+                progress("reading weights", done, weight_bytes);
+            }
+        };
+        progress(0);
+        let runner = ModelRunner::load(checkpoint, &options, backend, collective, &mut progress)
+            .map_err(|e| match e {
                 LoadError::Device(error) => Failure::new(FailureKind::TooLarge, error.to_string()),
                 error => bad(error.to_string()),
             })?;

@@ -100,7 +100,7 @@ impl Door {
         for mut gone in before {
             gone.queue.extend(gone.shared.close());
             for ticket in gone.queue {
-                match self.split.next() {
+                match self.split.take() {
                     Some(at) => self.entities[at].queue.push_back(ticket),
                     None => ticket.refuse(self.changed()),
                 }
@@ -144,7 +144,7 @@ impl Door {
                 return Err(ApiError::new(ErrorKind::BadRequest, message));
             }
         }
-        let Some(at) = self.split.next() else {
+        let Some(at) = self.split.take() else {
             let message = format!(
                 "Endpoint '{}' routes no traffic to any served entity.",
                 self.name

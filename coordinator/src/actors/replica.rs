@@ -273,12 +273,12 @@ impl Replica {
         if self.stalled {
             return Status::Stalled;
         }
-        let (mut stage, mut done, mut total, mut ready) = (None, 0, 0, None);
+        let (mut stage, mut done, mut total, mut ready) = (None, 0u128, 0u128, None);
         for rank in &self.ranks {
             match &rank.state {
                 Some(ShardState::Ready(facts)) => {
-                    done += facts.weight_bytes;
-                    total += facts.weight_bytes;
+                    done += u128::from(facts.weight_bytes);
+                    total += u128::from(facts.weight_bytes);
                     ready = ready.or(Some(facts));
                 }
                 Some(ShardState::Loading {
@@ -286,8 +286,8 @@ impl Replica {
                     done_bytes,
                     total_bytes,
                 }) => {
-                    done += done_bytes;
-                    total += total_bytes;
+                    done += u128::from(*done_bytes);
+                    total += u128::from(*total_bytes);
                     stage = stage.or(Some(said.as_str()));
                 }
                 _ => stage = stage.or(Some("asking the workers")),
@@ -299,11 +299,10 @@ impl Replica {
                 numerics_id: facts.numerics_id,
             },
             (stage, _) => {
-                let percent = if total > 0 {
-                    format!(" {} %", done * 100 / total)
-                } else {
-                    String::new()
-                };
+                let percent = (done * 100)
+                    .checked_div(total)
+                    .map(|percent| format!(" {percent} %"))
+                    .unwrap_or_default();
                 Status::Starting(format!(
                     "{}{percent}",
                     stage.unwrap_or("asking the workers")

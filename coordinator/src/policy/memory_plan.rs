@@ -84,13 +84,13 @@ pub fn need(
             instead,
         })
     };
-    if shape.heads % r != 0 {
+    if !shape.heads.is_multiple_of(r) {
         return indivisible(
             format!("{} attention heads", shape.heads),
             format!("a divisor of {} shards", shape.heads),
         );
     }
-    if shape.kv_heads % r != 0 && r % shape.kv_heads != 0 {
+    if !shape.kv_heads.is_multiple_of(r) && !r.is_multiple_of(shape.kv_heads) {
         let instead = format!("a divisor or a multiple of {} shards", shape.kv_heads);
         return indivisible(format!("{} KV heads", shape.kv_heads), instead);
     }

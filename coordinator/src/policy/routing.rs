@@ -20,7 +20,7 @@ impl Split {
     }
 
     /// The entry that takes the next call; `None` when all weights are 0.
-    pub fn next(&mut self) -> Option<usize> {
+    pub fn take(&mut self) -> Option<usize> {
         let total: i64 = self.weights.iter().map(|&weight| i64::from(weight)).sum();
         for (credit, &weight) in self.credit.iter_mut().zip(&self.weights) {
             *credit += i64::from(weight);
@@ -78,7 +78,7 @@ mod tests {
             let mut split = Split::new(weights.clone());
             let mut counts = vec![0u64; weights.len()];
             for call in 1..=calls {
-                counts[split.next().unwrap()] += 1;
+                counts[split.take().unwrap()] += 1;
                 for (&count, &weight) in counts.iter().zip(&weights) {
                     let exact = call as f64 * f64::from(weight) / 100.0;
                     prop_assert!((count as f64 - exact).abs() < weights.len() as f64, "{counts:?} after {call} of {weights:?}");
@@ -108,7 +108,7 @@ mod tests {
 
     #[test]
     fn no_weights_choose_nobody() {
-        assert_eq!(Split::new(vec![0, 0]).next(), None);
-        assert_eq!(Split::default().next(), None);
+        assert_eq!(Split::new(vec![0, 0]).take(), None);
+        assert_eq!(Split::default().take(), None);
     }
 }

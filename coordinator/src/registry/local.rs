@@ -1,4 +1,4 @@
-//! The registry in cluster.toml: [[models]] with a name, a version and a folder.
+//! The registry in cluster.toml: `[[models]]` with a name, a version and a folder.
 
 use common::config::ModelEntry;
 use common::model_ref::ModelRef;

@@ -2,7 +2,7 @@
 //!
 //! Every change gets the next revision of the whole store. Writes compare and swap; a watch goes on from any revision
 //! that is still remembered. Owns no meaning of what is stored. Implementations: [`embedded`] (one file on this
-//! machine); all must pass [`conformance`].
+//! machine); all must pass `conformance`.
 
 pub mod embedded;
 

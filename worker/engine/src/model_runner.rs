@@ -51,7 +51,8 @@ pub struct ModelRunner<B: Backend, C> {
 }
 
 impl<B: Backend, C: Collective<B::Buf>> ModelRunner<B, C> {
-    /// Loads this rank's part of a model; which rank it is, the collective says.
+    /// Loads this rank's part of a model; which rank it is, the collective says. `progress` is told the bytes of
+    /// weights packed so far, of [`Footprint::weights`](Footprint) in all.
     ///
     /// # Errors
     /// [`LoadError`]: the model cannot be divided among so many ranks, the options are impossible, or the device has
@@ -61,6 +62,7 @@ impl<B: Backend, C: Collective<B::Buf>> ModelRunner<B, C> {
         options: &RunnerOptions,
         mut backend: B,
         collective: C,
+        progress: &mut dyn FnMut(u64),
     ) -> Result<Self, LoadError> {
         let spec = &checkpoint.spec;
         options.check()?;
@@ -75,6 +77,8 @@ impl<B: Backend, C: Collective<B::Buf>> ModelRunner<B, C> {
             spec,
             partition: &partition,
             dtype: options.weight_dtype,
+            packed: 0,
+            progress,
         };
         let decoder = Decoder::load(&mut loader, &checkpoint.names)?;
         let kv = backend.alloc_kv(kv_shape(spec, &partition, options))?;

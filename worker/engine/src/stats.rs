@@ -4,7 +4,8 @@
 //! step has taken and the times of those before.
 
 use crate::scheduler::Scheduler;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::time::{Duration, Instant};
 
 /// Step times are counted in this many classes; class `i` ends at `2^i` microseconds.
@@ -16,12 +17,16 @@ const STALL_MIN: Duration = Duration::from_secs(3);
 /// A step is called stalled after this many times the 99th percentile of step times.
 const STALL_FACTOR: u32 = 20;
 
+/// The times of so many steps are kept one by one.
+const RECENT_STEPS: usize = 1024;
+
 /// The live numbers of one engine.
 pub struct Stats {
     born: Instant,
     /// Microseconds from `born` to the current step's start, plus one; 0 while idle.
     step_started: AtomicU64,
-    step_last: AtomicU64,
+    /// Microseconds of the last steps; step `i` (from 0) is at `i % RECENT_STEPS`.
+    recent: [AtomicU32; RECENT_STEPS],
     step_times: [AtomicU64; CLASSES],
     steps: AtomicU64,
     running: AtomicU64,
@@ -61,8 +66,6 @@ pub struct StatsSnapshot {
     pub tokens_in: u64,
     /// Output tokens.
     pub tokens_out: u64,
-    /// Time of the last step, microseconds.
-    pub step_last_us: u64,
 }
 
 impl Default for Stats {
@@ -70,7 +73,7 @@ impl Default for Stats {
         Stats {
             born: Instant::now(),
             step_started: AtomicU64::new(0),
-            step_last: AtomicU64::new(0),
+            recent: [const { AtomicU32::new(0) }; RECENT_STEPS],
             step_times: Default::default(),
             steps: AtomicU64::new(0),
             running: AtomicU64::new(0),
@@ -103,7 +106,6 @@ impl Stats {
             preemptions: read(&self.preemptions),
             tokens_in: read(&self.tokens_in),
             tokens_out: read(&self.tokens_out),
-            step_last_us: read(&self.step_last),
         }
     }
 
@@ -137,12 +139,13 @@ impl Stats {
         }
     }
 
-    /// Counts of steps by time: `(upper bound in microseconds, steps up to it and above the bound before)`.
-    pub fn step_histogram(&self) -> impl Iterator<Item = (u64, u64)> {
-        self.step_times
-            .iter()
-            .enumerate()
-            .map(|(class, count)| (1 << class, count.load(Relaxed)))
+    /// Microseconds of the steps after the first `told` ones, in order, of more than 1024 only the last; and how many
+    /// steps are told with them.
+    pub fn step_times_us(&self, told: u64) -> (Vec<u32>, u64) {
+        let steps = self.steps.load(Acquire);
+        let first = told.max(steps.saturating_sub(RECENT_STEPS as u64));
+        let time = |step| self.recent[step as usize % RECENT_STEPS].load(Relaxed);
+        ((first..steps).map(time).collect(), steps)
     }
 
     /// Whether the current step takes so long that something must hang. An idle engine is never stalled.
@@ -166,8 +169,10 @@ impl Stats {
         let taken = self.current_step().unwrap_or_default().as_micros() as u64;
         let class = (u64::BITS - taken.saturating_sub(1).leading_zeros()) as usize;
         self.step_times[class.min(CLASSES - 1)].fetch_add(1, Relaxed);
-        self.step_last.store(taken, Relaxed);
-        self.steps.fetch_add(1, Relaxed);
+        let step = self.steps.load(Relaxed);
+        let kept = u32::try_from(taken).unwrap_or(u32::MAX);
+        self.recent[step as usize % RECENT_STEPS].store(kept, Relaxed);
+        self.steps.store(step + 1, Release);
     }
 
     /// Nothing is to do.
@@ -223,9 +228,19 @@ mod tests {
         stats.step_times[10].fetch_add(1, Relaxed);
         assert_eq!(stats.step_quantile(0.99), Duration::from_micros(8));
         assert_eq!(stats.step_quantile(1.0), Duration::from_micros(1024));
-        assert_eq!(
-            stats.step_histogram().map(|(_, count)| count).sum::<u64>(),
-            100
-        );
+    }
+
+    #[test]
+    fn the_last_steps_are_told_one_by_one() {
+        let stats = Stats::default();
+        assert_eq!(stats.step_times_us(0), (vec![], 0));
+        for _ in 0..RECENT_STEPS as u64 + 7 {
+            stats.begin_step();
+            stats.end_step();
+        }
+        let steps = stats.snapshot().steps;
+        assert_eq!(stats.step_times_us(steps - 3).0.len(), 3);
+        assert_eq!(stats.step_times_us(0).0.len(), RECENT_STEPS);
+        assert_eq!(stats.step_times_us(steps), (vec![], steps));
     }
 }

@@ -31,7 +31,7 @@ fn checkpoint() -> Checkpoint {
 }
 
 fn runner() -> SoloRunner {
-    ModelRunner::load(&checkpoint(), &OPTIONS, ReferenceBackend, Solo::new()).expect("loads")
+    ModelRunner::load(&checkpoint(), &OPTIONS, ReferenceBackend, Solo::new(), &mut |_| {}).expect("loads")
 }
 
 fn plan(spans: &[(u32, u32, Logits, &[u32])]) -> StepPlan {
@@ -312,6 +312,7 @@ fn impossible_options_and_ranks_are_refused_in_words() {
         &options,
         ReferenceBackend,
         Solo::new(),
+        &mut |_| {},
     ) {
         Err(error) => error.to_string(),
         Ok(_) => panic!("loaded with {options:?}"),
@@ -338,7 +339,7 @@ fn impossible_options_and_ranks_are_refused_in_words() {
         .contains("both must be 1 to 1048576")
     );
     let third = Threads::group(3).pop().expect("three ranks");
-    let error = ModelRunner::load(&checkpoint(), &OPTIONS, ReferenceBackend, third)
+    let error = ModelRunner::load(&checkpoint(), &OPTIONS, ReferenceBackend, third, &mut |_| {})
         .err()
         .expect("8 heads over 3 ranks");
     assert_eq!(

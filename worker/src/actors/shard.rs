@@ -190,10 +190,10 @@ impl Shard {
     fn begin_opening(&self, actor: Addr<ShardActor>) {
         let progress = {
             let (outbox, held) = (self.outbox.clone(), self.held(ShardState::Unloaded));
-            move |stage: &str, total_bytes: u64| {
+            move |stage: &str, done_bytes: u64, total_bytes: u64| {
                 let state = ShardState::Loading {
                     stage: stage.to_owned(),
-                    done_bytes: 0,
+                    done_bytes,
                     total_bytes,
                 };
                 outbox.send_shard(HeldShard {

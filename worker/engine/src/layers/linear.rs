@@ -3,7 +3,7 @@
 //! Owns which part of the checkpoint a rank reads. Rows go straight from the mapped file into the backend's packing.
 
 use super::{LoadError, Loader};
-use crate::backend::{Backend, LinearShape};
+use crate::backend::{Backend, LinearShape, RowSource};
 use crate::models::tensors::Stacked;
 use crate::weights::{Tensor, Weights};
 use std::ops::Range;
@@ -39,9 +39,7 @@ impl<B: Backend> Loader<'_, B> {
                 row -= rows.len();
             }
         };
-        Ok(self
-            .backend
-            .pack(shape, &row, matrix.bias.then_some(&bias))?)
+        self.pack(shape, &row, matrix.bias.then_some(&bias[..]))
     }
 
     /// Row-parallel: all rows, these columns. The results of all ranks are to be summed, so the bias is rank 0's alone.
@@ -75,7 +73,19 @@ impl<B: Backend> Loader<'_, B> {
                 row -= rows.len();
             }
         };
-        Ok(self.backend.pack(shape, &row, bias.as_deref())?)
+        self.pack(shape, &row, bias.as_deref())
+    }
+
+    fn pack(
+        &mut self,
+        shape: LinearShape,
+        rows: &RowSource<'_>,
+        bias: Option<&[f32]>,
+    ) -> Result<B::Linear, LoadError> {
+        let packed = self.backend.pack(shape, rows, bias)?;
+        self.packed += B::linear_bytes(shape);
+        (self.progress)(self.packed);
+        Ok(packed)
     }
 }
 

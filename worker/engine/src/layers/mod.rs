@@ -33,6 +33,10 @@ pub(crate) struct Loader<'a, B> {
     pub partition: &'a Partition,
     /// How matrices are kept.
     pub dtype: WeightDtype,
+    /// Bytes of matrices packed so far.
+    pub packed: u64,
+    /// Told how many, after each matrix.
+    pub progress: &'a mut dyn FnMut(u64),
 }
 
 /// What every layer needs of the running step.

@@ -99,8 +99,8 @@ pub(super) struct Tile<E> {
     /// The first row of results, and the distance between rows.
     pub(super) y: *mut f32,
     pub(super) y_stride: usize,
-    /// Bytes to prefetch ahead in each panel; 0 for none.
-    pub(super) ahead: usize,
+    /// What to prefetch while each panel is read: what is read next, or any address.
+    pub(super) next: [*const E; TILE_PANELS_MAX],
 }
 
 /// How many rows of activations a tile takes at most on this path.
@@ -187,13 +187,14 @@ impl<E: Element> Tile<E> {
         // SAFETY: as above; a pair beyond an odd k is inside the panel, its second half is not used.
         unsafe {
             let w: [*const u16; P] = std::array::from_fn(|p| self.w[p].cast());
+            let next: [*const u16; P] = std::array::from_fn(|p| self.next[p].cast());
             let x: [*const f32; M] =
                 std::array::from_fn(|i| self.x.wrapping_add(i * self.x_stride));
             for pair in 0..self.k / 2 {
                 let (k, at) = (pair.wrapping_mul(2), pair.wrapping_mul(2 * PANEL));
                 let mut weights = [S::zero(); P];
                 for p in 0..P {
-                    S::prefetch(w[p].wrapping_add(at).cast::<u8>().wrapping_add(self.ahead));
+                    S::prefetch(next[p].wrapping_add(at).cast());
                     weights[p] = S::load_even(w[p].wrapping_add(at));
                 }
                 Self::add_products::<S, P, M>(sums, weights, x, k);
@@ -216,13 +217,14 @@ impl<E: Element> Tile<E> {
         // SAFETY: as above.
         unsafe {
             let w: [*const f32; P] = std::array::from_fn(|p| self.w[p].cast());
+            let next: [*const f32; P] = std::array::from_fn(|p| self.next[p].cast());
             let x: [*const f32; M] =
                 std::array::from_fn(|i| self.x.wrapping_add(i * self.x_stride));
             for k in 0..self.k {
                 let at = k.wrapping_mul(PANEL);
                 let mut weights = [S::zero(); P];
                 for p in 0..P {
-                    S::prefetch(w[p].wrapping_add(at).cast::<u8>().wrapping_add(self.ahead));
+                    S::prefetch(next[p].wrapping_add(at).cast());
                     weights[p] = S::load_aligned(w[p].wrapping_add(at));
                 }
                 Self::add_products::<S, P, M>(sums, weights, x, k);
