@@ -45,23 +45,20 @@ fn invoke_later(client: &Client, body: Value) -> tokio::task::JoinHandle<()> {
     })
 }
 
-#[tokio::test]
-async fn a_stream_that_is_left_frees_its_blocks() {
-    let cluster = Cluster::start(Settings::new()).await;
-    cluster.client.deploy("llama", "tiny-llama").await;
-    let mut events = cluster.client.stream("llama", &endless(true)).await;
-    events.next().await.expect("a first event");
-    drop(events);
+/// Steps that the engine has made, once nothing runs any more.
+async fn steps_when_idle(cluster: &Cluster) -> f64 {
     cluster.wait_idle().await;
+    cluster
+        .client
+        .metrics()
+        .await
+        .sum("tandem_step_seconds_count", "")
+        .unwrap_or_default()
 }
 
-#[tokio::test]
-async fn a_whole_answer_that_is_not_waited_for_frees_its_blocks() {
-    let cluster = Cluster::start(Settings::new()).await;
-    cluster.client.deploy("llama", "tiny-llama").await;
-    let client = cluster.client.on_new_connections();
-    let request = tokio::spawn(async move { client.invoke("llama", &endless(false)).await });
-    until("the request to run", PATIENCE, async || {
+/// Waits until the request runs on the worker.
+async fn running(cluster: &Cluster) {
+    until("a request to run", PATIENCE, async || {
         let running = cluster
             .client
             .metrics()
@@ -74,8 +71,41 @@ async fn a_whole_answer_that_is_not_waited_for_frees_its_blocks() {
         }
     })
     .await;
+}
+
+#[tokio::test]
+async fn a_request_that_is_left_frees_its_blocks_and_stops_computing() {
+    let cluster = Cluster::start(Settings::new()).await;
+    cluster.client.deploy("llama", "tiny-llama").await;
+    // Sixteen long continuations: seconds of work, in a thousand steps and some.
+    let body = |stream: bool| {
+        let mut body = endless(stream);
+        body["n"] = json!(16);
+        body
+    };
+    let mut events = cluster.client.stream("llama", &body(true)).await;
+    events.next().await.expect("a first event");
+    drop(events);
+    let streaming = steps_when_idle(&cluster).await;
+
+    let client = cluster.client.on_new_connections();
+    let request = tokio::spawn(async move { client.invoke("llama", &body(false)).await });
+    running(&cluster).await;
     request.abort();
-    cluster.wait_idle().await;
+    let whole = steps_when_idle(&cluster).await;
+
+    cluster.client.invoke("llama", &endless(false)).await.ok();
+    let finished = steps_when_idle(&cluster).await - whole;
+    assert!(finished >= 900.0, "a thousand tokens took {finished} steps");
+    assert!(
+        streaming < 500.0,
+        "a stream that was left went on for {streaming} steps"
+    );
+    assert!(
+        whole - streaming < 500.0,
+        "a request that was left went on for {} steps",
+        whole - streaming
+    );
 }
 
 #[tokio::test]
@@ -219,6 +249,18 @@ async fn a_deadline_ends_a_request_and_cancels_it() {
         .unwrap();
     reply.refused(504, "DEADLINE_EXCEEDED", &["500"]);
     assert_eq!(worker.cancelled().await, start.request);
+}
+
+#[tokio::test]
+async fn a_worker_ends_a_request_at_its_deadline() {
+    let cluster = Cluster::start(Settings::new().limit("deadline_ms", 300)).await;
+    cluster.client.deploy("llama", "tiny-llama").await;
+    let mut body = endless(false);
+    body["n"] = json!(16);
+    let reply = cluster.client.invoke("llama", &body).await;
+    reply.refused(504, "DEADLINE_EXCEEDED", &["300"]);
+    let steps = steps_when_idle(&cluster).await;
+    assert!(steps < 900.0, "the engine went on for {steps} steps");
 }
 
 /// Clients that leave at random moments: before the answer, in its middle, or not at all.

@@ -183,11 +183,11 @@ async fn a_full_token_backlog_is_a_429() {
         }
     })
     .await;
-    cluster
-        .client
-        .invoke("fake", &long)
-        .await
-        .refused(429, "REQUEST_LIMIT_EXCEEDED", &["busy", "try again in"]);
+    cluster.client.invoke("fake", &long).await.refused(
+        429,
+        "REQUEST_LIMIT_EXCEEDED",
+        &["busy", "try again in"],
+    );
     drop((running, waiting));
 }
 

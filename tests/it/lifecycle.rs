@@ -322,3 +322,30 @@ async fn metrics_count_requests_and_tokens() {
     assert!(count("tandem_inter_token_latency_seconds_count") > 0.0);
     cluster.wait_idle().await;
 }
+
+#[tokio::test]
+async fn a_repeated_prompt_is_found_in_the_prefix_cache() {
+    let cluster = Cluster::start(Settings::new()).await;
+    cluster.client.deploy("llama", "tiny-llama").await;
+    let golden = golden::named("tiny-llama", "long_prompt");
+    for _ in 0..2 {
+        assert_eq!(
+            cluster
+                .client
+                .continue_text("llama", &golden.prompt, TOKENS_MAX)
+                .await,
+            golden.text
+        );
+    }
+    cluster.wait_idle().await;
+    let metrics = cluster.client.metrics().await;
+    let hits = metrics
+        .sum("tandem_prefix_cache_hits_total", "")
+        .unwrap_or_default();
+    let whole_blocks = (golden.input_ids.len() / 16 * 16) as f64;
+    assert!(
+        hits >= whole_blocks - 16.0,
+        "{hits} of {} prompt tokens were found",
+        golden.input_ids.len()
+    );
+}

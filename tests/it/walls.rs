@@ -10,7 +10,10 @@ const TEST_LINES_MAX: usize = 1000;
 
 /// Where a message may pass a full mailbox: control that must arrive, and that requests do not multiply.
 const DO_SEND: [(&str, &str); 4] = [
-    ("coordinator/src/actors/coordinator/", "changes of workers, replicas and endpoints"),
+    (
+        "coordinator/src/actors/coordinator/",
+        "changes of workers, replicas and endpoints",
+    ),
     (
         "coordinator/src/actors/death.rs",
         "an actor's last word, once in its life",

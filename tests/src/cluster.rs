@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use common::ids::WorkerId;
 use tempfile::TempDir;
@@ -144,8 +145,10 @@ impl Cluster {
         .await;
     }
 
-    /// Waits until no request is anywhere: nothing running or waiting, and all KV blocks free.
+    /// Waits until no request is anywhere: nothing running or waiting, and all KV blocks free, also in a report that
+    /// workers made afterwards.
     pub async fn wait_idle(&self) {
+        let mut idle_since = None;
         until(
             "all requests to be gone and all KV blocks free",
             PATIENCE,
@@ -158,16 +161,24 @@ impl Cluster {
                         value => Some(format!("{name} = {value:?}")),
                     })
                     .collect();
-                if busy.is_empty() {
+                if !busy.is_empty() {
+                    idle_since = None;
+                    return Err(busy.join(", "));
+                }
+                let since = idle_since.get_or_insert_with(Instant::now);
+                if since.elapsed() > REPORT_AGE_MAX {
                     Ok(())
                 } else {
-                    Err(busy.join(", "))
+                    Err("idle, but not for long enough".into())
                 }
             },
         )
         .await;
     }
 }
+
+/// Workers report their counters once a second: what is older than this has been reported.
+const REPORT_AGE_MAX: Duration = Duration::from_millis(1200);
 
 /// Gauges that are 0 when the cluster does nothing.
 const IDLE_GAUGES: [&str; 3] = [

@@ -9,8 +9,8 @@ use common::ids::{Generation, ReplicaId, RequestId, Term, WorkerId};
 use common::request::{Delta, End, Generate};
 use common::wire::link::{Receiver, Sender, split};
 use common::wire::message::{
-    Command, GroupMember, Hello, KvDtype, ModelSource, Output, PROTOCOL_MAX, Report, ShardOptions, ShardSpec,
-    ShardState, Start,
+    Command, GroupMember, Hello, KvDtype, ModelSource, Output, PROTOCOL_MAX, Report, ShardOptions,
+    ShardSpec, ShardState, Start,
 };
 use tempfile::TempDir;
 use tokio::net::{TcpListener, TcpStream};
@@ -52,14 +52,21 @@ impl FakeCoordinator {
         write(folder.path(), "cluster.local.toml", &local);
         fs::create_dir(folder.path().join("var")).expect("a folder for the secret");
         write(folder.path(), "var/worker.secret", SECRET);
-        FakeCoordinator { listener, folder, settings }
+        FakeCoordinator {
+            listener,
+            folder,
+            settings,
+        }
     }
 
     /// Starts a real worker.
     pub fn start_worker(&self, index: usize) -> Process {
         let name = &self.settings.worker_names()[index];
         let mut program = Program::new(binaries::worker());
-        program.arg("--config").arg(self.folder.path().join("cluster.toml")).args(["--device", name]);
+        program
+            .arg("--config")
+            .arg(self.folder.path().join("cluster.toml"))
+            .args(["--device", name]);
         run(self.folder.path(), name, program)
     }
 
@@ -71,7 +78,11 @@ impl FakeCoordinator {
         match receiver.receive().await {
             Ok(Some(Report::Hello(hello))) => {
                 assert_eq!(hello.secret, SECRET);
-                Link { hello: *hello, sender, receiver }
+                Link {
+                    hello: *hello,
+                    sender,
+                    receiver,
+                }
             }
             other => panic!("expected Hello, got {other:?}"),
         }
@@ -80,7 +91,11 @@ impl FakeCoordinator {
     /// The next worker that dials, welcomed under this term.
     pub async fn welcomed(&self, term: u64) -> Link {
         let mut link = self.greeted().await;
-        link.send(Command::Welcome { protocol: PROTOCOL_MAX, term: Term(term) }).await;
+        link.send(Command::Welcome {
+            protocol: PROTOCOL_MAX,
+            term: Term(term),
+        })
+        .await;
         link
     }
 
@@ -94,7 +109,10 @@ impl FakeCoordinator {
 impl Link {
     /// Commands.
     pub async fn send(&mut self, command: Command) {
-        self.sender.send(&command).await.unwrap_or_else(|e| panic!("the worker is gone: {e}"));
+        self.sender
+            .send(&command)
+            .await
+            .unwrap_or_else(|e| panic!("the worker is gone: {e}"));
     }
 
     /// The next report that `take` wants; others are passed over.
@@ -131,7 +149,12 @@ impl Link {
     pub async fn loaded(&mut self, spec: &ShardSpec) -> ShardState {
         let wanted = (spec.replica, spec.generation);
         self.wait("a shard's state", |report| match report {
-            Report::Shard { replica, generation, state, .. } if (replica, generation) == wanted => {
+            Report::Shard {
+                replica,
+                generation,
+                state,
+                ..
+            } if (replica, generation) == wanted => {
                 (!matches!(state, ShardState::Loading { .. })).then_some(state)
             }
             _ => None,
@@ -143,11 +166,19 @@ impl Link {
     pub async fn answer(&mut self, request: RequestId) -> (String, End) {
         let mut text = String::new();
         self.wait("an answer's end", |report| {
-            let Report::Step { outputs, .. } = report else { return None };
+            let Report::Step { outputs, .. } = report else {
+                return None;
+            };
             let mut ended = None;
-            for output in outputs.into_iter().filter(|output| output.request() == request) {
+            for output in outputs
+                .into_iter()
+                .filter(|output| output.request() == request)
+            {
                 match output {
-                    Output::Delta { delta: Delta { text: more, .. }, .. } => text.push_str(&more),
+                    Output::Delta {
+                        delta: Delta { text: more, .. },
+                        ..
+                    } => text.push_str(&more),
                     Output::End { end, .. } => ended = Some(end),
                     Output::Prompt { .. } => {}
                 }
@@ -179,13 +210,19 @@ impl Link {
 
     /// This worker as a member of a group.
     pub fn member(&self) -> GroupMember {
-        GroupMember { worker: self.hello.worker.clone(), group_address: self.hello.group_address.clone() }
+        GroupMember {
+            worker: self.hello.worker.clone(),
+            group_address: self.hello.group_address.clone(),
+        }
     }
 }
 
 /// A member that will never come: nothing listens at its address.
 pub fn absent_member() -> GroupMember {
-    GroupMember { worker: WorkerId("local/absent".into()), group_address: "127.0.0.1:1".into() }
+    GroupMember {
+        worker: WorkerId("local/absent".into()),
+        group_address: "127.0.0.1:1".into(),
+    }
 }
 
 /// A first attempt at a prompt.

@@ -41,15 +41,22 @@ impl FakeWorker {
     /// Joins as the worker at `index` in cluster.toml. Dials again, as a worker does, when the link is closed on it.
     pub async fn join(cluster: &Cluster, index: usize) -> FakeWorker {
         let (name, secret) = (cluster.worker_name(index), cluster.worker_secret());
-        until("the coordinator to welcome a worker", PATIENCE, async || {
-            let hello = hello(name.clone(), secret.clone());
-            let mut worker = FakeWorker::dial(&cluster.worker_address, hello).await;
-            match worker.commands.recv().await {
-                Some(Command::Welcome { protocol: PROTOCOL_MAX, .. }) => Ok(worker),
-                Some(other) => panic!("expected Welcome, got {other:?}"),
-                None => Err("the link was closed".into()),
-            }
-        })
+        until(
+            "the coordinator to welcome a worker",
+            PATIENCE,
+            async || {
+                let hello = hello(name.clone(), secret.clone());
+                let mut worker = FakeWorker::dial(&cluster.worker_address, hello).await;
+                match worker.commands.recv().await {
+                    Some(Command::Welcome {
+                        protocol: PROTOCOL_MAX,
+                        ..
+                    }) => Ok(worker),
+                    Some(other) => panic!("expected Welcome, got {other:?}"),
+                    None => Err("the link was closed".into()),
+                }
+            },
+        )
         .await
     }
 

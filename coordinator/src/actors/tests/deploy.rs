@@ -361,3 +361,77 @@ async fn endpoints_of_cluster_toml_exist_from_the_first_start() {
         ("cluster.toml", "tiny-1")
     );
 }
+
+#[actix::test]
+async fn broken_files_are_refused_at_creation_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let tiny = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/tiny-llama");
+    let broken = folder.path().join("broken");
+    std::fs::create_dir(&broken).unwrap();
+    let weights = std::fs::read(tiny.join("model.safetensors")).unwrap();
+    let config_json = std::fs::read_to_string(tiny.join("config.json")).unwrap();
+    let model = "[[models]]\nname = \"broken\"\nversion = 1\npath = \"broken\"\n";
+    let core = cluster(folder.path(), |text| text + model).await;
+    let refusal = async |weights: &[u8], config_json: &str| {
+        std::fs::write(broken.join("model.safetensors"), weights).unwrap();
+        std::fs::write(broken.join("config.json"), config_json).unwrap();
+        let refused = core.create("e", config("broken", "CPU")).await.unwrap_err();
+        assert_eq!(refused.kind, ErrorKind::InvalidParameter);
+        refused.message
+    };
+    let message = refusal(&weights[..weights.len() / 2], &config_json).await;
+    assert!(
+        message.contains("model.safetensors: is corrupt or cut short"),
+        "{message}"
+    );
+    let message = refusal(b"not safetensors at all", &config_json).await;
+    assert!(
+        message.contains("model.safetensors: is corrupt or cut short"),
+        "{message}"
+    );
+    let message = refusal(
+        &weights,
+        &config_json.replace("LlamaForCausalLM", "GPT2LMHeadModel"),
+    )
+    .await;
+    assert!(
+        message.contains("architecture GPT2LMHeadModel is not supported"),
+        "{message}"
+    );
+}
+
+#[actix::test]
+async fn traffic_is_split_exactly_by_percentage() {
+    let folder = tempfile::tempdir().unwrap();
+    let core = cluster(folder.path(), |text| text).await;
+    let mut worker = FakeWorker::join(&core, "0").await;
+    let mut both = config("tiny", "CPU");
+    let other = config("other", "CPU");
+    both.entities.extend(other.entities);
+    both.routes.extend(other.routes);
+    (both.routes[0].percentage, both.routes[1].percentage) = (75, 25);
+    core.create("e", both).await.unwrap();
+    worker.serve().await;
+    let mut second = FakeWorker::join(&core, "1").await;
+    tokio::select! { _ = worker.serve() => (), _ = second.serve() => () }
+    core.until_ready("e").await;
+    let mut answered = Vec::new();
+    for _ in 0..20 {
+        let (answer, (first, start)) = tokio::join!(core.ask("e", "p"), async {
+            tokio::select! { start = worker.accept() => (true, start), start = second.accept() => (false, start) }
+        });
+        answered.push(answer.unwrap().served_entity);
+        let one = if first { &mut worker } else { &mut second };
+        one.end(&start, End::Stop).await;
+        assert_eq!(
+            one.cancel().await,
+            start.request,
+            "the answer was dropped before its end came"
+        );
+    }
+    assert_eq!(
+        answered.iter().filter(|name| *name == "tiny-1").count(),
+        15,
+        "{answered:?}"
+    );
+}

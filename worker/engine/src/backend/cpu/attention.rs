@@ -13,7 +13,7 @@ use super::isa::{Isa, Kernel};
 use super::kv::{CpuKv, HeadBlocks, KvValues, head_blocks, value_width};
 use super::pool::{Base, Pool};
 use super::simd::{LANES, Simd};
-use super::tile::{Element, PANEL, TILE_PANELS_MAX, Tile, tile_bounds, tile_panels, tile_rows};
+use super::tile::{Element, PANEL, Tile, tile_bounds, tile_panels, tile_rows};
 use crate::backend::{Attention, Batch, BatchSpan, Heads};
 use crate::plan::BLOCK_TOKENS;
 
@@ -274,12 +274,13 @@ impl<E: Element> ItemKernel<'_, E> {
             } else {
                 1
             };
-            let w: [*const E; TILE_PANELS_MAX] = std::array::from_fn(|p| {
-                self.blocks
-                    .block(self.table[block + p.min(panels - 1)])
-                    .0
-                    .as_ptr()
-            });
+            let keys_of = |block: usize| {
+                let block = self.table[block.min(blocks.end - 1)];
+                self.blocks.block(block).0.as_ptr()
+            };
+            let w = std::array::from_fn(|p| keys_of(block + p.min(panels - 1)));
+            // The next blocks lie anywhere: the processor cannot guess where.
+            let next = std::array::from_fn(|p| keys_of(block + panels + p));
             for rows in tiles.bounds(vectors) {
                 let tile = Tile {
                     k: width,
@@ -291,7 +292,7 @@ impl<E: Element> ItemKernel<'_, E> {
                     y: scores[rows.start * keys + (block - blocks.start) * BLOCK_TOKENS..]
                         .as_mut_ptr(),
                     y_stride: keys,
-                    ahead: E::panel_len(width) * size_of::<E>(),
+                    next,
                 };
                 // SAFETY: the panels hold the head's width, the slices all vectors and keys of the item.
                 unsafe { S::tile(&tile, rows.len(), panels) };
@@ -369,7 +370,11 @@ impl<E: Element> ItemKernel<'_, E> {
         let scores = &self.scratch.scores[..vectors * keys];
         let end = self.item.position + self.item.rows.len();
         for block in blocks.clone() {
-            let values = self.blocks.block(self.table[block]).1;
+            let values_of = |block: usize| {
+                let block = self.table[block.min(blocks.end - 1)];
+                self.blocks.block(block).1
+            };
+            let (values, next_values) = (values_of(block), values_of(block + 1));
             let panel_len = E::panel_len(BLOCK_TOKENS);
             // What lies behind the sequence's end was never written, or by another sequence: not even zero times it.
             let tokens = (end - block * BLOCK_TOKENS).min(BLOCK_TOKENS);
@@ -380,9 +385,9 @@ impl<E: Element> ItemKernel<'_, E> {
                 } else {
                     1
                 };
-                let w = std::array::from_fn(|p| {
-                    values[(panel + p.min(panels - 1)) * panel_len..].as_ptr()
-                });
+                let place = |p: usize| (panel + p.min(panels - 1)) * panel_len;
+                let w = std::array::from_fn(|p| values[place(p)..].as_ptr());
+                let next = std::array::from_fn(|p| next_values[place(p)..].as_ptr());
                 for rows in tiles.bounds(vectors) {
                     let y = outputs[rows.start * width + panel * PANEL..].as_mut_ptr();
                     let first = block == blocks.start;
@@ -396,7 +401,7 @@ impl<E: Element> ItemKernel<'_, E> {
                         init_stride: width,
                         y,
                         y_stride: width,
-                        ahead: size_of_val(values),
+                        next,
                     };
                     // SAFETY: the panels hold the block's tokens, the slices all vectors of the item.
                     unsafe { S::tile(&tile, rows.len(), panels) };

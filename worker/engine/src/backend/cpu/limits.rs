@@ -11,7 +11,7 @@ use crate::backend::DeviceError;
 /// Bytes read for the bandwidth: far more than caches hold.
 const READ_BYTES: usize = 256 << 20;
 /// Each limit is the best of so many tries.
-const TRIES: usize = 7;
+const TRIES: usize = 25;
 
 /// The limits of a pool's threads together.
 #[derive(Debug, Clone, Copy)]

@@ -327,21 +327,21 @@ impl<E: Element> Multiply<'_, E> {
             Some(bias) => (bias[panel * PANEL..][..panels * PANEL].as_ptr(), 0),
             None => (std::ptr::null(), 0),
         };
+        // `k` is even: K_BLOCK is.
+        let w: [*const E; TILE_PANELS_MAX] = std::array::from_fn(|p| {
+            let panel = p.min(panels - 1) * len;
+            weights.as_ptr().wrapping_add(panel + k * PANEL)
+        });
         let tile = Tile {
             k: count,
-            // `k` is even: K_BLOCK is.
-            w: std::array::from_fn(|p| {
-                weights
-                    .as_ptr()
-                    .wrapping_add(p.min(panels - 1) * len + k * PANEL)
-            }),
+            w,
             x: x.as_ptr(),
             x_stride,
             init,
             init_stride,
             y,
             y_stride: stride,
-            ahead: AHEAD_BYTES,
+            next: w.map(|w| w.wrapping_add(AHEAD_BYTES / size_of::<E>())),
         };
         // SAFETY: the slices above hold all that the tile reads; `y` is the caller's promise.
         unsafe { S::tile(&tile, rows.len(), panels) }
