@@ -37,13 +37,22 @@ impl ModelRef {
     pub fn new(name: &str, version: &str) -> Result<Self, ModelRefError> {
         let levels: Vec<&str> = name.split('.').collect();
         let level_ok = |level: &&str| {
-            !level.is_empty() && level.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
+            !level.is_empty()
+                && level
+                    .chars()
+                    .all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
         };
-        if name.len() > Self::NAME_MAX || !matches!(levels.len(), 1 | 3) || !levels.iter().all(level_ok) {
+        if name.len() > Self::NAME_MAX
+            || !matches!(levels.len(), 1 | 3)
+            || !levels.iter().all(level_ok)
+        {
             return Err(ModelRefError::Name(name.to_owned()));
         }
         match version.parse::<u32>() {
-            Ok(number) if number > 0 => Ok(ModelRef { name: name.to_owned(), version: number.to_string() }),
+            Ok(number) if number > 0 => Ok(ModelRef {
+                name: name.to_owned(),
+                version: number.to_string(),
+            }),
             _ => Err(ModelRefError::Version(version.to_owned())),
         }
     }
@@ -67,17 +76,34 @@ mod tests {
     #[test]
     fn one_and_three_levels_are_names_and_two_are_not() {
         assert!(ModelRef::new("mpt", "1").is_ok());
-        assert_eq!(ModelRef::new("ml.llm-catalog.llama-13b", "3").unwrap().short_name(), "llama-13b");
-        assert!(matches!(ModelRef::new("a.b", "1"), Err(ModelRefError::Name(_))));
-        assert!(matches!(ModelRef::new("a..b", "1"), Err(ModelRefError::Name(_))));
-        assert!(matches!(ModelRef::new("../etc/passwd", "1"), Err(ModelRefError::Name(_))));
+        assert_eq!(
+            ModelRef::new("ml.llm-catalog.llama-13b", "3")
+                .unwrap()
+                .short_name(),
+            "llama-13b"
+        );
+        assert!(matches!(
+            ModelRef::new("a.b", "1"),
+            Err(ModelRefError::Name(_))
+        ));
+        assert!(matches!(
+            ModelRef::new("a..b", "1"),
+            Err(ModelRefError::Name(_))
+        ));
+        assert!(matches!(
+            ModelRef::new("../etc/passwd", "1"),
+            Err(ModelRefError::Name(_))
+        ));
     }
 
     #[test]
     fn versions_are_positive_numbers_and_lose_leading_zeros() {
         assert_eq!(ModelRef::new("m", "007").unwrap().version, "7");
         for bad in ["0", "-1", "latest", "", "1.0"] {
-            assert!(matches!(ModelRef::new("m", bad), Err(ModelRefError::Version(_))), "{bad}");
+            assert!(
+                matches!(ModelRef::new("m", bad), Err(ModelRefError::Version(_))),
+                "{bad}"
+            );
         }
     }
 }

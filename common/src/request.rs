@@ -27,7 +27,10 @@ impl Prompt {
             Prompt::Chat(messages) => {
                 // A template adds role names and turn marks around each message.
                 const TEMPLATE_BYTES: u64 = 256;
-                messages.iter().map(|m| (m.role.len() + m.content.len()) as u64 + TEMPLATE_BYTES).sum::<u64>()
+                messages
+                    .iter()
+                    .map(|m| (m.role.len() + m.content.len()) as u64 + TEMPLATE_BYTES)
+                    .sum::<u64>()
                     + SPECIAL_TOKENS
             }
         }
@@ -104,24 +107,71 @@ impl Sampling {
     /// [`OutOfRange`] names the first field that is wrong.
     pub fn check(&self) -> Result<(), OutOfRange> {
         let range = |field, value: f32, ok: bool, allowed| {
-            if ok && value.is_finite() { Ok(()) } else { Err(OutOfRange { field, allowed, got: value.to_string() }) }
+            if ok && value.is_finite() {
+                Ok(())
+            } else {
+                Err(OutOfRange {
+                    field,
+                    allowed,
+                    got: value.to_string(),
+                })
+            }
         };
         let t = self.temperature;
-        range("temperature", t, (0.0..=100.0).contains(&t), "between 0 and 100")?;
-        range("top_p", self.top_p, self.top_p > 0.0 && self.top_p <= 1.0, "above 0 and at most 1")?;
-        range("min_p", self.min_p, (0.0..=1.0).contains(&self.min_p), "between 0 and 1")?;
+        range(
+            "temperature",
+            t,
+            (0.0..=100.0).contains(&t),
+            "between 0 and 100",
+        )?;
+        range(
+            "top_p",
+            self.top_p,
+            self.top_p > 0.0 && self.top_p <= 1.0,
+            "above 0 and at most 1",
+        )?;
+        range(
+            "min_p",
+            self.min_p,
+            (0.0..=1.0).contains(&self.min_p),
+            "between 0 and 1",
+        )?;
         let r = self.repetition_penalty;
-        range("repetition_penalty", r, r > 0.0 && r <= 100.0, "above 0 and at most 100")?;
+        range(
+            "repetition_penalty",
+            r,
+            r > 0.0 && r <= 100.0,
+            "above 0 and at most 100",
+        )?;
         let p = self.presence_penalty;
-        range("presence_penalty", p, (-2.0..=2.0).contains(&p), "between -2 and 2")?;
+        range(
+            "presence_penalty",
+            p,
+            (-2.0..=2.0).contains(&p),
+            "between -2 and 2",
+        )?;
         let f = self.frequency_penalty;
-        range("frequency_penalty", f, (-2.0..=2.0).contains(&f), "between -2 and 2")?;
+        range(
+            "frequency_penalty",
+            f,
+            (-2.0..=2.0).contains(&f),
+            "between -2 and 2",
+        )?;
         for (_, bias) in &self.logit_bias {
-            range("logit_bias", *bias, (-100.0..=100.0).contains(bias), "between -100 and 100 for each token id")?;
+            range(
+                "logit_bias",
+                *bias,
+                (-100.0..=100.0).contains(bias),
+                "between -100 and 100 for each token id",
+            )?;
         }
         if self.logit_bias.len() > Self::LOGIT_BIAS_MAX {
             let got = format!("{} entries", self.logit_bias.len());
-            return Err(OutOfRange { field: "logit_bias", allowed: "at most 1024 entries", got });
+            return Err(OutOfRange {
+                field: "logit_bias",
+                allowed: "at most 1024 entries",
+                got,
+            });
         }
         Ok(())
     }
@@ -262,7 +312,10 @@ pub struct Failure {
 impl Failure {
     /// A failure of this kind.
     pub fn new(kind: FailureKind, message: impl Into<String>) -> Self {
-        Failure { kind, message: message.into() }
+        Failure {
+            kind,
+            message: message.into(),
+        }
     }
 }
 
@@ -296,12 +349,48 @@ mod tests {
     fn the_default_sampling_is_valid_and_each_wrong_field_is_named() {
         assert!(Sampling::default().check().is_ok());
         let wrong: [(&str, Sampling); 6] = [
-            ("temperature", Sampling { temperature: -0.1, ..Default::default() }),
-            ("temperature", Sampling { temperature: f32::NAN, ..Default::default() }),
-            ("top_p", Sampling { top_p: 0.0, ..Default::default() }),
-            ("min_p", Sampling { min_p: 1.5, ..Default::default() }),
-            ("repetition_penalty", Sampling { repetition_penalty: 0.0, ..Default::default() }),
-            ("logit_bias", Sampling { logit_bias: vec![(1, 101.0)], ..Default::default() }),
+            (
+                "temperature",
+                Sampling {
+                    temperature: -0.1,
+                    ..Default::default()
+                },
+            ),
+            (
+                "temperature",
+                Sampling {
+                    temperature: f32::NAN,
+                    ..Default::default()
+                },
+            ),
+            (
+                "top_p",
+                Sampling {
+                    top_p: 0.0,
+                    ..Default::default()
+                },
+            ),
+            (
+                "min_p",
+                Sampling {
+                    min_p: 1.5,
+                    ..Default::default()
+                },
+            ),
+            (
+                "repetition_penalty",
+                Sampling {
+                    repetition_penalty: 0.0,
+                    ..Default::default()
+                },
+            ),
+            (
+                "logit_bias",
+                Sampling {
+                    logit_bias: vec![(1, 101.0)],
+                    ..Default::default()
+                },
+            ),
         ];
         for (field, sampling) in wrong {
             assert_eq!(sampling.check().unwrap_err().field, field);

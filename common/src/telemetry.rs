@@ -11,8 +11,15 @@ pub fn init(json: bool) {
     let filter = EnvFilter::try_from_env("TANDEM_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     // Colours are for people at a terminal, not for log files.
     let ansi = std::io::stderr().is_terminal();
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(std::io::stderr);
-    let started = if json { builder.json().try_init() } else { builder.with_target(true).try_init() };
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(ansi)
+        .with_writer(std::io::stderr);
+    let started = if json {
+        builder.json().try_init()
+    } else {
+        builder.with_target(true).try_init()
+    };
     if started.is_err() {
         tracing::debug!("logging was already started");
     }

@@ -20,15 +20,24 @@ use crate::config::TlsFiles;
 /// Names the file that is missing or wrong.
 pub fn server(files: &TlsFiles) -> Result<Arc<ServerConfig>> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(authority(&files.ca)?), provider.clone())
-        .build()
-        .with_context(|| format!("{}: not usable as an authority", files.ca.display()))?;
+    let verifier = WebPkiClientVerifier::builder_with_provider(
+        Arc::new(authority(&files.ca)?),
+        provider.clone(),
+    )
+    .build()
+    .with_context(|| format!("{}: not usable as an authority", files.ca.display()))?;
     let (chain, key) = identity(files)?;
     let configuration = ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()?
         .with_client_cert_verifier(verifier)
         .with_single_cert(chain, key)
-        .with_context(|| format!("{}: does not match {}", files.key.display(), files.cert.display()))?;
+        .with_context(|| {
+            format!(
+                "{}: does not match {}",
+                files.key.display(),
+                files.cert.display()
+            )
+        })?;
     Ok(Arc::new(configuration))
 }
 
@@ -43,7 +52,13 @@ pub fn client(files: &TlsFiles) -> Result<Arc<ClientConfig>> {
         .with_safe_default_protocol_versions()?
         .with_root_certificates(authority(&files.ca)?)
         .with_client_auth_cert(chain, key)
-        .with_context(|| format!("{}: does not match {}", files.key.display(), files.cert.display()))?;
+        .with_context(|| {
+            format!(
+                "{}: does not match {}",
+                files.key.display(),
+                files.cert.display()
+            )
+        })?;
     Ok(Arc::new(configuration))
 }
 
@@ -64,7 +79,9 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
 fn authority(path: &Path) -> Result<RootCertStore> {
     let mut store = RootCertStore::empty();
     for certificate in certificates(path)? {
-        store.add(certificate).with_context(|| format!("{}: not an authority's certificate", path.display()))?;
+        store
+            .add(certificate)
+            .with_context(|| format!("{}: not an authority's certificate", path.display()))?;
     }
     Ok(store)
 }

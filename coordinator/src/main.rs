@@ -1,4 +1,5 @@
 //! The coordinator's process: reads arguments and configuration, opens the ports and runs until a signal.
+#![forbid(unsafe_code)]
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -23,10 +23,7 @@ impl HealthReporter {
             Running::Leader(leader) => Some(leader.engine.stats()),
             Running::Follower(_) => None,
         };
-        HealthReporter {
-            stats,
-            told: 0,
-        }
+        HealthReporter { stats, told: 0 }
     }
 
     /// The counters now.

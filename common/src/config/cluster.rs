@@ -5,7 +5,9 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use super::raw::{Raw, RawDevice, RawEndpoint, RawModel, RawServedEntity, RawToken, RawWorkloadType};
+use super::raw::{
+    Raw, RawDevice, RawEndpoint, RawModel, RawServedEntity, RawToken, RawWorkloadType,
+};
 use super::reader::Reader;
 use crate::ids::WorkerId;
 use crate::model_ref::ModelRef;
@@ -206,15 +208,31 @@ impl Cluster {
 
     /// All workers' names, in the order of the file.
     pub fn workers(&self) -> impl Iterator<Item = &WorkerId> {
-        self.nodes.iter().flat_map(|node| node.devices.iter().map(|device| &device.worker))
+        self.nodes
+            .iter()
+            .flat_map(|node| node.devices.iter().map(|device| &device.worker))
     }
 }
 
 /// Checks everything; `None` when something needed could not be made out (the reader then has the mistakes).
 pub(super) fn check(raw: Raw, root: &Path, r: &mut Reader<'_>) -> Option<Cluster> {
-    let Raw { coordinator, auth, tls, limits, nodes, workload_types, models, endpoints } = raw;
+    let Raw {
+        coordinator,
+        auth,
+        tls,
+        limits,
+        nodes,
+        workload_types,
+        models,
+        endpoints,
+    } = raw;
     let listen = address(coordinator.listen, LISTEN_DEFAULT, "coordinator.listen", r);
-    let worker_listen = address(coordinator.worker_listen, WORKER_LISTEN_DEFAULT, "coordinator.worker_listen", r);
+    let worker_listen = address(
+        coordinator.worker_listen,
+        WORKER_LISTEN_DEFAULT,
+        "coordinator.worker_listen",
+        r,
+    );
     if listen.is_some_and(|a| !a.ip().is_loopback()) && coordinator.plain_http != Some(true) {
         r.mistake(
             "coordinator.listen",
@@ -233,8 +251,14 @@ pub(super) fn check(raw: Raw, root: &Path, r: &mut Reader<'_>) -> Option<Cluster
         addresses.extend(worker_listen.map(|a| a.to_string()));
     }
     for (i, dial) in addresses.iter().enumerate() {
-        if dial.rsplit_once(':').is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err()) {
-            r.mistake(&format!("coordinator.addresses[{i}]"), format!("must be host:port, got \"{dial}\""));
+        if dial
+            .rsplit_once(':')
+            .is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err())
+        {
+            r.mistake(
+                &format!("coordinator.addresses[{i}]"),
+                format!("must be host:port, got \"{dial}\""),
+            );
         }
     }
     let coordinator = CoordinatorConfig {
@@ -247,10 +271,24 @@ pub(super) fn check(raw: Raw, root: &Path, r: &mut Reader<'_>) -> Option<Cluster
         r.mistake("auth", "needs at least one [[auth.tokens]] with user and file: no request is answered without a token");
     }
     let auth = AuthConfig {
-        worker_secret_file: root.join(auth.worker_secret_file.as_deref().unwrap_or("var/worker.secret")),
-        tokens: auth.tokens.into_iter().filter_map(|t| token(t, root, r)).collect(),
+        worker_secret_file: root.join(
+            auth.worker_secret_file
+                .as_deref()
+                .unwrap_or("var/worker.secret"),
+        ),
+        tokens: auth
+            .tokens
+            .into_iter()
+            .filter_map(|t| token(t, root, r))
+            .collect(),
     };
-    let tls = tls.and_then(|t| Some(TlsFiles { ca: root.join(t.ca?), cert: root.join(t.cert?), key: root.join(t.key?) }));
+    let tls = tls.and_then(|t| {
+        Some(TlsFiles {
+            ca: root.join(t.ca?),
+            cert: root.join(t.cert?),
+            key: root.join(t.key?),
+        })
+    });
     let positive = |value: Option<u64>, default, key: &str, r: &mut Reader<'_>| match value {
         Some(0) => {
             r.mistake(key, "must be above 0");
@@ -259,11 +297,33 @@ pub(super) fn check(raw: Raw, root: &Path, r: &mut Reader<'_>) -> Option<Cluster
         value => value.unwrap_or(default),
     };
     let limits = Limits {
-        body_bytes_max: positive(limits.body_bytes_max, BODY_BYTES_MAX_DEFAULT, "limits.body_bytes_max", r),
-        deadline_ms: positive(limits.deadline_ms, DEADLINE_MS_DEFAULT, "limits.deadline_ms", r),
-        queue_tokens_max: positive(limits.queue_tokens_max, QUEUE_TOKENS_MAX_DEFAULT, "limits.queue_tokens_max", r),
-        queue_requests_max: limits.queue_requests_max.unwrap_or(QUEUE_REQUESTS_MAX_DEFAULT),
-        idle_stream_ms: positive(limits.idle_stream_ms, IDLE_STREAM_MS_DEFAULT, "limits.idle_stream_ms", r),
+        body_bytes_max: positive(
+            limits.body_bytes_max,
+            BODY_BYTES_MAX_DEFAULT,
+            "limits.body_bytes_max",
+            r,
+        ),
+        deadline_ms: positive(
+            limits.deadline_ms,
+            DEADLINE_MS_DEFAULT,
+            "limits.deadline_ms",
+            r,
+        ),
+        queue_tokens_max: positive(
+            limits.queue_tokens_max,
+            QUEUE_TOKENS_MAX_DEFAULT,
+            "limits.queue_tokens_max",
+            r,
+        ),
+        queue_requests_max: limits
+            .queue_requests_max
+            .unwrap_or(QUEUE_REQUESTS_MAX_DEFAULT),
+        idle_stream_ms: positive(
+            limits.idle_stream_ms,
+            IDLE_STREAM_MS_DEFAULT,
+            "limits.idle_stream_ms",
+            r,
+        ),
     };
     let mut names = HashSet::new();
     let nodes: Vec<Node> = nodes
@@ -274,27 +334,53 @@ pub(super) fn check(raw: Raw, root: &Path, r: &mut Reader<'_>) -> Option<Cluster
             let mut device_names = HashSet::new();
             let read = |d| device(d, &name, &mut device_names, r);
             let devices = node.devices.into_iter().filter_map(read).collect();
-            Some(Node { name, address: node.address.unwrap_or_else(|| "127.0.0.1".into()), devices })
+            Some(Node {
+                name,
+                address: node.address.unwrap_or_else(|| "127.0.0.1".into()),
+                devices,
+            })
         })
         .collect();
     let mut names = HashSet::new();
-    let workload_types: Vec<WorkloadType> =
-        workload_types.into_iter().filter_map(|w| workload_type(w, &mut names, r)).collect();
+    let workload_types: Vec<WorkloadType> = workload_types
+        .into_iter()
+        .filter_map(|w| workload_type(w, &mut names, r))
+        .collect();
     let mut seen = HashSet::new();
-    let models: Vec<ModelEntry> = models.into_iter().filter_map(|m| model(m, root, &mut seen, r)).collect();
+    let models: Vec<ModelEntry> = models
+        .into_iter()
+        .filter_map(|m| model(m, root, &mut seen, r))
+        .collect();
     let mut names = HashSet::new();
     let endpoints = endpoints
         .into_iter()
         .filter_map(|e| endpoint(e, &workload_types, &models, &mut names, r))
         .collect();
-    Some(Cluster { coordinator, auth, tls, limits, nodes, workload_types, models, endpoints })
+    Some(Cluster {
+        coordinator,
+        auth,
+        tls,
+        limits,
+        nodes,
+        workload_types,
+        models,
+        endpoints,
+    })
 }
 
-fn address(text: Option<String>, default: &str, key: &str, r: &mut Reader<'_>) -> Option<SocketAddr> {
+fn address(
+    text: Option<String>,
+    default: &str,
+    key: &str,
+    r: &mut Reader<'_>,
+) -> Option<SocketAddr> {
     let text = text.unwrap_or_else(|| default.to_owned());
     let parsed = SocketAddr::from_str(&text).ok();
     if parsed.is_none() {
-        r.mistake(key, format!("must be an IP address and a port such as \"{default}\", got \"{text}\""));
+        r.mistake(
+            key,
+            format!("must be an IP address and a port such as \"{default}\", got \"{text}\""),
+        );
     }
     parsed
 }
@@ -305,26 +391,40 @@ fn token(raw: RawToken, root: &Path, r: &mut Reader<'_>) -> Option<TokenEntry> {
         (None, Some(digest)) => {
             let mut bytes = [0; 32];
             if hex::decode_to_slice(&digest, &mut bytes).is_err() {
-                r.mistake(&format!("{}.sha256", raw.path), "must be 64 hexadecimal digits: the token's SHA-256");
+                r.mistake(
+                    &format!("{}.sha256", raw.path),
+                    "must be 64 hexadecimal digits: the token's SHA-256",
+                );
                 return None;
             }
             TokenSource::Sha256(bytes)
         }
         _ => {
-            r.mistake(&raw.path, "needs either file (a file that holds the token) or sha256 (the token's digest)");
+            r.mistake(
+                &raw.path,
+                "needs either file (a file that holds the token) or sha256 (the token's digest)",
+            );
             return None;
         }
     };
-    Some(TokenEntry { user: raw.user?, source })
+    Some(TokenEntry {
+        user: raw.user?,
+        source,
+    })
 }
 
 fn identifier(text: Option<String>, key: &str, r: &mut Reader<'_>) -> Option<String> {
     let text = text?;
     let ok = !text.is_empty()
         && text.len() <= 63
-        && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | ':'));
+        && text
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | ':'));
     if !ok {
-        r.mistake(key, format!("must be 1 to 63 letters, digits, '-', '_', '.' or ':', got \"{text}\""));
+        r.mistake(
+            key,
+            format!("must be 1 to 63 letters, digits, '-', '_', '.' or ':', got \"{text}\""),
+        );
         return None;
     }
     Some(text)
@@ -336,7 +436,12 @@ fn unique(seen: &mut HashSet<String>, name: &str, key: &str, what: &str, r: &mut
     }
 }
 
-fn device(raw: RawDevice, node: &str, names: &mut HashSet<String>, r: &mut Reader<'_>) -> Option<DeviceEntry> {
+fn device(
+    raw: RawDevice,
+    node: &str,
+    names: &mut HashSet<String>,
+    r: &mut Reader<'_>,
+) -> Option<DeviceEntry> {
     let at = |key: &str| format!("{}.{key}", raw.path);
     let name = identifier(raw.name, &at("name"), r);
     if let Some(name) = &name {
@@ -347,24 +452,41 @@ fn device(raw: RawDevice, node: &str, names: &mut HashSet<String>, r: &mut Reade
     if let Some(text) = &raw.cores {
         match parse_cores(text) {
             Some(parsed) => cores = parsed,
-            None => r.mistake(&at("cores"), format!("must be a list of cores such as \"0-3,8\", got \"{text}\"")),
+            None => r.mistake(
+                &at("cores"),
+                format!("must be a list of cores such as \"0-3,8\", got \"{text}\""),
+            ),
         }
     }
     let threads = raw.threads.and_then(|n| match u32::try_from(n) {
         Ok(n @ 1..=1024) => Some(n),
         _ => {
-            r.mistake(&at("threads"), format!("must be between 1 and 1024, got {n}"));
+            r.mistake(
+                &at("threads"),
+                format!("must be between 1 and 1024, got {n}"),
+            );
             None
         }
     });
     let group_port = raw.group_port.unwrap_or(0);
     let group_port = u16::try_from(group_port).unwrap_or_else(|_| {
-        r.mistake(&at("group_port"), format!("must be a port, 0 to 65535, got {group_port}"));
+        r.mistake(
+            &at("group_port"),
+            format!("must be a port, 0 to 65535, got {group_port}"),
+        );
         0
     });
     let (kind, ordinal) = kind?;
     let worker = WorkerId(format!("{node}/{}", name?));
-    Some(DeviceEntry { worker, kind, ordinal, memory_bytes: raw.memory, threads, cores, group_port })
+    Some(DeviceEntry {
+        worker,
+        kind,
+        ordinal,
+        memory_bytes: raw.memory,
+        threads,
+        cores,
+        group_port,
+    })
 }
 
 /// `cpu` or `cuda:N`.
@@ -376,7 +498,10 @@ fn device_kind(text: &str, key: &str, r: &mut Reader<'_>) -> Option<(DeviceKind,
         _ => None,
     };
     if kind.is_none() {
-        r.mistake(key, format!("must be \"cpu\" or \"cuda:N\", got \"{text}\""));
+        r.mistake(
+            key,
+            format!("must be \"cpu\" or \"cuda:N\", got \"{text}\""),
+        );
     }
     kind
 }
@@ -386,7 +511,10 @@ fn parse_cores(text: &str) -> Option<Vec<u32>> {
     const CORE_MAX: u32 = 4095;
     let mut cores = Vec::new();
     for part in text.split(',') {
-        let (first, last) = part.trim().split_once('-').unwrap_or((part.trim(), part.trim()));
+        let (first, last) = part
+            .trim()
+            .split_once('-')
+            .unwrap_or((part.trim(), part.trim()));
         let (first, last): (u32, u32) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
         if first > last || last > CORE_MAX {
             return None;
@@ -396,7 +524,11 @@ fn parse_cores(text: &str) -> Option<Vec<u32>> {
     Some(cores)
 }
 
-fn workload_type(raw: RawWorkloadType, names: &mut HashSet<String>, r: &mut Reader<'_>) -> Option<WorkloadType> {
+fn workload_type(
+    raw: RawWorkloadType,
+    names: &mut HashSet<String>,
+    r: &mut Reader<'_>,
+) -> Option<WorkloadType> {
     let at = |key: &str| format!("{}.{key}", raw.path);
     let name = identifier(raw.name, &at("name"), r);
     if let Some(name) = &name {
@@ -406,7 +538,10 @@ fn workload_type(raw: RawWorkloadType, names: &mut HashSet<String>, r: &mut Read
         "cpu" => Some(DeviceKind::Cpu),
         "cuda" => Some(DeviceKind::Cuda),
         _ => {
-            r.mistake(&at("device"), format!("must be \"cpu\" or \"cuda\", got \"{text}\""));
+            r.mistake(
+                &at("device"),
+                format!("must be \"cpu\" or \"cuda\", got \"{text}\""),
+            );
             None
         }
     });
@@ -418,10 +553,21 @@ fn workload_type(raw: RawWorkloadType, names: &mut HashSet<String>, r: &mut Read
         }
     };
     let memory_bytes = raw.memory;
-    Some(WorkloadType { name: name?, device: device?, shards, memory_bytes, stands_in_for: raw.stands_in_for })
+    Some(WorkloadType {
+        name: name?,
+        device: device?,
+        shards,
+        memory_bytes,
+        stands_in_for: raw.stands_in_for,
+    })
 }
 
-fn model(raw: RawModel, root: &Path, seen: &mut HashSet<ModelRef>, r: &mut Reader<'_>) -> Option<ModelEntry> {
+fn model(
+    raw: RawModel,
+    root: &Path,
+    seen: &mut HashSet<ModelRef>,
+    r: &mut Reader<'_>,
+) -> Option<ModelEntry> {
     let at = |key: &str| format!("{}.{key}", raw.path);
     let model = match ModelRef::new(&raw.name?, &raw.version?) {
         Ok(model) => model,
@@ -437,7 +583,10 @@ fn model(raw: RawModel, root: &Path, seen: &mut HashSet<ModelRef>, r: &mut Reade
         None | Some("bf16") => KvDtype::Bf16,
         Some("f32") => KvDtype::F32,
         Some(other) => {
-            r.mistake(&at("kv_dtype"), format!("must be \"bf16\" or \"f32\", got \"{other}\""));
+            r.mistake(
+                &at("kv_dtype"),
+                format!("must be \"bf16\" or \"f32\", got \"{other}\""),
+            );
             return None;
         }
     };
@@ -446,12 +595,20 @@ fn model(raw: RawModel, root: &Path, seen: &mut HashSet<ModelRef>, r: &mut Reade
         Some(n) => match u32::try_from(n) {
             Ok(n) if n > 0 => Some(n),
             _ => {
-                r.mistake(&at("context_max"), format!("must be a number of tokens above 0, got {n}"));
+                r.mistake(
+                    &at("context_max"),
+                    format!("must be a number of tokens above 0, got {n}"),
+                );
                 None
             }
         },
     };
-    Some(ModelEntry { model, path: root.join(raw.folder?), kv_dtype, context_max })
+    Some(ModelEntry {
+        model,
+        path: root.join(raw.folder?),
+        kv_dtype,
+        context_max,
+    })
 }
 
 fn endpoint(
@@ -464,11 +621,20 @@ fn endpoint(
     let name = identifier(raw.name, &format!("{}.name", raw.path), r)?;
     unique(names, &name, &format!("{}.name", raw.path), "endpoint", r);
     if raw.served_entities.is_empty() {
-        r.mistake(&raw.path, "needs at least one [[endpoints.served_entities]]");
+        r.mistake(
+            &raw.path,
+            "needs at least one [[endpoints.served_entities]]",
+        );
     }
-    let served_entities: Vec<_> =
-        raw.served_entities.into_iter().filter_map(|s| served_entity(s, types, models, r)).collect();
-    Some(EndpointEntry { name, served_entities })
+    let served_entities: Vec<_> = raw
+        .served_entities
+        .into_iter()
+        .filter_map(|s| served_entity(s, types, models, r))
+        .collect();
+    Some(EndpointEntry {
+        name,
+        served_entities,
+    })
 }
 
 fn served_entity(
@@ -486,23 +652,44 @@ fn served_entity(
         }
     };
     if !models.iter().any(|entry| entry.model == model) {
-        r.mistake(&at("entity_name"), format!("{model} is not among [[models]]"));
+        r.mistake(
+            &at("entity_name"),
+            format!("{model} is not among [[models]]"),
+        );
     }
     let workload_type = raw.workload_type.unwrap_or_else(|| "CPU".into());
     if !types.iter().any(|t| t.name == workload_type) {
         let known: Vec<&str> = types.iter().map(|t| t.name.as_str()).collect();
-        r.mistake(&at("workload_type"), format!("\"{workload_type}\" is not mapped; mapped: {}", known.join(", ")));
+        r.mistake(
+            &at("workload_type"),
+            format!(
+                "\"{workload_type}\" is not mapped; mapped: {}",
+                known.join(", ")
+            ),
+        );
     }
     let workload_size = raw.workload_size.unwrap_or_else(|| "Small".into());
     if !matches!(workload_size.as_str(), "Small" | "Medium" | "Large") {
-        r.mistake(&at("workload_size"), format!("must be Small, Medium or Large, got \"{workload_size}\""));
+        r.mistake(
+            &at("workload_size"),
+            format!("must be Small, Medium or Large, got \"{workload_size}\""),
+        );
     }
     let traffic_percentage = raw.traffic_percentage.and_then(|n| match u32::try_from(n) {
         Ok(n @ 0..=100) => Some(n),
         _ => {
-            r.mistake(&at("traffic_percentage"), format!("must be between 0 and 100, got {n}"));
+            r.mistake(
+                &at("traffic_percentage"),
+                format!("must be between 0 and 100, got {n}"),
+            );
             None
         }
     });
-    Some(ServedEntityEntry { name: raw.name, model, workload_type, workload_size, traffic_percentage })
+    Some(ServedEntityEntry {
+        name: raw.name,
+        model,
+        workload_type,
+        workload_size,
+        traffic_percentage,
+    })
 }

@@ -23,7 +23,10 @@ pub fn load(path: &Path) -> Result<Cluster, ConfigError> {
     let layers = reader::Layers::read(path)?;
     let mut reader = layers.reader();
     let raw = raw::Raw::read(&mut reader);
-    let root = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let root = path
+        .parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     let cluster = cluster::check(raw, root, &mut reader);
     reader.finish(cluster)
 }

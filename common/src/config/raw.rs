@@ -106,10 +106,19 @@ impl Raw {
     pub(super) fn read<'a>(r: &mut Reader<'a>) -> Raw {
         let mut root = r.root();
         let raw = Raw {
-            coordinator: root.table(r, "coordinator").map(|t| coordinator(t, r)).unwrap_or_default(),
-            auth: root.table(r, "auth").map(|t| auth(t, r)).unwrap_or_default(),
+            coordinator: root
+                .table(r, "coordinator")
+                .map(|t| coordinator(t, r))
+                .unwrap_or_default(),
+            auth: root
+                .table(r, "auth")
+                .map(|t| auth(t, r))
+                .unwrap_or_default(),
             tls: root.table(r, "tls").map(|t| tls(t, r)),
-            limits: root.table(r, "limits").map(|t| limits(t, r)).unwrap_or_default(),
+            limits: root
+                .table(r, "limits")
+                .map(|t| limits(t, r))
+                .unwrap_or_default(),
             nodes: each(root.tables(r, "nodes"), r, node),
             workload_types: each(root.tables(r, "workload_types"), r, workload_type),
             models: each(root.tables(r, "models"), r, model),
@@ -120,7 +129,11 @@ impl Raw {
     }
 }
 
-fn each<'a, T>(tables: Vec<Table<'a>>, r: &mut Reader<'a>, read: fn(Table<'a>, &mut Reader<'a>) -> T) -> Vec<T> {
+fn each<'a, T>(
+    tables: Vec<Table<'a>>,
+    r: &mut Reader<'a>,
+    read: fn(Table<'a>, &mut Reader<'a>) -> T,
+) -> Vec<T> {
     tables.into_iter().map(|table| read(table, r)).collect()
 }
 
@@ -157,7 +170,11 @@ fn token<'a>(mut t: Table<'a>, r: &mut Reader<'a>) -> RawToken {
 }
 
 fn tls<'a>(mut t: Table<'a>, r: &mut Reader<'a>) -> RawTls {
-    let raw = RawTls { ca: t.need(r, "ca"), cert: t.need(r, "cert"), key: t.need(r, "key") };
+    let raw = RawTls {
+        ca: t.need(r, "ca"),
+        cert: t.need(r, "cert"),
+        key: t.need(r, "key"),
+    };
     t.close(r);
     raw
 }

@@ -54,24 +54,43 @@ pub struct Layers {
 impl Layers {
     /// Reads `path`, the local override beside it and the environment.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let fail = |place: String, message: String| ConfigError(vec![Mistake { place, key: String::new(), message }]);
+        let fail = |place: String, message: String| {
+            ConfigError(vec![Mistake {
+                place,
+                key: String::new(),
+                message,
+            }])
+        };
         let mut files = Vec::new();
-        for (file, required) in [(path.to_owned(), true), (path.with_extension("local.toml"), false)] {
+        for (file, required) in [
+            (path.to_owned(), true),
+            (path.with_extension("local.toml"), false),
+        ] {
             match fs::read_to_string(&file) {
                 Ok(text) => files.push((file, text)),
                 Err(e) if !required && e.kind() == std::io::ErrorKind::NotFound => {}
-                Err(e) => return Err(fail(file.display().to_string(), format!("cannot be read: {e}"))),
+                Err(e) => {
+                    return Err(fail(
+                        file.display().to_string(),
+                        format!("cannot be read: {e}"),
+                    ));
+                }
             }
         }
         let mut builder = Config::builder();
         for (file, text) in &files {
             if let Err(e) = DeTable::parse(text) {
                 let line = e.span().map(|span| line_at(text, span.start)).unwrap_or(1);
-                return Err(fail(format!("{}:{line}", file.display()), format!("not TOML: {}", e.message())));
+                return Err(fail(
+                    format!("{}:{line}", file.display()),
+                    format!("not TOML: {}", e.message()),
+                ));
             }
             builder = builder.add_source(File::from_str(text, FileFormat::Toml));
         }
-        let environment = Environment::with_prefix(ENVIRONMENT_PREFIX).prefix_separator("__").separator("__");
+        let environment = Environment::with_prefix(ENVIRONMENT_PREFIX)
+            .prefix_separator("__")
+            .separator("__");
         let merged = builder.add_source(environment.try_parsing(true)).build();
         let values = merged.and_then(Config::try_deserialize::<Value>);
         let values = values.map_err(|e| fail(path.display().to_string(), e.to_string()))?;
@@ -80,7 +99,10 @@ impl Layers {
 
     /// A reader at the root.
     pub fn reader(&self) -> Reader<'_> {
-        Reader { layers: self, mistakes: Vec::new() }
+        Reader {
+            layers: self,
+            mistakes: Vec::new(),
+        }
     }
 
     /// Where a key is written: the last layer that has it, or the file that should.
@@ -90,20 +112,31 @@ impl Layers {
                 return format!("{}:{line}", file.display());
             }
         }
-        let variable = format!("{ENVIRONMENT_PREFIX}__{}", key.replace('.', "__").to_uppercase());
+        let variable = format!(
+            "{ENVIRONMENT_PREFIX}__{}",
+            key.replace('.', "__").to_uppercase()
+        );
         if std::env::var_os(&variable).is_some() {
             return variable;
         }
         // A key that is missing: name the nearest table that is there.
         match key.rfind(['.', '[']) {
             Some(end) => self.place(&key[..end]),
-            None => self.files.first().map(|(file, _)| file.display().to_string()).unwrap_or_default(),
+            None => self
+                .files
+                .first()
+                .map(|(file, _)| file.display().to_string())
+                .unwrap_or_default(),
         }
     }
 }
 
 fn line_at(text: &str, offset: usize) -> usize {
-    text[..offset.min(text.len())].bytes().filter(|b| *b == b'\n').count() + 1
+    text[..offset.min(text.len())]
+        .bytes()
+        .filter(|b| *b == b'\n')
+        .count()
+        + 1
 }
 
 /// The line on which `key` (`a.b[2].c`) is written in `text`.
@@ -114,7 +147,10 @@ fn line_of(text: &str, key: &str) -> Option<usize> {
     let mut parts = key.split('.').peekable();
     while let Some(part) = parts.next() {
         let (name, index) = match part.split_once('[') {
-            Some((name, rest)) => (name, Some(rest.trim_end_matches(']').parse::<usize>().ok()?)),
+            Some((name, rest)) => (
+                name,
+                Some(rest.trim_end_matches(']').parse::<usize>().ok()?),
+            ),
             None => (part, None),
         };
         let (found_key, mut value) = table.get_key_value(name)?;
@@ -148,7 +184,11 @@ impl<'a> Reader<'a> {
     /// Notes a mistake at `key`.
     pub fn mistake(&mut self, key: &str, message: impl Into<String>) {
         let place = self.layers.place(key);
-        self.mistakes.push(Mistake { place, key: key.to_owned(), message: message.into() });
+        self.mistakes.push(Mistake {
+            place,
+            key: key.to_owned(),
+            message: message.into(),
+        });
     }
 
     /// The value if nothing was wrong, else all mistakes in the order of their places.
@@ -173,18 +213,28 @@ fn table_of(value: &Value, path: String) -> Table<'_> {
         ValueKind::Table(table) => Some(table),
         _ => None,
     };
-    Table { path, values, asked: BTreeSet::new() }
+    Table {
+        path,
+        values,
+        asked: BTreeSet::new(),
+    }
 }
 
 impl<'a> Table<'a> {
     /// The path of a key in this table.
     pub fn at(&self, key: &str) -> String {
-        if self.path.is_empty() { key.to_owned() } else { format!("{}.{key}", self.path) }
+        if self.path.is_empty() {
+            key.to_owned()
+        } else {
+            format!("{}.{key}", self.path)
+        }
     }
 
     fn get(&mut self, key: &'static str) -> Option<&'a Value> {
         self.asked.insert(key);
-        self.values?.get(key).filter(|value| value.kind != ValueKind::Nil)
+        self.values?
+            .get(key)
+            .filter(|value| value.kind != ValueKind::Nil)
     }
 
     /// A text, if the key is there.
@@ -195,7 +245,10 @@ impl<'a> Table<'a> {
             // `version = 1` and an environment variable that looks like a number.
             ValueKind::I64(_) | ValueKind::U64(_) => Some(value.to_string()),
             other => {
-                reader.mistake(&self.at(key), format!("must be a text, got {}", kind_name(other)));
+                reader.mistake(
+                    &self.at(key),
+                    format!("must be a text, got {}", kind_name(other)),
+                );
                 None
             }
         }
@@ -218,11 +271,17 @@ impl<'a> Table<'a> {
             ValueKind::I64(number) if *number >= 0 => Some(*number as u64),
             ValueKind::U64(number) => Some(*number),
             ValueKind::I64(number) => {
-                reader.mistake(&self.at(key), format!("must be a whole number of at least 0, got {number}"));
+                reader.mistake(
+                    &self.at(key),
+                    format!("must be a whole number of at least 0, got {number}"),
+                );
                 None
             }
             other => {
-                reader.mistake(&self.at(key), format!("must be a whole number, got {}", kind_name(other)));
+                reader.mistake(
+                    &self.at(key),
+                    format!("must be a whole number, got {}", kind_name(other)),
+                );
                 None
             }
         }
@@ -234,7 +293,9 @@ impl<'a> Table<'a> {
             ValueKind::String(text) => {
                 let parsed = parse_bytes(text);
                 if parsed.is_none() {
-                    let message = format!("must be a size such as \"80GiB\", \"512MiB\" or a number of bytes, got \"{text}\"");
+                    let message = format!(
+                        "must be a size such as \"80GiB\", \"512MiB\" or a number of bytes, got \"{text}\""
+                    );
                     reader.mistake(&self.at(key), message);
                 }
                 parsed
@@ -248,7 +309,10 @@ impl<'a> Table<'a> {
         match &self.get(key)?.kind {
             ValueKind::Boolean(flag) => Some(*flag),
             other => {
-                reader.mistake(&self.at(key), format!("must be true or false, got {}", kind_name(other)));
+                reader.mistake(
+                    &self.at(key),
+                    format!("must be true or false, got {}", kind_name(other)),
+                );
                 None
             }
         }
@@ -257,16 +321,24 @@ impl<'a> Table<'a> {
     /// A list of texts; empty when the key is not there.
     pub fn texts(&mut self, reader: &mut Reader<'a>, key: &'static str) -> Vec<String> {
         let at = self.at(key);
-        let Some(value) = self.get(key) else { return Vec::new() };
+        let Some(value) = self.get(key) else {
+            return Vec::new();
+        };
         let ValueKind::Array(items) = &value.kind else {
-            reader.mistake(&at, format!("must be a list of texts, got {}", kind_name(&value.kind)));
+            reader.mistake(
+                &at,
+                format!("must be a list of texts, got {}", kind_name(&value.kind)),
+            );
             return Vec::new();
         };
         let mut texts = Vec::new();
         for (i, item) in items.iter().enumerate() {
             match &item.kind {
                 ValueKind::String(text) => texts.push(text.clone()),
-                other => reader.mistake(&format!("{at}[{i}]"), format!("must be a text, got {}", kind_name(other))),
+                other => reader.mistake(
+                    &format!("{at}[{i}]"),
+                    format!("must be a text, got {}", kind_name(other)),
+                ),
             }
         }
         texts
@@ -278,7 +350,10 @@ impl<'a> Table<'a> {
         let value = self.get(key)?;
         let table = table_of(value, at.clone());
         if table.values.is_none() {
-            reader.mistake(&at, format!("must be a table, got {}", kind_name(&value.kind)));
+            reader.mistake(
+                &at,
+                format!("must be a table, got {}", kind_name(&value.kind)),
+            );
             return None;
         }
         Some(table)
@@ -287,9 +362,17 @@ impl<'a> Table<'a> {
     /// A list of tables; empty when the key is not there.
     pub fn tables(&mut self, reader: &mut Reader<'a>, key: &'static str) -> Vec<Table<'a>> {
         let at = self.at(key);
-        let Some(value) = self.get(key) else { return Vec::new() };
+        let Some(value) = self.get(key) else {
+            return Vec::new();
+        };
         let ValueKind::Array(items) = &value.kind else {
-            reader.mistake(&at, format!("must be a list of tables ([[{at}]]), got {}", kind_name(&value.kind)));
+            reader.mistake(
+                &at,
+                format!(
+                    "must be a list of tables ([[{at}]]), got {}",
+                    kind_name(&value.kind)
+                ),
+            );
             return Vec::new();
         };
         let mut tables = Vec::new();
@@ -297,7 +380,10 @@ impl<'a> Table<'a> {
             let table = table_of(item, format!("{at}[{i}]"));
             match table.values {
                 Some(_) => tables.push(table),
-                None => reader.mistake(&table.path, format!("must be a table, got {}", kind_name(&item.kind))),
+                None => reader.mistake(
+                    &table.path,
+                    format!("must be a table, got {}", kind_name(&item.kind)),
+                ),
             }
         }
         tables
@@ -306,11 +392,17 @@ impl<'a> Table<'a> {
     /// Notes every key that was not asked for.
     pub fn close(self, reader: &mut Reader<'a>) {
         let Some(values) = self.values else { return };
-        let mut unknown: Vec<&String> = values.keys().filter(|key| !self.asked.contains(key.as_str())).collect();
+        let mut unknown: Vec<&String> = values
+            .keys()
+            .filter(|key| !self.asked.contains(key.as_str()))
+            .collect();
         unknown.sort();
         for key in unknown {
             let known: Vec<&str> = self.asked.iter().copied().collect();
-            reader.mistake(&self.at(key), format!("unknown key; known here: {}", known.join(", ")));
+            reader.mistake(
+                &self.at(key),
+                format!("unknown key; known here: {}", known.join(", ")),
+            );
         }
     }
 }
@@ -319,7 +411,9 @@ fn kind_name(kind: &ValueKind) -> &'static str {
     match kind {
         ValueKind::Nil => "nothing",
         ValueKind::Boolean(_) => "true or false",
-        ValueKind::I64(_) | ValueKind::I128(_) | ValueKind::U64(_) | ValueKind::U128(_) => "a whole number",
+        ValueKind::I64(_) | ValueKind::I128(_) | ValueKind::U64(_) | ValueKind::U128(_) => {
+            "a whole number"
+        }
         ValueKind::Float(_) => "a number with a fraction",
         ValueKind::String(_) => "a text",
         ValueKind::Table(_) => "a table",
@@ -330,7 +424,9 @@ fn kind_name(kind: &ValueKind) -> &'static str {
 /// Bytes of `"16GiB"`, `"2 GB"`, `"512MiB"`, `"4096"`.
 fn parse_bytes(text: &str) -> Option<u64> {
     let text = text.trim();
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
     let number: u64 = text[..digits].parse().ok()?;
     let unit = match text[digits..].trim() {
         "" | "B" => 1,

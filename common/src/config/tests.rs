@@ -18,7 +18,13 @@ impl Folder {
 
     fn mistakes(&self) -> Vec<String> {
         let ConfigError(mistakes) = load(&self.file()).unwrap_err();
-        mistakes.iter().map(|m| m.to_string().replace(&format!("{}/", self.0.path().display()), "")).collect()
+        mistakes
+            .iter()
+            .map(|m| {
+                m.to_string()
+                    .replace(&format!("{}/", self.0.path().display()), "")
+            })
+            .collect()
     }
 }
 
@@ -48,7 +54,10 @@ fn defaults_are_loopback_and_paths_are_beside_the_file() {
     assert!(cluster.coordinator.listen.ip().is_loopback());
     assert_eq!(cluster.coordinator.addresses, ["127.0.0.1:8471"]);
     assert_eq!(cluster.models[0].path, folder.0.path().join("models/tiny"));
-    assert_eq!(cluster.device("local/cpu0").unwrap().1.memory_bytes, Some(2 << 30));
+    assert_eq!(
+        cluster.device("local/cpu0").unwrap().1.memory_bytes,
+        Some(2 << 30)
+    );
     assert_eq!(cluster.workload_types[0].name, "GPU_LARGE");
 }
 
@@ -61,7 +70,11 @@ fn the_local_override_wins_and_mistakes_in_it_name_it() {
     fs::write(&local, "[coordinator]\n\nlisten = \"here\"\n").unwrap();
     let mistakes = folder.mistakes();
     assert_eq!(mistakes.len(), 1);
-    assert!(mistakes[0].starts_with("cluster.local.toml:3: coordinator.listen: must be an IP address"), "{}", mistakes[0]);
+    assert!(
+        mistakes[0].starts_with("cluster.local.toml:3: coordinator.listen: must be an IP address"),
+        "{}",
+        mistakes[0]
+    );
 }
 
 #[test]
@@ -81,7 +94,10 @@ fn all_mistakes_come_at_once_each_with_its_line() {
     ];
     assert_eq!(mistakes.len(), expected.len(), "{mistakes:#?}");
     for (mistake, expected) in mistakes.iter().zip(expected) {
-        assert!(mistake.starts_with(expected), "{mistake}\ndoes not start with\n{expected}");
+        assert!(
+            mistake.starts_with(expected),
+            "{mistake}\ndoes not start with\n{expected}"
+        );
     }
 }
 
@@ -90,12 +106,17 @@ fn a_missing_key_names_its_table_and_a_syntax_error_its_line() {
     let missing = Folder::with(&SMALL.replace("path = \"models/tiny\"", "")).mistakes();
     assert_eq!(missing, ["cluster.toml:14: models[0].path: is missing"]);
     let broken = Folder::with("[coordinator\nlisten = 1").mistakes();
-    assert!(broken[0].starts_with("cluster.toml:1: not TOML"), "{broken:?}");
+    assert!(
+        broken[0].starts_with("cluster.toml:1: not TOML"),
+        "{broken:?}"
+    );
 }
 
 #[test]
 fn addresses_off_loopback_need_certificates_or_consent() {
-    let text = format!("[coordinator]\nlisten = \"0.0.0.0:8470\"\nworker_listen = \"0.0.0.0:8471\"\n{SMALL}");
+    let text = format!(
+        "[coordinator]\nlisten = \"0.0.0.0:8470\"\nworker_listen = \"0.0.0.0:8471\"\n{SMALL}"
+    );
     let mistakes = Folder::with(&text).mistakes();
     assert_eq!(mistakes.len(), 2, "{mistakes:#?}");
     assert!(mistakes[0].contains("plain_http") && mistakes[1].contains("[tls]"));

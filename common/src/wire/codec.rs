@@ -32,9 +32,13 @@ fn configuration() -> impl bincode::config::Config {
 /// # Errors
 /// [`CodecError::Encode`] when it is longer than a frame may be.
 pub fn encode<T: Serialize>(message: &T) -> Result<Bytes, CodecError> {
-    let bytes = bincode::serde::encode_to_vec(message, configuration()).map_err(|e| CodecError::Encode(e.to_string()))?;
+    let bytes = bincode::serde::encode_to_vec(message, configuration())
+        .map_err(|e| CodecError::Encode(e.to_string()))?;
     if bytes.len() > BODY_BYTES_MAX {
-        return Err(CodecError::Encode(format!("{} bytes exceed the limit of {BODY_BYTES_MAX}", bytes.len())));
+        return Err(CodecError::Encode(format!(
+            "{} bytes exceed the limit of {BODY_BYTES_MAX}",
+            bytes.len()
+        )));
     }
     Ok(bytes.into())
 }
@@ -44,8 +48,8 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Bytes, CodecError> {
 /// # Errors
 /// [`CodecError`] for anything but exactly one message.
 pub fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, CodecError> {
-    let (message, used) =
-        bincode::serde::decode_from_slice(body, configuration()).map_err(|e| CodecError::Decode(e.to_string()))?;
+    let (message, used) = bincode::serde::decode_from_slice(body, configuration())
+        .map_err(|e| CodecError::Decode(e.to_string()))?;
     match body.len() - used {
         0 => Ok(message),
         rest => Err(CodecError::Trailing(rest)),
@@ -61,9 +65,18 @@ mod tests {
         let mut lying = vec![253u8]; // bincode's mark for a u64 length
         lying.extend_from_slice(&(1u64 << 40).to_le_bytes());
         lying.push(b'x');
-        assert!(matches!(decode::<String>(&lying), Err(CodecError::Decode(_))));
-        assert!(matches!(decode::<Vec<u8>>(&lying), Err(CodecError::Decode(_))));
-        assert!(matches!(decode::<Vec<(u64, String)>>(&lying), Err(CodecError::Decode(_))));
+        assert!(matches!(
+            decode::<String>(&lying),
+            Err(CodecError::Decode(_))
+        ));
+        assert!(matches!(
+            decode::<Vec<u8>>(&lying),
+            Err(CodecError::Decode(_))
+        ));
+        assert!(matches!(
+            decode::<Vec<(u64, String)>>(&lying),
+            Err(CodecError::Decode(_))
+        ));
     }
 
     #[test]

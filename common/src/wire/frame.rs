@@ -91,7 +91,10 @@ impl Decoder for FrameCodec {
             return Ok(None);
         }
         source.advance(HEADER_BYTES);
-        Ok(Some(Frame { kind, body: source.split_to(length).freeze() }))
+        Ok(Some(Frame {
+            kind,
+            body: source.split_to(length).freeze(),
+        }))
     }
 
     fn decode_eof(&mut self, source: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
@@ -131,7 +134,10 @@ mod tests {
 
     fn encoded(body: &[u8]) -> BytesMut {
         let mut bytes = BytesMut::new();
-        let frame = Frame { kind: FrameKind::Report, body: Bytes::copy_from_slice(body) };
+        let frame = Frame {
+            kind: FrameKind::Report,
+            body: Bytes::copy_from_slice(body),
+        };
         FrameCodec.encode(frame, &mut bytes).unwrap();
         bytes
     }
@@ -139,12 +145,29 @@ mod tests {
     #[test]
     fn a_body_at_the_limit_passes_and_one_past_it_does_not() {
         let mut at_limit = encoded(&vec![7; BODY_BYTES_MAX]);
-        assert_eq!(FrameCodec.decode(&mut at_limit).unwrap().unwrap().body.len(), BODY_BYTES_MAX);
-        let too_long = Frame { kind: FrameKind::Report, body: vec![7; BODY_BYTES_MAX + 1].into() };
-        assert!(matches!(FrameCodec.encode(too_long, &mut BytesMut::new()), Err(FrameError::TooLong(_))));
+        assert_eq!(
+            FrameCodec
+                .decode(&mut at_limit)
+                .unwrap()
+                .unwrap()
+                .body
+                .len(),
+            BODY_BYTES_MAX
+        );
+        let too_long = Frame {
+            kind: FrameKind::Report,
+            body: vec![7; BODY_BYTES_MAX + 1].into(),
+        };
+        assert!(matches!(
+            FrameCodec.encode(too_long, &mut BytesMut::new()),
+            Err(FrameError::TooLong(_))
+        ));
         let mut lying = encoded(b"x");
         lying[4..8].copy_from_slice(&(BODY_BYTES_MAX as u32 + 1).to_le_bytes());
-        assert!(matches!(FrameCodec.decode(&mut lying), Err(FrameError::TooLong(_))));
+        assert!(matches!(
+            FrameCodec.decode(&mut lying),
+            Err(FrameError::TooLong(_))
+        ));
     }
 
     #[test]
@@ -152,14 +175,26 @@ mod tests {
         let mut lying = encoded(b"x");
         lying[4..8].copy_from_slice(&(BODY_BYTES_MAX as u32).to_le_bytes());
         assert!(FrameCodec.decode(&mut lying).unwrap().is_none());
-        assert!(lying.capacity() < 256 << 10, "reserved {} bytes on the peer's word", lying.capacity());
+        assert!(
+            lying.capacity() < 256 << 10,
+            "reserved {} bytes on the peer's word",
+            lying.capacity()
+        );
     }
 
     #[test]
     fn closing_between_frames_and_inside_a_frame_are_two_results() {
-        assert!(FrameCodec.decode_eof(&mut BytesMut::new()).unwrap().is_none());
+        assert!(
+            FrameCodec
+                .decode_eof(&mut BytesMut::new())
+                .unwrap()
+                .is_none()
+        );
         let mut half = encoded(b"hello").split_to(9);
-        assert!(matches!(FrameCodec.decode_eof(&mut half), Err(FrameError::Truncated)));
+        assert!(matches!(
+            FrameCodec.decode_eof(&mut half),
+            Err(FrameError::Truncated)
+        ));
     }
 
     proptest! {

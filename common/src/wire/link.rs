@@ -60,7 +60,12 @@ impl<M: Message> Sender<M> {
     /// [`LinkError`] when the message is too long or the socket is broken.
     pub async fn send(&mut self, message: &M) -> Result<(), LinkError> {
         let body = codec::encode(message)?;
-        self.sink.send(Frame { kind: M::KIND, body }).await?;
+        self.sink
+            .send(Frame {
+                kind: M::KIND,
+                body,
+            })
+            .await?;
         Ok(())
     }
 
@@ -70,7 +75,12 @@ impl<M: Message> Sender<M> {
     /// As [`Sender::send`].
     pub async fn feed(&mut self, message: &M) -> Result<(), LinkError> {
         let body = codec::encode(message)?;
-        self.sink.feed(Frame { kind: M::KIND, body }).await?;
+        self.sink
+            .feed(Frame {
+                kind: M::KIND,
+                body,
+            })
+            .await?;
         Ok(())
     }
 
@@ -96,7 +106,9 @@ impl<M: Message> Receiver<M> {
     /// # Errors
     /// [`LinkError`]: the link must be dropped.
     pub async fn receive(&mut self) -> Result<Option<M>, LinkError> {
-        let Some(frame) = self.source.next().await.transpose()? else { return Ok(None) };
+        let Some(frame) = self.source.next().await.transpose()? else {
+            return Ok(None);
+        };
         if frame.kind != M::KIND {
             return Err(LinkError::Direction(frame.kind));
         }
@@ -105,13 +117,21 @@ impl<M: Message> Receiver<M> {
 }
 
 /// Splits a stream into a link's halves: `Out` is what this side sends, `In` what it receives.
-pub fn split<Out: Message, In: Message>(stream: impl Stream + 'static) -> (Sender<Out>, Receiver<In>) {
+pub fn split<Out: Message, In: Message>(
+    stream: impl Stream + 'static,
+) -> (Sender<Out>, Receiver<In>) {
     let (read, write) = tokio::io::split(stream);
     let read: Pin<Box<dyn AsyncRead + Send>> = Box::pin(read);
     let write: Pin<Box<dyn AsyncWrite + Send>> = Box::pin(write);
     (
-        Sender { sink: FramedWrite::new(write, FrameCodec), kind: PhantomData },
-        Receiver { source: FramedRead::new(read, FrameCodec), kind: PhantomData },
+        Sender {
+            sink: FramedWrite::new(write, FrameCodec),
+            kind: PhantomData,
+        },
+        Receiver {
+            source: FramedRead::new(read, FrameCodec),
+            kind: PhantomData,
+        },
     )
 }
 
@@ -139,7 +159,10 @@ mod tests {
             send.send(&Command::Ping { nonce }).await.unwrap();
         }
         for expected in 0..3 {
-            assert_eq!(receive.receive().await.unwrap(), Some(Command::Ping { nonce: expected }));
+            assert_eq!(
+                receive.receive().await.unwrap(),
+                Some(Command::Ping { nonce: expected })
+            );
         }
         drop((send, _keep));
     }
@@ -149,8 +172,15 @@ mod tests {
         let (a, b) = tokio::io::duplex(1 << 16);
         let (mut send, _r): (Sender<Command>, Receiver<Report>) = split(a);
         let (_s, mut receive): (Sender<Command>, Receiver<Report>) = split(b);
-        send.send(&Command::Cancel { request: RequestId(1) }).await.unwrap();
-        assert!(matches!(receive.receive().await, Err(LinkError::Direction(FrameKind::Command))));
+        send.send(&Command::Cancel {
+            request: RequestId(1),
+        })
+        .await
+        .unwrap();
+        assert!(matches!(
+            receive.receive().await,
+            Err(LinkError::Direction(FrameKind::Command))
+        ));
     }
 
     #[tokio::test]
@@ -158,6 +188,9 @@ mod tests {
         let (mut a, b) = tokio::io::duplex(1 << 16);
         let (_s, mut receive): (Sender<Report>, Receiver<Command>) = split(b);
         a.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
-        assert!(matches!(receive.receive().await, Err(LinkError::Frame(FrameError::Magic(_)))));
+        assert!(matches!(
+            receive.receive().await,
+            Err(LinkError::Frame(FrameError::Magic(_)))
+        ));
     }
 }

@@ -345,7 +345,9 @@ impl Output {
     /// The request this is about.
     pub fn request(&self) -> RequestId {
         match self {
-            Output::Prompt { request, .. } | Output::Delta { request, .. } | Output::End { request, .. } => *request,
+            Output::Prompt { request, .. }
+            | Output::Delta { request, .. }
+            | Output::End { request, .. } => *request,
         }
     }
 }
@@ -389,18 +391,37 @@ mod tests {
     /// Released bytes: if one of these changes, deployed peers break. Add a variant instead.
     #[test]
     fn released_messages_keep_their_bytes() {
-        let welcome = Command::Welcome { protocol: 1, term: Term(7) };
+        let welcome = Command::Welcome {
+            protocol: 1,
+            term: Term(7),
+        };
         assert_eq!(hex::encode(encode(&welcome).unwrap()), "000107");
-        let cancel = Command::Cancel { request: RequestId(300) };
+        let cancel = Command::Cancel {
+            request: RequestId(300),
+        };
         assert_eq!(hex::encode(encode(&cancel).unwrap()), "04fb2c01");
-        let accepted = Report::Accepted { request: RequestId(5), prompt_tokens: 36 };
+        let accepted = Report::Accepted {
+            request: RequestId(5),
+            prompt_tokens: 36,
+        };
         assert_eq!(hex::encode(encode(&accepted).unwrap()), "020524");
-        let delta = Delta { candidate: 1, ids: vec![9], text: "hi".into(), logprobs: vec![] };
+        let delta = Delta {
+            candidate: 1,
+            ids: vec![9],
+            text: "hi".into(),
+            logprobs: vec![],
+        };
         let step = Report::Step {
             replica: ReplicaId(2),
-            outputs: vec![Output::Delta { request: RequestId(5), delta }],
+            outputs: vec![Output::Delta {
+                request: RequestId(5),
+                delta,
+            }],
         };
-        assert_eq!(hex::encode(encode(&step).unwrap()), "040201010501010902686900");
+        assert_eq!(
+            hex::encode(encode(&step).unwrap()),
+            "040201010501010902686900"
+        );
     }
 
     #[test]
@@ -411,10 +432,20 @@ mod tests {
             generation: Generation(3),
             attempt: 1,
             generate: Generate::new(crate::request::Prompt::Text("Hello".into())),
-            resume: vec![Resume { candidate: 0, emitted: vec![4, 5], delivered_bytes: 6 }],
+            resume: vec![Resume {
+                candidate: 0,
+                emitted: vec![4, 5],
+                delivered_bytes: 6,
+            }],
             deadline_ms: Some(1000),
         };
-        let command = Command::Start { term: Term(1), start: Box::new(start) };
-        assert_eq!(decode::<Command>(&encode(&command).unwrap()).unwrap(), command);
+        let command = Command::Start {
+            term: Term(1),
+            start: Box::new(start),
+        };
+        assert_eq!(
+            decode::<Command>(&encode(&command).unwrap()).unwrap(),
+            command
+        );
     }
 }

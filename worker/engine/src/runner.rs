@@ -81,7 +81,12 @@ pub trait Runner: Send {
     ///
     /// # Errors
     /// [`StepError`]: the generation is over, nothing more can be submitted.
-    fn submit(&mut self, plan: &StepPlan, samples: &[SampleRow<'_>], scores: &[ScoreRows<'_>]) -> Result<Ticket, StepError>;
+    fn submit(
+        &mut self,
+        plan: &StepPlan,
+        samples: &[SampleRow<'_>],
+        scores: &[ScoreRows<'_>],
+    ) -> Result<Ticket, StepError>;
 
     /// Waits for a step and takes its output.
     ///

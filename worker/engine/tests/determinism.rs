@@ -173,7 +173,8 @@ impl Model {
             generation: 1,
         };
         let backend = CpuBackend::new(pool.clone()).expect("memory");
-        ModelRunner::load(&self.checkpoint, &options, backend, collective, &mut |_| {}).expect("the model loads")
+        ModelRunner::load(&self.checkpoint, &options, backend, collective, &mut |_| {})
+            .expect("the model loads")
     }
 
     /// Runs the requests one way; gives their answers, the prompt tokens that were cached, and the engine's numbers.

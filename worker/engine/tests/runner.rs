@@ -31,7 +31,14 @@ fn checkpoint() -> Checkpoint {
 }
 
 fn runner() -> SoloRunner {
-    ModelRunner::load(&checkpoint(), &OPTIONS, ReferenceBackend, Solo::new(), &mut |_| {}).expect("loads")
+    ModelRunner::load(
+        &checkpoint(),
+        &OPTIONS,
+        ReferenceBackend,
+        Solo::new(),
+        &mut |_| {},
+    )
+    .expect("loads")
 }
 
 fn plan(spans: &[(u32, u32, Logits, &[u32])]) -> StepPlan {
@@ -339,9 +346,15 @@ fn impossible_options_and_ranks_are_refused_in_words() {
         .contains("both must be 1 to 1048576")
     );
     let third = Threads::group(3).pop().expect("three ranks");
-    let error = ModelRunner::load(&checkpoint(), &OPTIONS, ReferenceBackend, third, &mut |_| {})
-        .err()
-        .expect("8 heads over 3 ranks");
+    let error = ModelRunner::load(
+        &checkpoint(),
+        &OPTIONS,
+        ReferenceBackend,
+        third,
+        &mut |_| {},
+    )
+    .err()
+    .expect("8 heads over 3 ranks");
     assert_eq!(
         error.to_string(),
         "8 attention heads cannot be divided among 3 ranks; it needs a divisor of 8"

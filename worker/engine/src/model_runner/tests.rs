@@ -24,8 +24,14 @@ fn the_announced_workspace_is_the_allocated_one() {
         };
         let footprint =
             Footprint::of::<ReferenceBackend>(&checkpoint.spec, 0, 1, &options).expect("one rank");
-        let runner =
-            ModelRunner::load(&checkpoint, &options, ReferenceBackend, Solo::new(), &mut |_| {}).expect("loads");
+        let runner = ModelRunner::load(
+            &checkpoint,
+            &options,
+            ReferenceBackend,
+            Solo::new(),
+            &mut |_| {},
+        )
+        .expect("loads");
         let Workspace {
             x,
             y,

@@ -146,7 +146,8 @@ where
     };
     let rank = |collective: Threads| {
         let mut runner =
-            ModelRunner::load(&checkpoint, &options, backend(), collective, &mut |_| {}).expect("loads");
+            ModelRunner::load(&checkpoint, &options, backend(), collective, &mut |_| {})
+                .expect("loads");
         let mut logits: AllLogits = vec![Vec::new(); sequences.len()];
         for (plan, places) in &plans {
             runner

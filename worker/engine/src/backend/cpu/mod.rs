@@ -61,6 +61,8 @@ pub struct CpuBackend {
     blocked: Memory<f32>,
     attention: AttentionSpace,
     fault: Option<DeviceError>,
+    /// The thread that runs steps is on its core.
+    pinned: bool,
 }
 
 impl CpuBackend {
@@ -83,6 +85,7 @@ impl CpuBackend {
             blocked: Memory::new(0)?,
             attention: AttentionSpace::default(),
             fault: None,
+            pinned: false,
         })
     }
 
@@ -133,6 +136,14 @@ impl Backend for CpuBackend {
 
     fn alloc_kv(&mut self, shape: KvShape) -> Result<CpuKv, DeviceError> {
         CpuKv::new(shape)
+    }
+
+    /// The first step finds the engine's own thread: it computes beside the pool's helpers.
+    fn begin_step(&mut self, _batch: &Batch) {
+        if !self.pinned {
+            self.pool.pin_caller();
+            self.pinned = true;
+        }
     }
 
     fn embed(&mut self, batch: &Batch, table: &CpuLinear, first: u32, out: &mut CpuBuf) {
