@@ -1,6 +1,6 @@
 //! The same request gives the same bits however it is run: alone, in a batch, cut into chunks of any size, preempted
 //! and recomputed, resumed after some of its tokens, or on cached blocks; on any number of threads; on one rank and on
-//! two.
+//! two, whether they sum through shared memory or TCP.
 
 use engine::backend::cpu::{CpuBackend, CpuBuf, Pool};
 use engine::backend::{KvDtype, WeightDtype};
@@ -39,6 +39,8 @@ struct Way {
     chunk_tokens_max: u32,
     blocks: u32,
     threads: usize,
+    /// How two ranks sum.
+    transport: Transport,
     /// Run everything twice, and give the second answers.
     twice: bool,
 }
@@ -48,6 +50,7 @@ const ALONE: Way = Way {
     chunk_tokens_max: 512,
     blocks: 600,
     threads: 1,
+    transport: Transport::Shm,
     twice: false,
 };
 const BATCHED: Way = Way {
@@ -77,8 +80,15 @@ fn bits(scored: TokenLogprob) -> Scored {
 
 type Answers = BTreeMap<(RequestKey, u32), Answer>;
 
-/// Random requests, greedy and seeded by turns; some with several candidates, penalties or scored prompts.
-fn requests(vocab: u32) -> Vec<Request> {
+/// Whether tokens are drawn or the most probable ones taken.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Choice {
+    Greedy,
+    Seeded,
+}
+
+/// Random requests; some with several candidates, penalties or scored prompts.
+fn requests(vocab: u32, choice: Choice) -> Vec<Request> {
     let number =
         |key: u64, what: u32, below: u32| (random::uniform(key, 0, what) * f64::from(below)) as u32;
     let request = |key: u64| Request {
@@ -93,15 +103,20 @@ fn requests(vocab: u32) -> Vec<Request> {
             })
             .collect(),
         sampling: Sampling {
-            temperature: if key.is_multiple_of(2) { 0.0 } else { 0.8 },
-            top_p: if key % 4 == 1 { 0.9 } else { 1.0 },
+            temperature: if choice == Choice::Greedy { 0.0 } else { 0.8 },
+            top_p: if key % 2 == 1 { 0.9 } else { 1.0 },
             repetition_penalty: if key.is_multiple_of(5) { 1.2 } else { 1.0 },
             seed: key,
             logprobs: Some(3),
             ..Sampling::default()
         },
         tokens_max: 4 + number(key, 1, if key.is_multiple_of(6) { 30 } else { 8 }),
-        stop_ids: vec![2],
+        // Most go on past the model's end, so that there is more to compare.
+        stop_ids: if key.is_multiple_of(4) {
+            vec![2]
+        } else {
+            Vec::new()
+        },
         prompt_logprobs: (key % 11 == 2).then_some(2),
         deadline: None,
     };
@@ -112,6 +127,7 @@ fn requests(vocab: u32) -> Vec<Request> {
 struct Model {
     checkpoint: Checkpoint,
     ranks: u32,
+    kv_dtype: KvDtype,
 }
 
 /// A running engine, with its follower if it has one.
@@ -146,7 +162,7 @@ impl Model {
                 events,
             };
         }
-        let [leader, second] = form_pair();
+        let [leader, second] = form_pair(way.transport);
         let second = Box::new(self.load(way, &pool, second));
         let follower = follower::spawn("follower", second, 1, Box::new(drop)).expect("a thread");
         let leader = Box::new(self.load(way, &pool, leader));
@@ -166,7 +182,7 @@ impl Model {
     ) -> ModelRunner<CpuBackend, C> {
         let options = RunnerOptions {
             weight_dtype: WeightDtype::Bf16,
-            kv_dtype: KvDtype::Bf16,
+            kv_dtype: self.kv_dtype,
             blocks: way.blocks,
             step_tokens_max: 512,
             spans_max: way.spans_max,
@@ -249,7 +265,7 @@ impl Running {
     }
 }
 
-fn form_pair() -> [HostGroup; 2] {
+fn form_pair(transport: Transport) -> [HostGroup; 2] {
     let listener = GroupListener::start(TcpListener::bind("127.0.0.1:0").expect("a port"))
         .expect("a listener");
     let member = |rank| Membership {
@@ -261,7 +277,7 @@ fn form_pair() -> [HostGroup; 2] {
         ranks: 2,
         key: GroupKey::new(&[7; 32]).expect("long enough"),
         host: host_id(),
-        transport: Transport::Auto,
+        transport,
         wait_max: PATIENCE,
     };
     std::thread::scope(|scope| {
@@ -323,21 +339,28 @@ fn resume(requests: &[Request], answers: &Answers) -> (Vec<Request>, Answers) {
     (resumed.collect(), rest.collect())
 }
 
-fn check(name: &str, ranks: u32) {
+fn check(name: &str, ranks: u32, kv_dtype: KvDtype) {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../../tests/models")
         .join(name);
     let model = Model {
         checkpoint: Checkpoint::open(&dir).expect("a good checkpoint"),
         ranks,
+        kv_dtype,
     };
-    let requests = requests(model.checkpoint.spec.vocab as u32);
-    let (alone, cached, stats) = model.run(ALONE, &requests);
+    for choice in [Choice::Greedy, Choice::Seeded] {
+        let requests = requests(model.checkpoint.spec.vocab as u32, choice);
+        check_requests(&model, &requests, &format!("{name}, {choice:?}"));
+    }
+}
+
+fn check_requests(model: &Model, requests: &[Request], name: &str) {
+    let (alone, cached, stats) = model.run(ALONE, requests);
     assert_eq!(stats.preemptions, 0);
     assert!(cached > 0, "candidates share their prompt");
     let tokens: usize = alone.values().map(|answer| answer.tokens.len()).sum();
     assert!(
-        tokens > 500,
+        tokens > 600,
         "there is something to compare: {tokens} tokens"
     );
     for chunk_tokens_max in [1, 7, 64, 512] {
@@ -346,54 +369,64 @@ fn check(name: &str, ranks: u32) {
                 chunk_tokens_max,
                 ..BATCHED
             },
-            &requests,
+            requests,
         );
         assert_same(
-            &format!("{name}, {ranks} ranks, in a batch, chunks of {chunk_tokens_max}"),
+            &format!("{name}, in a batch, chunks of {chunk_tokens_max}"),
             &alone,
             &answers,
         );
+    }
+    if model.ranks > 1 {
+        let way = Way {
+            transport: Transport::Tcp,
+            ..BATCHED
+        };
+        let (answers, ..) = model.run(way, requests);
+        assert_same(&format!("{name}, over TCP"), &alone, &answers);
     }
     let (answers, warm, _) = model.run(
         Way {
             twice: true,
             ..BATCHED
         },
-        &requests,
+        requests,
     );
     assert!(
         warm > 4 * cached,
         "{warm} prompt tokens were cached, {cached} without a first run"
     );
-    assert_same(&format!("{name}, {ranks} ranks, cached"), &alone, &answers);
+    assert_same(&format!("{name}, cached"), &alone, &answers);
 
-    let (resumed, rest) = resume(&requests, &alone);
+    let (resumed, rest) = resume(requests, &alone);
     let (answers, ..) = model.run(BATCHED, &resumed);
-    assert_same(&format!("{name}, {ranks} ranks, resumed"), &rest, &answers);
+    assert_same(&format!("{name}, resumed"), &rest, &answers);
 
-    // What a batch needs when it runs together, by four.
+    // A quarter of what a batch needs when it runs together; less where the window gives blocks back on the way.
     let needs = |request: &Request| {
         (request.prompt.len() + request.tokens_max as usize).div_ceil(16) * request.candidates.len()
     };
     let together = requests.iter().map(needs).sum::<usize>() as u32 * BATCH / PROMPTS as u32;
+    let pool = together
+        / if model.checkpoint.spec.window.is_some() {
+            10
+        } else {
+            4
+        };
     let (answers, _, stats) = model.run(
         Way {
-            blocks: together / 4 + 1,
+            blocks: pool + 1,
             threads: 3,
             ..BATCHED
         },
-        &requests,
+        requests,
     );
     assert!(
         stats.preemptions > 0,
-        "the pool of {} blocks is too small",
-        together / 4
+        "the pool of {pool} blocks is too small"
     );
     assert_same(
-        &format!(
-            "{name}, {ranks} ranks, preempted {} times",
-            stats.preemptions
-        ),
+        &format!("{name}, preempted {} times", stats.preemptions),
         &alone,
         &answers,
     );
@@ -401,30 +434,35 @@ fn check(name: &str, ranks: u32) {
 
 #[test]
 fn llama_gives_the_same_bits_however_it_is_run() {
-    check("tiny-llama", 1);
+    check("tiny-llama", 1, KvDtype::Bf16);
 }
 
 #[test]
 fn mistral_gives_the_same_bits_however_it_is_run() {
-    check("tiny-mistral", 1);
+    check("tiny-mistral", 1, KvDtype::Bf16);
 }
 
 #[test]
 fn mpt_gives_the_same_bits_however_it_is_run() {
-    check("tiny-mpt", 1);
+    check("tiny-mpt", 1, KvDtype::Bf16);
 }
 
 #[test]
 fn llama_on_two_ranks_gives_the_same_bits_however_it_is_run() {
-    check("tiny-llama", 2);
+    check("tiny-llama", 2, KvDtype::Bf16);
 }
 
 #[test]
 fn mistral_on_two_ranks_gives_the_same_bits_however_it_is_run() {
-    check("tiny-mistral", 2);
+    check("tiny-mistral", 2, KvDtype::Bf16);
 }
 
 #[test]
 fn mpt_on_two_ranks_gives_the_same_bits_however_it_is_run() {
-    check("tiny-mpt", 2);
+    check("tiny-mpt", 2, KvDtype::Bf16);
+}
+
+#[test]
+fn llama_with_an_f32_cache_gives_the_same_bits_however_it_is_run() {
+    check("tiny-llama", 1, KvDtype::F32);
 }
