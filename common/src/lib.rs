@@ -6,6 +6,7 @@
 pub mod config;
 pub mod ids;
 pub mod model_ref;
+pub mod names;
 pub mod request;
 pub mod shutdown;
 pub mod telemetry;

@@ -18,7 +18,8 @@ pub struct ModelRef {
 pub enum ModelRefError {
     /// The name has another number of levels, an empty level or a character that is not allowed.
     #[error(
-        "model name '{0}' must have one level or three (catalog.schema.model) of letters, digits, '-' and '_'"
+        "model name '{0}' must have one level or three (catalog.schema.model) of letters, digits, '-' and '_', at most {max} characters",
+        max = ModelRef::NAME_MAX
     )]
     Name(String),
     /// The version is not a positive number.
@@ -35,6 +36,18 @@ impl ModelRef {
     /// # Errors
     /// [`ModelRefError`] says which part is wrong and what is allowed.
     pub fn new(name: &str, version: &str) -> Result<Self, ModelRefError> {
+        Self::check_name(name)?;
+        Ok(ModelRef {
+            name: name.to_owned(),
+            version: Self::check_version(version)?,
+        })
+    }
+
+    /// Checks a name alone.
+    ///
+    /// # Errors
+    /// [`ModelRefError::Name`].
+    pub fn check_name(name: &str) -> Result<(), ModelRefError> {
         let levels: Vec<&str> = name.split('.').collect();
         let level_ok = |level: &&str| {
             !level.is_empty()
@@ -48,11 +61,16 @@ impl ModelRef {
         {
             return Err(ModelRefError::Name(name.to_owned()));
         }
+        Ok(())
+    }
+
+    /// Checks a version alone and gives its digits without leading zeros.
+    ///
+    /// # Errors
+    /// [`ModelRefError::Version`].
+    pub fn check_version(version: &str) -> Result<String, ModelRefError> {
         match version.parse::<u32>() {
-            Ok(number) if number > 0 => Ok(ModelRef {
-                name: name.to_owned(),
-                version: number.to_string(),
-            }),
+            Ok(number) if number > 0 => Ok(number.to_string()),
             _ => Err(ModelRefError::Version(version.to_owned())),
         }
     }
@@ -60,6 +78,11 @@ impl ModelRef {
     /// The last level of the name: `llama-13b` of `ml.llm-catalog.llama-13b`.
     pub fn short_name(&self) -> &str {
         self.name.rsplit('.').next().unwrap_or(&self.name)
+    }
+
+    /// What a served entity of this model is called unless it is given a name: `llama-13b-3`.
+    pub fn entity_name(&self) -> String {
+        format!("{}-{}", self.short_name(), self.version)
     }
 }
 
@@ -82,6 +105,15 @@ mod tests {
                 .short_name(),
             "llama-13b"
         );
+        assert_eq!(
+            ModelRef::new("ml.llm-catalog.llama-13b", "3")
+                .unwrap()
+                .entity_name(),
+            "llama-13b-3"
+        );
+        let longest = "x".repeat(ModelRef::NAME_MAX);
+        assert!(ModelRef::new(&longest, "1").is_ok());
+        assert!(ModelRef::new(&(longest + "x"), "1").is_err());
         assert!(matches!(
             ModelRef::new("a.b", "1"),
             Err(ModelRefError::Name(_))

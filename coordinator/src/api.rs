@@ -332,7 +332,7 @@ pub enum GenerationEvent {
 pub struct ClusterHealth {
     /// The process answers.
     pub live: bool,
-    /// The store is open and workers can join.
+    /// The store answers a read, and the coordinator is up: workers can join.
     pub ready: bool,
     /// Workers with a link.
     pub workers: u32,

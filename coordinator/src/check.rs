@@ -61,6 +61,13 @@ fn places(cluster: &Cluster) -> Vec<Place> {
 
 fn devices(cluster: &Cluster, report: &mut Report) -> Result<()> {
     writeln!(report.text, "Devices")?;
+    if cluster.workers().next().is_none() {
+        report.well = false;
+        writeln!(
+            report.text,
+            "  none: nothing can be served, give a node some [[nodes.devices]]"
+        )?;
+    }
     for node in &cluster.nodes {
         for device in &node.devices {
             let kind = match device.kind {
@@ -100,6 +107,7 @@ fn models(cluster: &Cluster, registry: &LocalRegistry, report: &mut Report) -> R
     ];
     let mut rows: Vec<[String; 9]> = vec![head.map(str::to_owned)];
     let mut notes = Vec::new();
+    let places = places(cluster);
     for model in registry.models() {
         let name = format!("{} v{}", model.name, model.version);
         let facts = match registry.facts(model) {
@@ -126,11 +134,13 @@ fn models(cluster: &Cluster, registry: &LocalRegistry, report: &mut Report) -> R
                     workload,
                     concurrency,
                 },
-                &places(cluster),
+                &places,
                 &cluster.workload_types,
             );
             let plan = fitted.map(|fit| fit.plan);
-            if let Err(error) = &plan {
+            if let Err(error) = &plan
+                && !places.is_empty()
+            {
                 notes.push(format!("  {name} on {}: {error}", workload.name));
             }
             let planned = |text: &dyn Fn(&memory_plan::MemoryPlan) -> String| {
@@ -189,15 +199,7 @@ fn endpoints(cluster: &Cluster, registry: &LocalRegistry, report: &mut Report) -
     writeln!(report.text, "Endpoints")?;
     let mut places = places(cluster);
     for entry in &cluster.endpoints {
-        let config = match seed::config(entry) {
-            Ok(config) => config,
-            Err(error) => {
-                report.well = false;
-                writeln!(report.text, "  {}: {error}", entry.name)?;
-                continue;
-            }
-        };
-        for entity in config.entities {
+        for entity in seed::config(entry).entities {
             let size = entity.workload_size;
             let placed = registry
                 .facts(&entity.model)
@@ -321,6 +323,21 @@ mod tests {
                     .contains("does not fit workload type GPU_LARGE_2"),
             "{}",
             tight.text
+        );
+    }
+
+    #[test]
+    fn a_cluster_without_devices_is_told_once() {
+        let report = check(|text| {
+            let (before, rest) = text.split_once("[[nodes]]").unwrap();
+            before.to_owned() + &rest[rest.find("[[workload_types]]").unwrap()..]
+        });
+        assert!(!report.well, "{}", report.text);
+        assert!(
+            report.text.contains("none: nothing can be served")
+                && !report.text.contains("does not fit"),
+            "{}",
+            report.text
         );
     }
 

@@ -162,12 +162,7 @@ impl Core {
         let links = CancellationToken::new();
         let died = start_coordinator(&means, Restored::read(&means.store).await?, &links);
         let coordinator = actix_rt::spawn(keep_coordinator(means.clone(), died, links.clone()));
-        let doorkeeper = Arc::new(Doorkeeper {
-            cluster,
-            secret,
-            term,
-            directory,
-        });
+        let doorkeeper = Arc::new(Doorkeeper::new(cluster, secret, term, directory));
         Ok(Core {
             gateway: ActorGateway::new(means),
             doorkeeper,

@@ -17,10 +17,15 @@ const BAD_CONFIGURATION: u8 = 2;
 #[command(version)]
 struct Arguments {
     /// The cluster's configuration.
-    #[arg(long, default_value = "cluster.toml", env = "TANDEM_CONFIG")]
+    #[arg(
+        long,
+        global = true,
+        default_value = "cluster.toml",
+        env = "TANDEM_CONFIG"
+    )]
     config: PathBuf,
     /// Log one JSON object per line.
-    #[arg(long)]
+    #[arg(long, global = true)]
     log_json: bool,
     #[command(subcommand)]
     command: Option<Verb>,
@@ -58,6 +63,7 @@ fn main() -> ExitCode {
         }
         None => {
             common::telemetry::init(arguments.log_json);
+            warn_of_missing_models(&cluster);
             run(cluster)
         }
     };
@@ -75,6 +81,17 @@ fn print_check(cluster: &Cluster) -> anyhow::Result<ExitCode> {
     } else {
         ExitCode::from(BAD_CONFIGURATION)
     })
+}
+
+/// Not an error: a folder may come later, and endpoints of other models can be served.
+fn warn_of_missing_models(cluster: &Cluster) {
+    for entry in cluster.models.iter().filter(|entry| !entry.path.is_dir()) {
+        tracing::warn!(
+            model = %entry.model,
+            path = %entry.path.display(),
+            "a registered model's folder is not there; nothing can be served from it"
+        );
+    }
 }
 
 fn run(cluster: Cluster) -> anyhow::Result<ExitCode> {

@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use common::config::Cluster;
 use common::ids::Term;
 use common::wire::codec::CodecError;
+use common::wire::frame::BODY_BYTES_MAX;
 use common::wire::link::{self, LinkError, Receiver, Sender, Stream};
 use common::wire::message::{Command, Hello, PROTOCOL_MAX, PROTOCOL_MIN, Report};
 use subtle::ConstantTimeEq;
@@ -27,6 +28,8 @@ use common::request::{Failure, FailureKind};
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// Connections that have not said Hello yet.
 const STRANGERS_MAX: usize = 64;
+/// Longest Hello: a stranger's lists take many times their bytes in memory. Hundreds of held shards fit.
+const HELLO_BYTES_MAX: usize = 64 << 10;
 /// How often a link is pinged.
 const PING: Duration = Duration::from_secs(1);
 /// A link that is silent for so long is cut.
@@ -42,9 +45,27 @@ pub struct Doorkeeper {
     pub term: Term,
     /// Where the coordinator is.
     pub directory: Arc<Directory>,
+    /// Places for connections that have not said Hello yet.
+    strangers: Arc<Semaphore>,
 }
 
 impl Doorkeeper {
+    /// Who lets workers in that know `secret`.
+    pub fn new(
+        cluster: Arc<Cluster>,
+        secret: String,
+        term: Term,
+        directory: Arc<Directory>,
+    ) -> Self {
+        Doorkeeper {
+            cluster,
+            secret,
+            term,
+            directory,
+            strangers: Arc::new(Semaphore::new(STRANGERS_MAX)),
+        }
+    }
+
     /// Accepts links until `stop`.
     ///
     /// # Errors
@@ -60,14 +81,14 @@ impl Doorkeeper {
             )),
             None => None,
         };
-        let strangers = Arc::new(Semaphore::new(STRANGERS_MAX));
         loop {
-            // Full: wait; the system's own backlog holds the rest.
-            let Ok(place) = strangers.clone().acquire_owned().await else {
-                return Ok(());
+            let next = async {
+                // Full: wait; the system's own backlog holds the rest. The semaphore is never closed.
+                let place = self.strangers.clone().acquire_owned().await;
+                (place, listener.accept().await)
             };
-            let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
+            let (place, accepted) = tokio::select! {
+                next = next => next,
                 () = stop.cancelled() => return Ok(()),
             };
             let (socket, peer) = match accepted {
@@ -105,6 +126,7 @@ impl Doorkeeper {
     /// One link from Hello to its end. `known` is called once the worker is known.
     pub async fn run(&self, stream: impl Stream + 'static, peer: &str, known: impl FnOnce()) {
         let (mut sender, mut receiver) = link::split::<Command, Report>(stream);
+        receiver.limit(HELLO_BYTES_MAX);
         let hello = match tokio::time::timeout(HELLO_TIMEOUT, receiver.receive()).await {
             Ok(Ok(Some(Report::Hello(hello)))) => hello,
             Ok(Ok(Some(_))) => {
@@ -125,6 +147,7 @@ impl Doorkeeper {
             }
         };
         known();
+        receiver.limit(BODY_BYTES_MAX);
         let Some((coordinator, incarnation)) = self.directory.incarnation() else {
             return tracing::info!(
                 peer,
@@ -207,21 +230,28 @@ async fn read(
             Err(_) => return format!("the worker was silent for {} s", SILENCE_MAX.as_secs()),
         };
         let (replica, generation, news) = match report {
-            Report::Step { outputs, .. } => {
-                for request in link.flights.step(outputs, Instant::now()) {
-                    link.command(Command::Cancel { request });
-                }
+            Report::Step {
+                replica,
+                generation,
+                outputs,
+            } => {
+                link.step(replica, generation, outputs, Instant::now());
                 continue;
             }
             Report::Accepted {
                 request,
+                attempt,
                 prompt_tokens,
             } => {
-                link.flights.accepted(request, prompt_tokens);
+                link.flights.accepted(request, attempt, prompt_tokens);
                 continue;
             }
-            Report::Rejected { request, failure } => {
-                link.flights.rejected(request, failure);
+            Report::Rejected {
+                request,
+                attempt,
+                failure,
+            } => {
+                link.flights.rejected(request, attempt, failure);
                 continue;
             }
             Report::Pong { .. } => continue,
@@ -303,8 +333,8 @@ fn too_long(link: &Link, command: &Command, reason: &str) {
     tracing::error!(worker = %link.worker, reason, "a command cannot be sent");
     if let Command::Start { start, .. } = command {
         let message = format!("the request is too long to be sent to a worker: {reason}");
-        link.flights
-            .rejected(start.request, Failure::new(FailureKind::TooLarge, message));
+        let failure = Failure::new(FailureKind::TooLarge, message);
+        link.flights.rejected(start.request, start.attempt, failure);
     }
 }
 

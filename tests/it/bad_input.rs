@@ -71,7 +71,7 @@ async fn a_missing_prompt_is_named() {
     refused(
         json!({"dataframe_records": [{"prompt": "a"}, {"text": "b"}]}),
         "BAD_REQUEST",
-        &["prompt"],
+        &["dataframe_records[1].prompt is missing"],
     )
     .await;
 }
@@ -79,34 +79,52 @@ async fn a_missing_prompt_is_named() {
 #[tokio::test]
 async fn a_split_dataframe_without_a_prompt_column_is_refused() {
     let body = json!({"dataframe_split": {"columns": ["text"], "data": [["a"]]}});
-    refused(body, "BAD_REQUEST", &["prompt"]).await;
+    let says = ["dataframe_split.columns must have a column named \"prompt\", got [\"text\"]"];
+    refused(body, "BAD_REQUEST", &says).await;
 }
 
 #[tokio::test]
 async fn wrong_types_are_refused_with_the_field_and_what_it_must_be() {
     let cluster = llama().await;
+    let with = |params: Value| json!({"inputs": "x", "params": params});
     let cases = [
-        (json!({"inputs": {"prompt": 7}}), "prompt"),
         (
-            json!({"inputs": "x", "params": {"temperature": "hot"}}),
-            "temperature",
+            json!({"inputs": {"prompt": 7}}),
+            "inputs.prompt must be a string, got 7",
         ),
         (
-            json!({"inputs": "x", "params": {"max_tokens": 1.5}}),
-            "max_tokens",
+            json!({"inputs": ["x", 7]}),
+            "inputs[1] must be a string, got 7",
         ),
-        (json!({"inputs": "x", "params": {"stop": 3}}), "stop"),
-        (json!({"inputs": "x", "params": []}), "params"),
-        (json!({"messages": "hello"}), "messages"),
-        (json!({"prompt": {"a": 1}}), "prompt"),
-        (json!(["x"]), "object"),
+        (
+            with(json!({"temperature": "hot"})),
+            "params.temperature must be a number, got \"hot\"",
+        ),
+        (
+            with(json!({"max_tokens": 1.5})),
+            "params.max_tokens must be a whole number of at least 1, got 1.5",
+        ),
+        (
+            with(json!({"stop": 3})),
+            "params.stop must be a string or a list of strings, got 3",
+        ),
+        (with(json!([])), "params must be an object, got a list"),
+        (
+            json!({"messages": "hello"}),
+            "messages must be a list, got \"hello\"",
+        ),
+        (
+            json!({"prompt": {"a": 1}}),
+            "prompt must be a string, a list of strings, a list of token ids or a list of such lists, got an object",
+        ),
+        (json!(["x"]), "the body must be a JSON object, got a list"),
     ];
-    for (body, field) in cases {
+    for (body, says) in cases {
         cluster
             .client
             .invoke("llama", &body)
             .await
-            .refused(400, "BAD_REQUEST", &[field]);
+            .refused(400, "BAD_REQUEST", &[says]);
     }
     cluster
         .client
@@ -317,9 +335,21 @@ async fn a_wrong_creation_is_refused_by_field() {
         body
     };
     let cases: [(Value, &[&str]); 8] = [
-        (with(|b| b["name"] = json!("")), &["name"]),
-        (with(|b| b["name"] = json!("a/b")), &["name"]),
-        (with(|b| b["name"] = json!("completions")), &["completions"]),
+        (
+            with(|b| b["name"] = json!("")),
+            &[
+                "name must be 1 to 63 letters, digits, '-' and '_'",
+                "got \"\"",
+            ],
+        ),
+        (
+            with(|b| b["name"] = json!("a/b")),
+            &["name must be", "got \"a/b\""],
+        ),
+        (
+            with(|b| b["name"] = json!("completions")),
+            &["name 'completions' is reserved"],
+        ),
         (
             with(|b| b["config"] = json!({"served_models": []})),
             &["served"],

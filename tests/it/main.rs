@@ -11,6 +11,7 @@ mod load;
 mod openai;
 mod recovery;
 mod startup;
+mod tls;
 mod walls;
 mod worker_alone;
 

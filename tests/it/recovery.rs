@@ -6,7 +6,7 @@ use cluster_tests::cluster::Cluster;
 use cluster_tests::golden::{self, TOKENS_MAX};
 use cluster_tests::process::Signal;
 use cluster_tests::settings::Settings;
-use cluster_tests::until::PATIENCE;
+use cluster_tests::until::{PATIENCE, until};
 use serde_json::json;
 
 async fn answers(cluster: &Cluster, endpoint: &str) {
@@ -125,6 +125,47 @@ async fn a_request_whose_worker_dies_in_the_middle_ends_with_a_typed_error() {
         .error
         .unwrap_or_else(|| panic!("no error in the stream: {:?}", streamed.finish_reasons));
     assert!(error["error"]["message"].is_string(), "{error}");
+}
+
+#[tokio::test]
+async fn requests_without_output_survive_the_death_of_a_rank() {
+    const REQUESTS: usize = 24;
+    let mut cluster = Cluster::start(Settings::with_workers(3)).await;
+    cluster
+        .client
+        .deploy_on("pair", "tiny-llama", "GPU_LARGE_2", "Large")
+        .await;
+    let view = cluster.client.endpoint("pair").await;
+    let words = &view["config"]["served_entities"][0]["state"]["deployment_state_message"];
+    let second = words
+        .as_str()
+        .and_then(|words| words.split([',', ';']).nth(1))
+        .and_then(|name| name.trim().strip_prefix("local/cpu")?.parse().ok())
+        .unwrap_or_else(|| panic!("who serves is not in {view:#}"));
+    // The group stands still, so that none of the requests has any output when its rank dies.
+    cluster.worker(second).signal(Signal::Stop);
+    let body = json!({"prompt": "word ".repeat(900), "max_tokens": 2, "ignore_eos": true});
+    let asked: Vec<_> = (0..REQUESTS)
+        .map(|_| {
+            let (client, body) = (cluster.client.clone(), body.clone());
+            tokio::spawn(async move { client.invoke("pair", &body).await })
+        })
+        .collect();
+    until("all requests to run", PATIENCE, async || {
+        let metrics = cluster.client.metrics().await;
+        let accepted = metrics.sum("tandem_prompt_tokens_total", "");
+        if accepted.is_some_and(|tokens| tokens >= (900 * REQUESTS) as f64) {
+            Ok(())
+        } else {
+            Err(format!("{accepted:?} prompt tokens are accepted"))
+        }
+    })
+    .await;
+    cluster.kill_worker(second);
+    for reply in asked {
+        let answer = reply.await.unwrap().ok();
+        assert_eq!(answer["usage"]["completion_tokens"], 2, "{answer:#}");
+    }
 }
 
 #[tokio::test]

@@ -31,10 +31,12 @@ async fn verdict(link: &mut Link, request: u64) -> Result<u32, Failure> {
         Report::Accepted {
             request: of,
             prompt_tokens,
+            ..
         } if of == RequestId(request) => Some(Ok(prompt_tokens)),
         Report::Rejected {
             request: of,
             failure,
+            ..
         } if of == RequestId(request) => Some(Err(failure)),
         _ => None,
     })

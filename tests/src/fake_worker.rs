@@ -209,6 +209,7 @@ impl FakeWorker {
     pub fn accepted(&self, start: &Start) {
         self.report(Report::Accepted {
             request: start.request,
+            attempt: start.attempt,
             prompt_tokens: 4,
         });
     }
@@ -217,6 +218,7 @@ impl FakeWorker {
     pub fn rejected(&self, start: &Start, failure: Failure) {
         self.report(Report::Rejected {
             request: start.request,
+            attempt: start.attempt,
             failure,
         });
     }
@@ -235,6 +237,7 @@ impl FakeWorker {
         };
         self.report(Report::Step {
             replica: start.replica,
+            generation: start.generation,
             outputs: vec![output],
         });
     }
@@ -250,6 +253,7 @@ impl FakeWorker {
         };
         self.report(Report::Step {
             replica: start.replica,
+            generation: start.generation,
             outputs: vec![output],
         });
     }

@@ -5,6 +5,7 @@
 //! [`until::until`] waits for conditions.
 
 pub mod binaries;
+pub mod certificates;
 pub mod client;
 pub mod cluster;
 pub mod events;

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use common::ids::{ReplicaId, RequestId};
+use common::ids::{Generation, ReplicaId, RequestId};
 use common::request::{Failure, FailureKind};
 use common::wire::message::{Output, Report};
 use engine::engine::{EngineHandle, SubmitError};
@@ -25,7 +25,12 @@ const REPORT_BYTES: usize = 4 << 20;
 /// What there is to do.
 pub enum Work {
     /// Run a request.
-    Begin(Box<Prepared>),
+    Begin {
+        /// What to run.
+        prepared: Box<Prepared>,
+        /// Which attempt of the request this is.
+        attempt: u32,
+    },
     /// The engine has done a step.
     Events(Vec<Event>),
     /// An answer is not wanted any more.
@@ -40,12 +45,14 @@ pub enum Work {
 /// When the thread cannot start.
 pub fn spawn(
     replica: ReplicaId,
+    generation: Generation,
     engine: EngineHandle,
     outbox: Arc<Outbox>,
     mut work: mpsc::Receiver<Work>,
 ) -> std::io::Result<JoinHandle<()>> {
     let mut answering = Answering {
         replica,
+        generation,
         engine,
         outbox,
         answers: Answers::default(),
@@ -61,6 +68,7 @@ pub fn spawn(
 
 struct Answering {
     replica: ReplicaId,
+    generation: Generation,
     engine: EngineHandle,
     outbox: Arc<Outbox>,
     answers: Answers,
@@ -69,7 +77,7 @@ struct Answering {
 impl Answering {
     fn take(&mut self, work: Work) {
         match work {
-            Work::Begin(prepared) => self.begin(*prepared),
+            Work::Begin { prepared, attempt } => self.begin(*prepared, attempt),
             Work::Events(events) => {
                 let step = self.answers.step(events);
                 for (key, candidate) in step.cancel {
@@ -90,7 +98,7 @@ impl Answering {
         }
     }
 
-    fn begin(&mut self, prepared: Prepared) {
+    fn begin(&mut self, prepared: Prepared, attempt: u32) {
         let Prepared {
             key,
             request: for_engine,
@@ -99,20 +107,27 @@ impl Answering {
         } = prepared;
         let request = answer.request;
         if self.answers.key(request).is_some() {
+            // An older attempt that was cancelled and is not over yet: the newer one may go on in a moment.
             let failure = Failure::new(
-                FailureKind::BadRequest,
+                FailureKind::Unavailable,
                 format!("request {request} is running already"),
             );
-            return self.outbox.send(Report::Rejected { request, failure });
+            return self.outbox.send(Report::Rejected {
+                request,
+                attempt,
+                failure,
+            });
         }
         if let Some(Err(error)) = for_engine.map(|for_engine| self.engine.submit(for_engine)) {
             return self.outbox.send(Report::Rejected {
                 request,
+                attempt,
                 failure: refusal(error),
             });
         }
         self.outbox.send(Report::Accepted {
             request,
+            attempt,
             prompt_tokens,
         });
         let outputs = self.answers.begin(key, answer);
@@ -123,6 +138,7 @@ impl Answering {
         for outputs in frames(outputs) {
             self.outbox.send(Report::Step {
                 replica: self.replica,
+                generation: self.generation,
                 outputs,
             });
         }

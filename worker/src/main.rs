@@ -21,13 +21,13 @@ const WRONG_USE: u8 = 2;
 #[command(name = "worker", version)]
 struct Arguments {
     /// The cluster's configuration.
-    #[arg(long, default_value = "cluster.toml")]
+    #[arg(long, global = true, default_value = "cluster.toml")]
     config: PathBuf,
     /// The device to run, as node/device in the configuration (local/cpu0).
     #[arg(long)]
     device: Option<String>,
     /// Log one JSON object per line.
-    #[arg(long)]
+    #[arg(long, global = true)]
     log_json: bool,
     #[command(subcommand)]
     command: Option<Task>,
@@ -71,6 +71,9 @@ fn wrong(error: &dyn std::fmt::Display) -> ExitCode {
 /// The device asked for, if the configuration has it.
 fn device_name(cluster: &Cluster, asked: Option<String>) -> Result<String> {
     let known: Vec<String> = cluster.workers().map(ToString::to_string).collect();
+    if known.is_empty() {
+        bail!("the configuration has no [[nodes.devices]]: a worker runs one of them");
+    }
     let Some(name) = asked else {
         bail!(
             "--device is missing; the configuration has {}",

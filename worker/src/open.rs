@@ -318,7 +318,8 @@ impl Loading<'_> {
             backlog: BACKLOG,
         };
         let engine = Engine::spawn(Box::new(runner), config, sink, on_end).map_err(no_thread)?;
-        answering::spawn(spec.replica, engine.clone(), outbox, queue).map_err(no_thread)?;
+        answering::spawn(spec.replica, spec.generation, engine.clone(), outbox, queue)
+            .map_err(no_thread)?;
         let chat = text.template.present();
         Ok((
             numerics_id,

@@ -327,7 +327,7 @@ impl Session {
 
     async fn start(&mut self, term: Term, start: Box<Start>) {
         let arrival = Instant::now();
-        let (request, replica) = (start.request, start.replica);
+        let (request, attempt, replica) = (start.request, start.attempt, start.replica);
         let refused = if term < self.term {
             Some("the command is of an older term")
         } else {
@@ -343,7 +343,11 @@ impl Session {
         };
         if let Some(message) = refused {
             let failure = Failure::new(FailureKind::Unavailable, message);
-            self.outbox.send(Report::Rejected { request, failure });
+            self.outbox.send(Report::Rejected {
+                request,
+                attempt,
+                failure,
+            });
         }
     }
 

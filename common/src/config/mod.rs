@@ -1,10 +1,12 @@
-//! cluster.toml: what the file says ([`raw`]) and what the program uses ([`cluster`]).
+//! cluster.toml: what the file says (`raw`) and what the program uses (`cluster`).
 //!
 //! Layers, later ones win: the file, `cluster.local.toml` beside it, environment variables `TANDEM__SECTION__KEY`
 //! (scalars only). Lists replace each other whole. Unknown keys are refused, and all mistakes come in one list, each
 //! with its file and line.
 
+mod check;
 mod cluster;
+mod endpoints;
 mod raw;
 mod reader;
 #[cfg(test)]
@@ -27,6 +29,6 @@ pub fn load(path: &Path) -> Result<Cluster, ConfigError> {
         .parent()
         .filter(|p| !p.as_os_str().is_empty())
         .unwrap_or(Path::new("."));
-    let cluster = cluster::check(raw, root, &mut reader);
+    let cluster = check::check(raw, root, &mut reader);
     reader.finish(cluster)
 }

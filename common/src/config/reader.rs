@@ -107,8 +107,14 @@ impl Layers {
 
     /// Where a key is written: the last layer that has it, or the file that should.
     fn place(&self, key: &str) -> String {
+        // Lists replace each other whole: what is in one is the matter of the last layer that has the list.
+        let list = key.split('[').next().filter(|list| *list != key);
         for (file, text) in self.files.iter().rev() {
-            if let Some(line) = line_of(text, key) {
+            let line = match list {
+                Some(list) if line_of(text, list).is_some() => nearest_line(text, key),
+                _ => line_of(text, key),
+            };
+            if let Some(line) = line {
                 return format!("{}:{line}", file.display());
             }
         }
@@ -120,8 +126,8 @@ impl Layers {
             return variable;
         }
         // A key that is missing: name the nearest table that is there.
-        match key.rfind(['.', '[']) {
-            Some(end) => self.place(&key[..end]),
+        match parent(key) {
+            Some(parent) => self.place(parent),
             None => self
                 .files
                 .first()
@@ -129,6 +135,16 @@ impl Layers {
                 .unwrap_or_default(),
         }
     }
+}
+
+/// What a key is in: `a[1]` of `a[1].b`, `a` of `a[1]`.
+fn parent(key: &str) -> Option<&str> {
+    key.rfind(['.', '[']).map(|end| &key[..end])
+}
+
+/// The line of a key, or of the nearest thing around it that is written.
+fn nearest_line(text: &str, key: &str) -> Option<usize> {
+    line_of(text, key).or_else(|| nearest_line(text, parent(key)?))
 }
 
 fn line_at(text: &str, offset: usize) -> usize {
@@ -191,13 +207,28 @@ impl<'a> Reader<'a> {
         });
     }
 
-    /// The value if nothing was wrong, else all mistakes in the order of their places.
-    pub fn finish<T>(self, value: Option<T>) -> Result<T, ConfigError> {
-        match value {
-            Some(value) if self.mistakes.is_empty() => Ok(value),
-            _ => Err(ConfigError(self.mistakes)),
-        }
+    /// Whether a mistake at `key` is known already: what follows from it need not be told.
+    pub fn noted(&self, key: &str) -> bool {
+        self.mistakes.iter().any(|mistake| mistake.key == key)
     }
+
+    /// The value if nothing was wrong, else all mistakes in the order of their places.
+    pub fn finish<T>(mut self, value: T) -> Result<T, ConfigError> {
+        if self.mistakes.is_empty() {
+            return Ok(value);
+        }
+        self.mistakes
+            .sort_by_cached_key(|mistake| file_and_line(&mistake.place));
+        Err(ConfigError(self.mistakes))
+    }
+}
+
+/// `file:12` in two, so that line 9 comes before line 10.
+fn file_and_line(place: &str) -> (String, usize) {
+    let parsed = place
+        .rsplit_once(':')
+        .and_then(|(file, line)| Some((file.to_owned(), line.parse().ok()?)));
+    parsed.unwrap_or((place.to_owned(), 0))
 }
 
 /// A table being read. Keys not asked for are unknown keys.

@@ -28,6 +28,16 @@ impl Folder {
     }
 }
 
+fn begin_with(mistakes: &[String], expected: &[&str]) {
+    assert_eq!(mistakes.len(), expected.len(), "{mistakes:#?}");
+    for (mistake, expected) in mistakes.iter().zip(expected) {
+        assert!(
+            mistake.starts_with(expected),
+            "{mistake}\ndoes not start with\n{expected}"
+        );
+    }
+}
+
 const SMALL: &str = r#"
 [[auth.tokens]]
 user = "admin"
@@ -86,19 +96,184 @@ fn all_mistakes_come_at_once_each_with_its_line() {
         .replace("memory = \"2GiB\"", "memory = \"lots\"");
     let mistakes = Folder::with(&text).mistakes();
     let expected = [
-        "cluster.toml:11: nodes[0].devices[0].memory: must be a size",
-        "cluster.toml:10: nodes[0].devices[0].threds: unknown key; known here: cores,",
         "cluster.toml:9: nodes[0].devices[0].kind: must be \"cpu\" or \"cuda:N\", got \"gpu\"",
+        "cluster.toml:10: nodes[0].devices[0].threds: unknown key; known here: cores,",
+        "cluster.toml:11: nodes[0].devices[0].memory: must be a size",
         "cluster.toml:14: workload_types[0].shards: must be between 1 and 64, got 0",
-        "cluster.toml:16: models[0]: model version 'latest' must be a positive whole number",
+        "cluster.toml:18: models[0].version: model version 'latest' must be a positive whole number",
     ];
-    assert_eq!(mistakes.len(), expected.len(), "{mistakes:#?}");
-    for (mistake, expected) in mistakes.iter().zip(expected) {
-        assert!(
-            mistake.starts_with(expected),
-            "{mistake}\ndoes not start with\n{expected}"
+    begin_with(&mistakes, &expected);
+}
+
+#[test]
+fn a_bad_name_hides_nothing_of_what_it_names() {
+    let text = SMALL
+        .replace("name = \"local\"", "name = \"lo cal\"")
+        .replace("name = \"cpu0\"", "name = \"\"")
+        .replace(
+            "kind = \"cpu\"",
+            "kind = \"gpu\"\nthreads = 0\ncores = \"9-1\"\ngroup_port = 70000",
+        )
+        .replace("name = \"GPU_LARGE\"", "name = \"GPU LARGE\"\nshards = 65")
+        .replace(
+            "name = \"ml.demo.tiny-llama\"",
+            "name = \"a.b\"\nkv_dtype = \"f8\"\ncontext_max = 0",
+        )
+        .replace("version = 1", "version = 0")
+        + "[[endpoints]]\nname = \"a b\"\n[[endpoints.served_entities]]\nname = \"-\"\nentity_name = \"..\"\n\
+           entity_version = \"x\"\nworkload_type = \"TPU\"\nworkload_size = \"Huge\"\ntraffic_percentage = 101\n";
+    let mistakes = Folder::with(&text).mistakes();
+    let expected = [
+        "cluster.toml:6: nodes[0].name: must be 1 to 63 letters",
+        "cluster.toml:8: nodes[0].devices[0].name: must be 1 to 63 letters",
+        "cluster.toml:9: nodes[0].devices[0].kind: must be",
+        "cluster.toml:10: nodes[0].devices[0].threads: must be between 1 and 1024, got 0",
+        "cluster.toml:11: nodes[0].devices[0].cores: must be a list of cores",
+        "cluster.toml:12: nodes[0].devices[0].group_port: must be a port, 0 to 65535, got 70000",
+        "cluster.toml:15: workload_types[0].name: must be 1 to 63 letters",
+        "cluster.toml:16: workload_types[0].shards: must be between 1 and 64, got 65",
+        "cluster.toml:19: models[0].name: model name 'a.b' must have one level or three",
+        "cluster.toml:20: models[0].kv_dtype: must be \"bf16\" or \"f32\", got \"f8\"",
+        "cluster.toml:21: models[0].context_max: must be a number of tokens above 0, got 0",
+        "cluster.toml:22: models[0].version: model version '0' must be",
+        "cluster.toml:25: endpoints[0].name: must be 1 to 63 letters",
+        "cluster.toml:27: endpoints[0].served_entities[0].name: must be 1 to 63 letters",
+        "cluster.toml:28: endpoints[0].served_entities[0].entity_name: model name '..' must",
+        "cluster.toml:29: endpoints[0].served_entities[0].entity_version: model version 'x' must",
+        "cluster.toml:30: endpoints[0].served_entities[0].workload_type: \"TPU\" is not mapped",
+        "cluster.toml:31: endpoints[0].served_entities[0].workload_size: must be Small, Medium or Large",
+        "cluster.toml:32: endpoints[0].served_entities[0].traffic_percentage: must be between 0 and 100",
+    ];
+    begin_with(&mistakes, &expected);
+}
+
+/// Endpoint `e`, one entity of `SMALL`'s model per text.
+fn endpoint(entities: &[&str]) -> String {
+    let entities: String = entities
+        .iter()
+        .map(|more| {
+            format!(
+                "[[endpoints.served_entities]]\nentity_name = \"ml.demo.tiny-llama\"\nentity_version = 1\n\
+                 workload_type = \"GPU_LARGE\"\n{more}\n"
+            )
+        })
+        .collect();
+    format!("{SMALL}[[endpoints]]\nname = \"e\"\n{entities}")
+}
+
+#[test]
+fn an_endpoint_gets_its_defaults() {
+    let cluster = load(&Folder::with(&endpoint(&[""])).file()).unwrap();
+    let entity = &cluster.endpoints[0].served_entities[0];
+    assert_eq!(
+        (entity.name.as_str(), entity.traffic_percentage),
+        ("tiny-llama-1", 100)
+    );
+    let two = endpoint(&[
+        "traffic_percentage = 0",
+        "name = \"b\"\ntraffic_percentage = 100",
+    ]);
+    assert!(load(&Folder::with(&two).file()).is_ok());
+}
+
+#[test]
+fn shares_that_do_not_make_a_hundred_are_told_where_they_stand() {
+    let mistakes = |entities: &[&str]| Folder::with(&endpoint(entities)).mistakes();
+    let list = "cluster.toml:20: endpoints[0].served_entities: must have";
+    begin_with(
+        &mistakes(&["traffic_percentage = 90"]),
+        &[&format!(
+            "{list} traffic_percentage values that sum to 100, got 90"
+        )],
+    );
+    begin_with(
+        &mistakes(&[
+            "traffic_percentage = 60",
+            "name = \"b\"\ntraffic_percentage = 60",
+        ]),
+        &[&format!(
+            "{list} traffic_percentage values that sum to 100, got 120"
+        )],
+    );
+    let at = "endpoints[0].served_entities";
+    begin_with(
+        &mistakes(&[
+            "",
+            "name = \"b\"",
+            "name = \"c\"\ntraffic_percentage = \"x\"",
+        ]),
+        &[
+            &format!("cluster.toml:20: {at}[0].traffic_percentage: is missing: with several"),
+            &format!("cluster.toml:25: {at}[1].traffic_percentage: is missing: with several"),
+            &format!(
+                "cluster.toml:35: {at}[2].traffic_percentage: must be a whole number, got a text"
+            ),
+        ],
+    );
+}
+
+#[test]
+fn an_endpoint_has_at_most_ten_entities_each_with_a_name_of_its_own() {
+    let many: Vec<String> = (0..11)
+        .map(|i| {
+            format!(
+                "name = \"e{i}\"\ntraffic_percentage = {}",
+                if i == 0 { 100 } else { 0 }
+            )
+        })
+        .collect();
+    let many: Vec<&str> = many.iter().map(String::as_str).collect();
+    begin_with(
+        &Folder::with(&endpoint(&many)).mistakes(),
+        &["cluster.toml:20: endpoints[0].served_entities: must have 1 to 10 entries, got 11"],
+    );
+    assert!(load(&Folder::with(&endpoint(&many[..10])).file()).is_ok());
+    let half = "traffic_percentage = 50";
+    let again = "another served entity of this endpoint is already called \"tiny-llama-1\"";
+    begin_with(
+        &Folder::with(&endpoint(&[half, half])).mistakes(),
+        &[&format!(
+            "cluster.toml:25: endpoints[0].served_entities[1].name: {again}"
+        )],
+    );
+    let named = format!("{half}\nname = \"tiny-llama-1\"");
+    begin_with(
+        &Folder::with(&endpoint(&[half, &named])).mistakes(),
+        &[&format!(
+            "cluster.toml:30: endpoints[0].served_entities[1].name: {again}"
+        )],
+    );
+}
+
+#[test]
+fn names_that_the_api_refuses_are_refused_here_too() {
+    for name in [
+        "chat",
+        "v1",
+        "databricks-dbrx",
+        "a.b",
+        "a:b",
+        "-a",
+        &"x".repeat(64),
+    ] {
+        let text = endpoint(&[""]).replace("name = \"e\"", &format!("name = \"{name}\""));
+        let expected = crate::names::check_endpoint(name).unwrap_err();
+        assert_eq!(
+            Folder::with(&text).mistakes(),
+            [format!("cluster.toml:19: endpoints[0].name: {expected}")]
         );
     }
+}
+
+#[test]
+fn mistakes_in_a_list_name_the_layer_that_has_the_list() {
+    let folder = Folder::with(SMALL);
+    let local = "\n[[workload_types]]\nname = \"CPU\"\n";
+    fs::write(folder.0.path().join("cluster.local.toml"), local).unwrap();
+    assert_eq!(
+        folder.mistakes(),
+        ["cluster.local.toml:2: workload_types[0].device: is missing"]
+    );
 }
 
 #[test]

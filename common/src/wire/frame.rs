@@ -45,8 +45,8 @@ pub enum FrameError {
     #[error("frame kind {0} is unknown")]
     Kind(u8),
     /// Longer than the limit.
-    #[error("frame body of {0} bytes exceeds the limit of {BODY_BYTES_MAX}")]
-    TooLong(usize),
+    #[error("frame body of {0} bytes exceeds the limit of {1}")]
+    TooLong(usize, usize),
     /// The stream ended inside a frame.
     #[error("the connection closed inside a frame")]
     Truncated,
@@ -56,8 +56,25 @@ pub enum FrameError {
 }
 
 /// Cuts a byte stream into frames and back.
-#[derive(Debug, Default)]
-pub struct FrameCodec;
+#[derive(Debug)]
+pub struct FrameCodec {
+    body_bytes_max: usize,
+}
+
+impl FrameCodec {
+    /// Takes bodies up to `body_bytes_max`, which is at most [`BODY_BYTES_MAX`], from the next frame on.
+    pub fn limit(&mut self, body_bytes_max: usize) {
+        self.body_bytes_max = body_bytes_max.min(BODY_BYTES_MAX);
+    }
+}
+
+impl Default for FrameCodec {
+    fn default() -> Self {
+        FrameCodec {
+            body_bytes_max: BODY_BYTES_MAX,
+        }
+    }
+}
 
 impl Decoder for FrameCodec {
     type Item = Frame;
@@ -82,8 +99,8 @@ impl Decoder for FrameCodec {
             other => return Err(FrameError::Kind(other)),
         };
         let length = header.get_u32_le() as usize;
-        if length > BODY_BYTES_MAX {
-            return Err(FrameError::TooLong(length));
+        if length > self.body_bytes_max {
+            return Err(FrameError::TooLong(length, self.body_bytes_max));
         }
         if source.len() < HEADER_BYTES + length {
             // Grow by what arrives, at most a read ahead: a lying length costs its sender the bytes, not us.
@@ -110,8 +127,8 @@ impl Encoder<Frame> for FrameCodec {
     type Error = FrameError;
 
     fn encode(&mut self, frame: Frame, target: &mut BytesMut) -> Result<(), FrameError> {
-        if frame.body.len() > BODY_BYTES_MAX {
-            return Err(FrameError::TooLong(frame.body.len()));
+        if frame.body.len() > self.body_bytes_max {
+            return Err(FrameError::TooLong(frame.body.len(), self.body_bytes_max));
         }
         target.reserve(HEADER_BYTES + frame.body.len());
         target.put_u16_le(MAGIC);
@@ -138,7 +155,7 @@ mod tests {
             kind: FrameKind::Report,
             body: Bytes::copy_from_slice(body),
         };
-        FrameCodec.encode(frame, &mut bytes).unwrap();
+        FrameCodec::default().encode(frame, &mut bytes).unwrap();
         bytes
     }
 
@@ -146,7 +163,7 @@ mod tests {
     fn a_body_at_the_limit_passes_and_one_past_it_does_not() {
         let mut at_limit = encoded(&vec![7; BODY_BYTES_MAX]);
         assert_eq!(
-            FrameCodec
+            FrameCodec::default()
                 .decode(&mut at_limit)
                 .unwrap()
                 .unwrap()
@@ -159,22 +176,35 @@ mod tests {
             body: vec![7; BODY_BYTES_MAX + 1].into(),
         };
         assert!(matches!(
-            FrameCodec.encode(too_long, &mut BytesMut::new()),
-            Err(FrameError::TooLong(_))
+            FrameCodec::default().encode(too_long, &mut BytesMut::new()),
+            Err(FrameError::TooLong(..))
         ));
         let mut lying = encoded(b"x");
         lying[4..8].copy_from_slice(&(BODY_BYTES_MAX as u32 + 1).to_le_bytes());
         assert!(matches!(
-            FrameCodec.decode(&mut lying),
-            Err(FrameError::TooLong(_))
+            FrameCodec::default().decode(&mut lying),
+            Err(FrameError::TooLong(..))
         ));
+    }
+
+    #[test]
+    fn a_lower_limit_holds_from_the_next_frame_on() {
+        let mut codec = FrameCodec::default();
+        codec.limit(3);
+        let mut two = encoded(b"abc");
+        two.extend_from_slice(&encoded(b"abcd"));
+        assert_eq!(&codec.decode(&mut two).unwrap().unwrap().body[..], b"abc");
+        let refused = codec.decode(&mut two.clone());
+        assert!(matches!(refused, Err(FrameError::TooLong(4, 3))));
+        codec.limit(usize::MAX);
+        assert_eq!(&codec.decode(&mut two).unwrap().unwrap().body[..], b"abcd");
     }
 
     #[test]
     fn a_lying_length_within_the_limit_allocates_only_a_read_ahead() {
         let mut lying = encoded(b"x");
         lying[4..8].copy_from_slice(&(BODY_BYTES_MAX as u32).to_le_bytes());
-        assert!(FrameCodec.decode(&mut lying).unwrap().is_none());
+        assert!(FrameCodec::default().decode(&mut lying).unwrap().is_none());
         assert!(
             lying.capacity() < 256 << 10,
             "reserved {} bytes on the peer's word",
@@ -185,14 +215,14 @@ mod tests {
     #[test]
     fn closing_between_frames_and_inside_a_frame_are_two_results() {
         assert!(
-            FrameCodec
+            FrameCodec::default()
                 .decode_eof(&mut BytesMut::new())
                 .unwrap()
                 .is_none()
         );
         let mut half = encoded(b"hello").split_to(9);
         assert!(matches!(
-            FrameCodec.decode_eof(&mut half),
+            FrameCodec::default().decode_eof(&mut half),
             Err(FrameError::Truncated)
         ));
     }
@@ -201,7 +231,7 @@ mod tests {
         #[test]
         fn any_bytes_decode_to_frames_or_an_error_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let mut source = BytesMut::from(&bytes[..]);
-            while let Ok(Some(frame)) = FrameCodec.decode(&mut source) {
+            while let Ok(Some(frame)) = FrameCodec::default().decode(&mut source) {
                 prop_assert!(frame.body.len() <= bytes.len());
             }
         }
@@ -213,7 +243,7 @@ mod tests {
             let (mut source, mut seen) = (BytesMut::new(), Vec::new());
             for piece in stream.chunks(cut) {
                 source.extend_from_slice(piece);
-                while let Some(frame) = FrameCodec.decode(&mut source).unwrap() { seen.push(frame.body.to_vec()); }
+                while let Some(frame) = FrameCodec::default().decode(&mut source).unwrap() { seen.push(frame.body.to_vec()); }
             }
             prop_assert_eq!(seen, bodies);
         }

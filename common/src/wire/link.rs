@@ -101,6 +101,11 @@ pub struct Receiver<M> {
 }
 
 impl<M: Message> Receiver<M> {
+    /// Takes messages up to so many bytes from the next one on; 8 MiB is the most, and what a link begins with.
+    pub fn limit(&mut self, body_bytes_max: usize) {
+        self.source.decoder_mut().limit(body_bytes_max);
+    }
+
     /// The next message; `None` when the peer closed between frames.
     ///
     /// # Errors
@@ -125,11 +130,11 @@ pub fn split<Out: Message, In: Message>(
     let write: Pin<Box<dyn AsyncWrite + Send>> = Box::pin(write);
     (
         Sender {
-            sink: FramedWrite::new(write, FrameCodec),
+            sink: FramedWrite::new(write, FrameCodec::default()),
             kind: PhantomData,
         },
         Receiver {
-            source: FramedRead::new(read, FrameCodec),
+            source: FramedRead::new(read, FrameCodec::default()),
             kind: PhantomData,
         },
     )

@@ -18,6 +18,7 @@ use actix::{Actor, ActorContext, Addr, AsyncContext, Context, Handler, MessageRe
 use common::config::Cluster;
 use common::ids::{BootId, ReplicaId, Term, WorkerId};
 use common::wire::message::{Command, Device};
+use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 
 use super::death::DeathNotice;
@@ -37,7 +38,7 @@ use super::slot::{Slot, Stage};
 use crate::api::{ApiError, EndpointView};
 use crate::policy::lifecycle::{Entity, Event};
 use crate::registry::LocalRegistry;
-use crate::store::{Expect, SharedStore, StoreError};
+use crate::store::{Entry, Expect, SharedStore, StoreError};
 use endpoints::Told;
 use replicas::retire;
 
@@ -71,13 +72,17 @@ pub struct Restored {
 }
 
 impl Restored {
-    /// Reads the store; what served is marked as being brought back.
+    /// Reads the store; what served is marked as being brought back. Records that cannot be read are left out, as the
+    /// watch does: everything else serves.
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn read(store: &SharedStore) -> Result<Self, StoreError> {
         for entry in store.list(ENDPOINTS.into()).await?.0 {
-            let mut record: EndpointRecord = decode(&entry.key, &entry.value)?;
+            // The second reading says so.
+            let Ok(mut record) = decode::<EndpointRecord>(&entry.key, &entry.value) else {
+                continue;
+            };
             if record.life.apply(Event::Restarted).unwrap_or(false) {
                 store
                     .put(
@@ -89,21 +94,24 @@ impl Restored {
             }
         }
         let replicas = store.list(REPLICAS.into()).await?.0;
-        let replicas = replicas
-            .iter()
-            .map(|entry| decode(&entry.key, &entry.value))
-            .collect::<Result<_, _>>()?;
         let (endpoints, revision) = store.list(ENDPOINTS.into()).await?;
-        let endpoints = endpoints
-            .iter()
-            .map(|entry| decode(&entry.key, &entry.value))
-            .collect::<Result<_, _>>()?;
         Ok(Restored {
-            endpoints,
-            replicas,
+            endpoints: readable(&endpoints),
+            replicas: readable(&replicas),
             revision,
         })
     }
+}
+
+fn readable<T: DeserializeOwned>(entries: &[Entry]) -> Vec<T> {
+    let read = |entry: &Entry| match decode(&entry.key, &entry.value) {
+        Ok(record) => Some(record),
+        Err(error) => {
+            tracing::error!(%error, "a record is left out");
+            None
+        }
+    };
+    entries.iter().filter_map(read).collect()
 }
 
 /// The coordinator as an actor.
@@ -305,15 +313,19 @@ async fn watch(
         let told = match changes {
             Ok(changes) => {
                 revision = changes.last().map_or(revision, |change| change.revision);
-                coordinator.send(Changed(changes)).await
+                Ok(coordinator.send(Changed(changes)).await)
             }
             Err(StoreError::Compacted(_)) => match store.list(ENDPOINTS.into()).await {
                 Ok((entries, at)) => {
                     revision = at;
-                    coordinator.send(Relisted(entries, at)).await
+                    Ok(coordinator.send(Relisted(entries, at)).await)
                 }
-                Err(_) => continue,
+                Err(error) => Err(error),
             },
+            Err(error) => Err(error),
+        };
+        let told = match told {
+            Ok(told) => told,
             Err(error) => {
                 tracing::error!(%error, "the store cannot be watched; trying again");
                 tokio::time::sleep(WATCH_PAUSE).await;
@@ -422,3 +434,6 @@ impl Handler<GetHealth> for CoordinatorActor {
         MessageResult(self.health())
     }
 }
+
+#[cfg(test)]
+mod tests;

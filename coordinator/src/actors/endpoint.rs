@@ -16,7 +16,9 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::death::DeathNotice;
-use super::messages::{Admitted, Configure, Died, Dispatch, Gate, Invoke, Pending, Serving, Who};
+use super::messages::{
+    Admitted, Configure, Died, Dispatch, Gate, Invoke, Pending, Serving, Target, Who,
+};
 use super::meters::Meters;
 use super::permit::{Booking, EntityShared, Permit};
 use super::ticket::{Reading, Ticket, Whereabouts};
@@ -243,9 +245,7 @@ impl Door {
                 entity.queue.push_front(ticket);
             }
             entity.clean(now);
-            while (entity.shared.running()) < u64::from(entity.serving.size.concurrency())
-                && entity.dispatch_one(now)
-            {}
+            while entity.shared.running() < entity.concurrency() && entity.dispatch_one(now) {}
         }
         let (waiting, running) = self
             .entities
@@ -302,9 +302,20 @@ impl Entity {
         }
     }
 
+    /// Requests that run at a time: what the size stands for, or what the replicas have room for.
+    fn concurrency(&self) -> u64 {
+        let size = u64::from(self.serving.size.concurrency());
+        let replicas = &self.serving.replicas;
+        if replicas.is_empty() {
+            return size;
+        }
+        let credits = |target: &Target| u64::from(target.credits.total());
+        size.min(replicas.iter().map(credits).sum())
+    }
+
     fn bounds(&self, limits: &Limits) -> Bounds {
         Bounds {
-            concurrency: u64::from(self.serving.size.concurrency()),
+            concurrency: self.concurrency(),
             waiting_max: limits.queue_requests_max,
             tokens_max: limits
                 .queue_tokens_max

@@ -2,14 +2,17 @@
 //!
 //! Owns each request's one end: a flight is removed from the table exactly once, and whoever removes it ends it. Tokens
 //! go from the link's reader into the request's own channel here; the channel is sized so that it cannot fill.
+//!
+//! A request keeps its id over its attempts. What is said of an older attempt is dropped: words about a prompt carry
+//! the attempt, output carries replica and generation, and no output counts before the attempt was accepted.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use common::ids::{ReplicaId, RequestId};
+use common::ids::{Generation, ReplicaId, RequestId};
 use common::request::{End, Failure, FailureKind};
-use common::wire::message::Output;
+use common::wire::message::{Command, Output, Start};
 
 use super::link::Link;
 use super::meters::outcome;
@@ -29,9 +32,13 @@ const REFUSED_PAUSE: Duration = Duration::from_secs(1);
 pub struct Flight {
     ticket: Ticket,
     replica: ReplicaId,
+    generation: Generation,
     permit: Permit,
     candidates: Vec<Candidate>,
     open: usize,
+    /// The worker has taken this attempt: output before that is an older attempt's.
+    taken: bool,
+    /// Nothing was shown yet.
     first: bool,
     last_output: Instant,
     sent: usize,
@@ -45,16 +52,18 @@ struct Candidate {
 }
 
 impl Flight {
-    /// A request about to be given to `replica`.
-    pub fn new(ticket: Ticket, replica: ReplicaId, permit: Permit) -> Self {
+    /// A request about to be given to this generation of `replica`.
+    pub fn new(ticket: Ticket, replica: ReplicaId, generation: Generation, permit: Permit) -> Self {
         let candidates = vec![Candidate::default(); ticket.generate.candidates as usize];
         let (open, last_output) = (candidates.len(), ticket.arrived);
         Flight {
             ticket,
             replica,
+            generation,
             permit,
             candidates,
             open,
+            taken: false,
             first: true,
             last_output,
             sent: 0,
@@ -62,9 +71,25 @@ impl Flight {
         }
     }
 
-    /// The request.
-    pub fn ticket(&self) -> &Ticket {
-        &self.ticket
+    /// The request as its worker is told.
+    pub(super) fn start(&self) -> Start {
+        let Ticket {
+            request,
+            attempt,
+            ref generate,
+            deadline,
+            ..
+        } = self.ticket;
+        let left = deadline.saturating_duration_since(Instant::now());
+        Start {
+            request,
+            replica: self.replica,
+            generation: self.generation,
+            attempt,
+            generate: generate.clone(),
+            resume: Vec::new(),
+            deadline_ms: Some(left.as_millis() as u64),
+        }
     }
 
     /// It was not given to the replica after all: back to the queue, and the replica is left alone for a moment.
@@ -94,9 +119,14 @@ impl Flight {
             let Flight { ticket, .. } = self;
             return ticket.refuse(error.retry_after(1));
         }
-        let message =
-            format!("the replica was lost while it answered: {reason}; send the request again");
-        self.end_all(&End::Error(Failure::new(FailureKind::Unavailable, message)));
+        self.end_all(&End::Error(broken_off(FailureKind::Unavailable, reason)));
+    }
+
+    /// Its worker would not go on with it: as if its replica were gone, which is left alone for a moment, because the
+    /// news of its own end may still be on the way.
+    fn turned_away(self, reason: &str) {
+        self.permit.suspend(REFUSED_PAUSE);
+        self.lost(reason);
     }
 
     /// Ends every candidate that is open.
@@ -117,12 +147,12 @@ impl Flight {
         }
     }
 
-    /// Takes one output in. Says whether the flight is over.
-    fn output(&mut self, output: Output, now: Instant) -> bool {
+    /// Takes one output in.
+    fn output(&mut self, output: Output, now: Instant) -> Went {
         let event = match output {
             Output::Prompt { text, tokens, .. } => {
                 if std::mem::replace(&mut self.ticket.prompt_delivered, true) {
-                    return false;
+                    return Went::On;
                 }
                 GenerationEvent::Prompt { text, tokens }
             }
@@ -132,7 +162,7 @@ impl Flight {
                     .get_mut(delta.candidate as usize)
                     .filter(|candidate| !candidate.ended);
                 let Some(candidate) = candidate else {
-                    return false;
+                    return Went::On;
                 };
                 candidate.tokens += delta.ids.len() as u32;
                 let waited = now.saturating_duration_since(self.last_output);
@@ -155,7 +185,18 @@ impl Flight {
                     .candidates
                     .get_mut(candidate as usize)
                     .filter(|candidate| !candidate.ended);
-                let Some(known) = known else { return false };
+                let Some(known) = known else {
+                    return Went::On;
+                };
+                let end = match end {
+                    End::Error(failure) if failure.kind.retryable() => {
+                        if self.first {
+                            return Went::Lost(failure.message);
+                        }
+                        End::Error(broken_off(failure.kind, &failure.message))
+                    }
+                    end => end,
+                };
                 known.ended = true;
                 self.open -= 1;
                 // The client cannot be handed to another replica any more.
@@ -172,8 +213,13 @@ impl Flight {
             }
         };
         self.sent += 1;
-        let delivered = send(&self.ticket.events, self.ticket.request, event);
-        self.open == 0 || !delivered
+        if !send(&self.ticket.events, self.ticket.request, event) {
+            Went::TooFar
+        } else if self.open == 0 {
+            Went::Over
+        } else {
+            Went::On
+        }
     }
 
     /// Whether nobody reads what waits.
@@ -189,6 +235,24 @@ impl Flight {
     }
 }
 
+/// How a flight stands after an output.
+enum Went {
+    On,
+    /// Its last candidate has ended.
+    Over,
+    /// More came than was asked for: it is given up.
+    TooFar,
+    /// Its replica cannot go on with it, and nothing was shown yet.
+    Lost(String),
+}
+
+/// An answer that breaks off after its first output. (It could be resumed elsewhere: the wire carries what that needs.)
+fn broken_off(kind: FailureKind, reason: &str) -> Failure {
+    let message =
+        format!("the replica was lost while it answered: {reason}; send the request again");
+    Failure::new(kind, message)
+}
+
 fn back_to_queue(ticket: Ticket, permit: Permit) {
     let entity = permit.entity().clone();
     drop(permit);
@@ -201,6 +265,28 @@ fn back_to_queue(ticket: Ticket, permit: Permit) {
             "the endpoint was changed or deleted while the request waited",
         );
         ticket.refuse(error.retry_after(1));
+    }
+}
+
+/// What a step left to do, once the table is not locked any more: a flight's end wakes others.
+#[derive(Debug, Default)]
+pub struct Stepped {
+    /// Requests that are over here and not at the worker.
+    pub(super) cancel: Vec<RequestId>,
+    over: Vec<Flight>,
+    lost: Vec<(Flight, String)>,
+}
+
+impl Stepped {
+    /// Does it. Cancels go first: another attempt keeps the request's id.
+    pub(super) fn follow_up(self, link: &Link) {
+        for request in self.cancel {
+            link.command(Command::Cancel { request });
+        }
+        drop(self.over);
+        for (flight, reason) in self.lost {
+            flight.turned_away(&reason);
+        }
     }
 }
 
@@ -264,33 +350,62 @@ impl Flights {
         removed.is_some()
     }
 
-    /// What one step gave. Returns requests that are over here but not for the worker.
-    pub fn step(&self, outputs: Vec<Output>, now: Instant) -> Vec<RequestId> {
-        // Dropped after the lock: a flight's end wakes others.
-        let (mut over, mut given_up) = (Vec::new(), Vec::new());
-        if let Some(flights) = self.table().as_mut() {
-            for output in outputs {
-                let request = output.request();
-                if let Some(flight) = flights.get_mut(&request)
-                    && flight.output(output, now)
-                {
-                    if flight.open > 0 {
-                        given_up.push(request);
+    /// What one step of a generation of a replica gave.
+    pub fn step(
+        &self,
+        replica: ReplicaId,
+        generation: Generation,
+        outputs: Vec<Output>,
+        now: Instant,
+    ) -> Stepped {
+        let mut stepped = Stepped::default();
+        let mut table = self.table();
+        let Some(flights) = table.as_mut() else {
+            return stepped;
+        };
+        for output in outputs {
+            let request = output.request();
+            let Some(flight) = flights.get_mut(&request).filter(|flight| {
+                flight.taken && (flight.replica, flight.generation) == (replica, generation)
+            }) else {
+                continue;
+            };
+            let went = flight.output(output, now);
+            let still_open = flight.open;
+            if matches!(went, Went::On) {
+                continue;
+            }
+            let Some(flight) = flights.remove(&request) else {
+                continue;
+            };
+            match went {
+                Went::Lost(reason) => {
+                    if still_open > 1 {
+                        stepped.cancel.push(request);
                     }
-                    over.extend(flights.remove(&request));
+                    stepped.lost.push((flight, reason));
                 }
+                Went::TooFar if still_open > 0 => {
+                    stepped.cancel.push(request);
+                    stepped.over.push(flight);
+                }
+                _ => stepped.over.push(flight),
             }
         }
-        drop(over);
-        given_up
+        stepped
     }
 
     /// A worker has understood a prompt.
-    pub fn accepted(&self, request: RequestId, prompt_tokens: u32) {
+    pub fn accepted(&self, request: RequestId, attempt: u32, prompt_tokens: u32) {
         let mut table = self.table();
-        let Some(flight) = table.as_mut().and_then(|flights| flights.get_mut(&request)) else {
+        let Some(flight) = table
+            .as_mut()
+            .and_then(|flights| flights.get_mut(&request))
+            .filter(|flight| flight.ticket.attempt == attempt)
+        else {
             return;
         };
+        flight.taken = true;
         flight.ticket.booking.settle(u64::from(prompt_tokens));
         if let Some(accepted) = flight.ticket.accepted.take() {
             flight.ticket.meters.accepted(prompt_tokens);
@@ -300,11 +415,11 @@ impl Flights {
     }
 
     /// A worker will not run a prompt.
-    pub fn rejected(&self, request: RequestId, failure: Failure) {
-        let removed = self
-            .table()
-            .as_mut()
-            .and_then(|flights| flights.remove(&request));
+    pub fn rejected(&self, request: RequestId, attempt: u32, failure: Failure) {
+        let removed = self.table().as_mut().and_then(|flights| {
+            let known = flights.get(&request)?.ticket.attempt == attempt;
+            known.then(|| flights.remove(&request))?
+        });
         let Some(flight) = removed else { return };
         let refuse = |flight: Flight, error| {
             let Flight { ticket, .. } = flight;
@@ -313,10 +428,7 @@ impl Flights {
         match failure.kind {
             // A worker that has sent output has accepted; whatever it says now ends the answer.
             _ if !flight.first => flight.end_all(&End::Error(failure)),
-            FailureKind::Unavailable => {
-                flight.permit.suspend(REFUSED_PAUSE);
-                flight.lost(&failure.message);
-            }
+            FailureKind::Unavailable => flight.turned_away(&failure.message),
             FailureKind::BadRequest | FailureKind::TooLarge => {
                 refuse(
                     flight,

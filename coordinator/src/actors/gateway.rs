@@ -4,16 +4,16 @@
 //! are in force; hands calls to the endpoint's door.
 
 use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use futures::FutureExt;
 use futures::future::{BoxFuture, try_join_all};
 use tokio::sync::oneshot;
-use tokio::time::timeout_at;
+use tokio::time::{timeout, timeout_at};
 
 use super::coordinator::{CoordinatorActor, Means};
 use super::messages::{CheckFit, GetHealth, GetView, Invoke, ListViews, Pending};
-use super::record::{EndpointRecord, decode, encode, endpoint_key};
+use super::record::{EndpointRecord, TERM, decode, encode, endpoint_key};
 use crate::api::{
     Answer, ApiError, Call, ClusterHealth, ConfigSpec, CreateEndpoint, EndpointView, ErrorKind,
     Gateway, Generation,
@@ -27,10 +27,13 @@ use common::request::{Generate, Prompt};
 /// Longest prompt that a frame to a worker carries, in bytes; longer than any context served.
 const PROMPT_BYTES_MAX: usize = 6 << 20;
 
+/// A store that takes longer to answer `/health` does not answer.
+const STORE_WAIT: Duration = Duration::from_secs(1);
+
 /// The cluster as HTTP sees it.
 #[derive(Clone)]
 pub struct ActorGateway {
-    means: Means,
+    pub(super) means: Means,
 }
 
 impl ActorGateway {
@@ -41,6 +44,12 @@ impl ActorGateway {
 
     fn coordinator(&self) -> Result<actix::Addr<CoordinatorActor>, ApiError> {
         self.means.directory.coordinator().ok_or_else(restarting)
+    }
+
+    /// Reads what every start has written.
+    async fn store_answers(&self) -> bool {
+        let read = timeout(STORE_WAIT, self.means.store.get(TERM.into())).await;
+        matches!(read, Ok(Ok(Some(_))))
     }
 
     async fn view(&self, name: String) -> Result<EndpointView, ApiError> {
@@ -367,6 +376,13 @@ impl Gateway for ActorGateway {
             let health = match self.coordinator() {
                 Ok(coordinator) => coordinator.send(GetHealth).await.ok(),
                 Err(_) => None,
+            };
+            let health = match health {
+                Some(health) => Some(ClusterHealth {
+                    ready: health.ready && self.store_answers().await,
+                    ..health
+                }),
+                None => None,
             };
             health.unwrap_or_else(|| ClusterHealth {
                 live: true,

@@ -6,8 +6,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::ids::{BootId, ReplicaId, RequestId, Term, WorkerId};
-use common::wire::message::{Command, Start};
+use common::ids::{BootId, Generation, ReplicaId, RequestId, Term, WorkerId};
+use common::wire::message::{Command, Output, Start};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -83,6 +83,19 @@ impl Link {
             };
             self.commands.capacity() > STARTS_FREE_MIN && self.commands.try_send(command()).is_ok()
         })
+    }
+
+    /// What one step of a generation of a replica gave.
+    pub fn step(
+        &self,
+        replica: ReplicaId,
+        generation: Generation,
+        outputs: Vec<Output>,
+        now: Instant,
+    ) {
+        self.flights
+            .step(replica, generation, outputs, now)
+            .follow_up(self);
     }
 
     /// The caller has left.

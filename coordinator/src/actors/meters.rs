@@ -1,6 +1,7 @@
 //! The cluster's numbers, through the `metrics` facade. Labels are bounded: the endpoint's name and a closed list of
 //! outcomes.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::request::End;
@@ -41,8 +42,14 @@ pub fn describe() {
         Unit::Seconds,
         "one step of an engine"
     );
-    gauges!("tandem_kv_blocks_used", "KV blocks in use");
-    gauges!("tandem_kv_blocks_total", "KV blocks in all");
+    gauges!(
+        "tandem_kv_blocks_used",
+        "KV blocks in use, over all replicas"
+    );
+    gauges!(
+        "tandem_kv_blocks_total",
+        "KV blocks in all, over all replicas"
+    );
     counts!(
         "tandem_prefix_cache_queries_total",
         "prompt tokens looked up in the prefix cache"
@@ -104,14 +111,30 @@ impl Meters {
         gauge!("tandem_requests_waiting", "endpoint" => self.endpoint.clone()).set(waiting as f64);
         gauge!("tandem_requests_running", "endpoint" => self.endpoint.clone()).set(running as f64);
     }
+}
 
-    /// A replica's counters went on from `before` to `now`.
-    pub fn health(&self, before: &Health, now: &Health) {
-        let endpoint = || self.endpoint.clone();
-        gauge!("tandem_kv_blocks_used", "endpoint" => endpoint())
-            .set(f64::from(now.kv_blocks_used));
-        gauge!("tandem_kv_blocks_total", "endpoint" => endpoint())
-            .set(f64::from(now.kv_blocks_total));
+/// One replica's part in its endpoint's meters. Gauges are sums over replicas: its part goes with it.
+#[derive(Debug)]
+pub struct ReplicaMeters {
+    endpoint: Arc<Meters>,
+    last: Health,
+}
+
+impl ReplicaMeters {
+    /// The part of a replica of which nothing is known yet.
+    pub fn new(endpoint: Arc<Meters>) -> Self {
+        ReplicaMeters {
+            endpoint,
+            last: Health::default(),
+        }
+    }
+
+    /// The replica's counters as they are now.
+    pub fn health(&mut self, now: Health) {
+        self.gauges(&now);
+        let before = std::mem::replace(&mut self.last, now);
+        let now = &self.last;
+        let endpoint = || self.endpoint.endpoint.clone();
         let more = |name: &'static str, before: u64, now: u64| {
             counter!(name, "endpoint" => endpoint()).increment(now.saturating_sub(before));
         };
@@ -135,6 +158,31 @@ impl Meters {
             .iter()
             .for_each(|&us| steps.record(f64::from(us) / 1e6));
     }
+
+    fn gauges(&self, now: &Health) {
+        // Whole numbers: they add up and cancel out exactly.
+        let moved = |name: &'static str, before: u32, now: u32| {
+            gauge!(name, "endpoint" => self.endpoint.endpoint.clone())
+                .increment(f64::from(now) - f64::from(before));
+        };
+        let last = &self.last;
+        moved(
+            "tandem_kv_blocks_used",
+            last.kv_blocks_used,
+            now.kv_blocks_used,
+        );
+        moved(
+            "tandem_kv_blocks_total",
+            last.kv_blocks_total,
+            now.kv_blocks_total,
+        );
+    }
+}
+
+impl Drop for ReplicaMeters {
+    fn drop(&mut self) {
+        self.gauges(&Health::default());
+    }
 }
 
 /// An end as a label.
@@ -145,5 +193,44 @@ pub fn outcome(end: &End) -> &'static str {
         End::Deadline => "deadline",
         End::Cancelled => "cancelled",
         End::Error(_) => "error",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use metrics_exporter_prometheus::PrometheusBuilder;
+
+    use super::*;
+
+    #[test]
+    fn kv_gauges_are_sums_over_replicas_and_go_with_them() {
+        let recorder = PrometheusBuilder::new().build_recorder();
+        let shown = recorder.handle();
+        let shows = |used: u32, total: u32| {
+            let text = shown.render();
+            for (name, value) in [("used", used), ("total", total)] {
+                let line = format!("tandem_kv_blocks_{name}{{endpoint=\"e\"}} {value}\n");
+                assert!(text.contains(&line), "{line} is not in {text}");
+            }
+        };
+        let health = |kv_blocks_used, kv_blocks_total| Health {
+            kv_blocks_used,
+            kv_blocks_total,
+            ..Health::default()
+        };
+        metrics::with_local_recorder(&recorder, || {
+            let endpoint = Arc::new(Meters::new("e"));
+            let mut one = ReplicaMeters::new(endpoint.clone());
+            let mut other = ReplicaMeters::new(endpoint);
+            one.health(health(7, 100));
+            other.health(health(2, 50));
+            shows(9, 150);
+            one.health(health(3, 100));
+            shows(5, 150);
+            drop(one);
+            shows(2, 50);
+            drop(other);
+            shows(0, 0);
+        });
     }
 }

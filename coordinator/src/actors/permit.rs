@@ -142,6 +142,11 @@ impl Credits {
         })
     }
 
+    /// How many there are, taken or not.
+    pub fn total(&self) -> u32 {
+        self.credits
+    }
+
     /// The replica takes requests, or not.
     pub fn set_up(&self, up: bool, now: Instant) {
         let mut open_from = self

@@ -8,8 +8,9 @@ use common::wire::message::{KvDtype, ShardOptions};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::api::WorkloadSize;
 use crate::policy::lifecycle::Lifecycle;
-use crate::policy::memory_plan::MemoryPlan;
+use crate::policy::memory_plan::{BLOCK_TOKENS, MemoryPlan};
 use crate::store::{Expect, Store, StoreError};
 
 /// Prefix of endpoints' keys.
@@ -85,6 +86,29 @@ impl StoredOptions {
             context_max: plan.need.context_max,
             memory_bytes: plan.bytes(),
         }
+    }
+
+    /// Sequences at the longest context that the cache has room for at a time. One block is nobody's.
+    pub fn concurrency(&self) -> u32 {
+        let sequence_blocks = self.context_max.div_ceil(BLOCK_TOKENS as u32).max(1);
+        self.kv_blocks.saturating_sub(1) / sequence_blocks
+    }
+
+    /// Requests that a replica of this size runs at a time: as many as its cache has room for even when each becomes as
+    /// long as it may. More would fit as long as they are short, and later put each other back, to be computed again.
+    pub fn credits(&self, size: WorkloadSize) -> u32 {
+        size.concurrency().min(self.concurrency()).max(1)
+    }
+
+    /// Says so when memory has room for fewer requests at a time than the size stands for.
+    pub fn shortage(&self, size: WorkloadSize) -> Option<String> {
+        let (credits, wanted) = (self.credits(size), size.concurrency());
+        (credits < wanted).then(|| {
+            format!(
+                "memory has room for {credits} of {wanted} requests at a time with {} tokens each",
+                self.context_max
+            )
+        })
     }
 
     /// As the wire says it.

@@ -10,9 +10,7 @@ use actix::fut::ActorFutureExt;
 use actix::{Actor, ActorContext, AsyncContext, Context, Handler, Recipient, WrapFuture};
 use common::ids::{Generation, ReplicaId, WorkerId};
 use common::request::FailureKind;
-use common::wire::message::{
-    Command, GroupMember, Health, HeldShard, ModelSource, ShardSpec, ShardState, Start,
-};
+use common::wire::message::{Command, GroupMember, HeldShard, ModelSource, ShardSpec, ShardState};
 
 use tokio_util::sync::CancellationToken;
 
@@ -23,10 +21,11 @@ use super::messages::{
     Died, Dispatch, MemberJoined, MemberLeft, MemberNews, ReplicaStatus, Retire, ShardNews, Status,
     Who,
 };
-use super::meters::Meters;
+use super::meters::{Meters, ReplicaMeters};
 use super::permit::{Credits, Permit};
 use super::record::Assignment;
 use super::ticket::Ticket;
+use crate::policy::progress::{LOAD_SILENCE_MAX, Progress};
 
 /// Requests on their way to a replica: more than any size admits.
 const MAILBOX: usize = 256;
@@ -36,6 +35,8 @@ const TICK: Duration = Duration::from_millis(200);
 const BUSY_PAUSE: Duration = Duration::from_millis(50);
 /// A worker whose link broke redials at once; one that does not is lost.
 pub const LOST_GRACE: Duration = Duration::from_millis(1500);
+/// The stage of a shard whose worker has not said anything yet.
+const ASKING: &str = "asking the workers";
 /// After a restart of the coordinator, workers come back within their longest redial pause.
 pub const RESTART_GRACE: Duration = Duration::from_secs(10);
 
@@ -44,13 +45,12 @@ pub struct Replica {
     assignment: Assignment,
     ranks: Vec<Rank>,
     credits: Arc<Credits>,
-    meters: Arc<Meters>,
+    meters: ReplicaMeters,
+    progress: Progress,
     /// Until when missing members may come back.
     grace_until: Instant,
     /// Let go at this moment, or when nothing runs.
     retire_at: Option<Instant>,
-    health: Health,
-    stalled: bool,
     /// Why it is over.
     over: Option<(bool, String)>,
 }
@@ -108,7 +108,7 @@ impl Replica {
                 state: None,
             });
         }
-        Self::with_ranks(assignment, ranks, credits, meters, now + LOST_GRACE)
+        Self::with_ranks(assignment, ranks, credits, meters, now, LOST_GRACE)
     }
 
     /// A replica of before the coordinator's restart: its members may come back with their shards.
@@ -124,7 +124,7 @@ impl Replica {
             state: None,
         };
         let ranks = assignment.members.iter().map(rank).collect();
-        Self::with_ranks(assignment, ranks, credits, meters, now + RESTART_GRACE)
+        Self::with_ranks(assignment, ranks, credits, meters, now, RESTART_GRACE)
     }
 
     fn with_ranks(
@@ -132,19 +132,18 @@ impl Replica {
         ranks: Vec<Rank>,
         credits: Arc<Credits>,
         meters: Arc<Meters>,
-        grace_until: Instant,
+        now: Instant,
+        grace: Duration,
     ) -> Self {
-        let (health, retire_at, over) = (Health::default(), None, None);
         Replica {
             assignment,
             ranks,
             credits,
-            meters,
-            grace_until,
-            retire_at,
-            health,
-            stalled: false,
-            over,
+            meters: ReplicaMeters::new(meters),
+            progress: Progress::new(now),
+            grace_until: now + grace,
+            retire_at: None,
+            over: None,
         }
     }
 
@@ -159,7 +158,7 @@ impl Replica {
     }
 
     /// A member's worker is there again, with its shard or without.
-    fn joined(&mut self, link: Arc<Link>, held: Option<HeldShard>) {
+    fn joined(&mut self, link: Arc<Link>, held: Option<HeldShard>, now: Instant) {
         let Some(position) = self
             .ranks
             .iter()
@@ -170,7 +169,8 @@ impl Replica {
         match held {
             Some(held) if held.rank as usize == position => {
                 self.ranks[position].link = Some(link);
-                self.state(position, held.state);
+                self.progress.load_went_on(now);
+                self.state(position, held.state, now);
             }
             _ => self.end(
                 false,
@@ -193,11 +193,12 @@ impl Replica {
             return;
         }
         rank.link = None;
+        self.progress.forget_stall();
         tracing::warn!(worker = %link.worker, reason, "a member of a replica is gone");
         self.grace_until = now + LOST_GRACE;
     }
 
-    fn news(&mut self, link: &Link, news: ShardNews) {
+    fn news(&mut self, link: &Link, news: ShardNews, now: Instant) {
         let Some(position) = self
             .ranks
             .iter()
@@ -206,19 +207,28 @@ impl Replica {
             return;
         };
         match news {
-            ShardNews::State(state) => self.state(position, state),
+            ShardNews::State(state) => self.state(position, state, now),
             ShardNews::Health(health) if position == 0 => {
-                self.meters.health(&self.health, &health);
-                self.stalled = health.stalled;
-                self.health = *health;
+                if let Some(stood) = self.progress.health(&health, now) {
+                    let message = format!(
+                        "the engine on {} has work and has not finished a step for {} s since it was called stalled",
+                        link.worker,
+                        stood.as_secs()
+                    );
+                    self.end(false, message);
+                }
+                self.meters.health(*health);
             }
             ShardNews::Health(_) => {}
         }
     }
 
-    fn state(&mut self, position: usize, state: ShardState) {
+    fn state(&mut self, position: usize, state: ShardState, now: Instant) {
         let rank = &mut self.ranks[position];
         let worker = rank.worker.clone();
+        if rank.state.as_ref() != Some(&state) {
+            self.progress.load_went_on(now);
+        }
         rank.state = Some(state.clone());
         match state {
             ShardState::Failed(failure) => {
@@ -241,17 +251,40 @@ impl Replica {
     /// Looks at the time-outs.
     fn tick(&mut self, now: Instant) {
         let missing = self.ranks.iter().find(|rank| rank.link.is_none());
+        let all_there = missing.is_none();
         if let Some(rank) = missing
             && now >= self.grace_until
         {
             let message = format!("worker {} is lost", rank.worker);
             self.end(false, message);
         }
+        if all_there && self.progress.load_hangs(now) {
+            self.end_hanging_load();
+        }
         if self
             .retire_at
             .is_some_and(|at| now >= at || self.credits.running() == 0)
         {
             self.end(false, "the replica is not wanted any more".to_owned());
+        }
+    }
+
+    /// No rank has had news for long: over, if there is one that is not loaded.
+    fn end_hanging_load(&mut self) {
+        let hanging = self.ranks.iter().enumerate().find_map(|(position, rank)| {
+            let stage = match &rank.state {
+                Some(ShardState::Ready(_)) => return None,
+                Some(ShardState::Loading { stage, .. }) => stage.as_str(),
+                _ => ASKING,
+            };
+            Some(format!(
+                "rank {position} on {} has reported no progress of its loading for {} s; its last stage: {stage}",
+                rank.worker,
+                LOAD_SILENCE_MAX.as_secs()
+            ))
+        });
+        if let Some(message) = hanging {
+            self.end(false, message);
         }
     }
 
@@ -270,7 +303,7 @@ impl Replica {
         if let Some(rank) = self.ranks.iter().find(|rank| rank.link.is_none()) {
             return Status::Waiting(format!("waiting for worker {}", rank.worker));
         }
-        if self.stalled {
+        if self.progress.is_stalled() {
             return Status::Stalled;
         }
         let (mut stage, mut done, mut total, mut ready) = (None, 0u128, 0u128, None);
@@ -290,7 +323,7 @@ impl Replica {
                     total += u128::from(*total_bytes);
                     stage = stage.or(Some(said.as_str()));
                 }
-                _ => stage = stage.or(Some("asking the workers")),
+                _ => stage = stage.or(Some(ASKING)),
             }
         }
         match (stage, ready) {
@@ -303,10 +336,7 @@ impl Replica {
                     .checked_div(total)
                     .map(|percent| format!(" {percent} %"))
                     .unwrap_or_default();
-                Status::Starting(format!(
-                    "{}{percent}",
-                    stage.unwrap_or("asking the workers")
-                ))
+                Status::Starting(format!("{}{percent}", stage.unwrap_or(ASKING)))
             }
         }
     }
@@ -314,7 +344,7 @@ impl Replica {
     /// Gives a request to rank 0, or back to the queue.
     fn dispatch(&self, ticket: Ticket, permit: Permit) {
         let (replica, generation) = self.id();
-        let flight = Flight::new(ticket, replica, permit);
+        let flight = Flight::new(ticket, replica, generation, permit);
         let leader = self
             .ranks
             .first()
@@ -323,7 +353,7 @@ impl Replica {
         let Some(leader) = leader else {
             return flight.put_back(BUSY_PAUSE);
         };
-        if let Err(flight) = leader.start(flight, |flight| start_of(flight, replica, generation)) {
+        if let Err(flight) = leader.start(flight, Flight::start) {
             flight.put_back(BUSY_PAUSE);
         }
     }
@@ -340,21 +370,6 @@ impl Replica {
                 generation,
             });
         }
-    }
-}
-
-/// A request as its worker is told.
-pub(super) fn start_of(flight: &Flight, replica: ReplicaId, generation: Generation) -> Start {
-    let ticket = flight.ticket();
-    let left = ticket.deadline.saturating_duration_since(Instant::now());
-    Start {
-        request: ticket.request,
-        replica,
-        generation,
-        attempt: ticket.attempt,
-        generate: ticket.generate.clone(),
-        resume: Vec::new(),
-        deadline_ms: Some(left.as_millis() as u64),
     }
 }
 
@@ -439,7 +454,8 @@ impl Handler<Dispatch> for ReplicaActor {
 impl Handler<MemberJoined> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, message: MemberJoined, ctx: &mut Self::Context) {
-        self.replica.joined(message.link, message.held);
+        self.replica
+            .joined(message.link, message.held, Instant::now());
         self.settle(ctx);
     }
 }
@@ -456,7 +472,8 @@ impl Handler<MemberLeft> for ReplicaActor {
 impl Handler<MemberNews> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, message: MemberNews, ctx: &mut Self::Context) {
-        self.replica.news(&message.link, message.news);
+        self.replica
+            .news(&message.link, message.news, Instant::now());
         self.settle(ctx);
     }
 }
@@ -470,3 +487,6 @@ impl Handler<Retire> for ReplicaActor {
         self.settle(ctx);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -42,6 +42,8 @@ pub struct Slot {
     pub task: Option<String>,
     /// What stands in for what.
     pub stand_in: Option<String>,
+    /// That it takes fewer requests at a time than its size stands for.
+    pub shortage: Option<String>,
 }
 
 /// How far a replica is.
@@ -86,6 +88,7 @@ impl Slot {
             message: "Creating resources for served entity.".to_owned(),
             task: None,
             stand_in: None,
+            shortage: None,
         }
     }
 
@@ -154,10 +157,10 @@ impl Slot {
 
     /// How it stands, for clients.
     pub fn words(&self) -> String {
-        match &self.stand_in {
-            Some(stand_in) => format!("{}; {stand_in}", self.message),
-            None => self.message.clone(),
-        }
+        let notes = self.stand_in.iter().chain(&self.shortage);
+        notes.fold(self.message.clone(), |words, note| {
+            format!("{words}; {note}")
+        })
     }
 
     /// What its endpoint is to be told, given how the stored entity says it stands.

@@ -301,6 +301,7 @@ impl FakeWorker {
         let start = self.start().await;
         self.report(Report::Accepted {
             request: start.request,
+            attempt: start.attempt,
             prompt_tokens: 3,
         })
         .await;
@@ -329,6 +330,7 @@ impl FakeWorker {
         }];
         self.report(Report::Step {
             replica: start.replica,
+            generation: start.generation,
             outputs,
         })
         .await;
@@ -346,6 +348,7 @@ impl FakeWorker {
         }];
         self.report(Report::Step {
             replica: start.replica,
+            generation: start.generation,
             outputs,
         })
         .await;
@@ -355,6 +358,7 @@ impl FakeWorker {
     pub(crate) async fn reject(&mut self, start: &Start, failure: Failure) {
         self.report(Report::Rejected {
             request: start.request,
+            attempt: start.attempt,
             failure,
         })
         .await;

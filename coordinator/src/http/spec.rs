@@ -5,28 +5,14 @@
 
 use std::collections::HashSet;
 
+use common::config::ENTITIES_MAX;
 use common::model_ref::{ModelRef, ModelRefError};
+use common::names::{self, NameError};
 use serde_json::Value;
 
 use super::json::{Field, FieldError, Fields, Object};
 use crate::api::{ConfigSpec, CreateEndpoint, EntitySpec, Route, WorkloadSize};
 
-/// Longest name of an endpoint or served entity.
-const NAME_CHARS_MAX: usize = 63;
-/// Words that stand in some path where endpoints' names stand.
-const NAMES_RESERVED: [&str; 7] = [
-    "chat",
-    "completions",
-    "embeddings",
-    "get-model-optimization-info",
-    "models",
-    "pt",
-    "v1",
-];
-/// The vendor's own endpoints are called so; clients treat such names specially.
-const NAME_PREFIX_RESERVED: &str = "databricks-";
-/// Most served entities of an endpoint.
-const ENTITIES_MAX: usize = 10;
 /// Most tags of an endpoint and environment variables of a served entity.
 const PAIRS_MAX: usize = 64;
 /// Longest tag, environment variable or description in bytes: what the store is willing to keep.
@@ -41,7 +27,7 @@ pub(super) fn create(
     workload_types: &[String],
 ) -> Result<CreateEndpoint, FieldError> {
     let fields = Fields::of("", body);
-    let name = endpoint_name(&fields.need("name")?)?;
+    let name = checked_name(&fields.need("name")?, names::check_endpoint)?;
     refuse_unsupported(&fields, &["rate_limits", "ai_gateway"])?;
     let config = config(&fields.need("config")?.fields()?, workload_types)?;
     let tags = fields
@@ -64,26 +50,12 @@ pub(super) fn update(body: &Object, workload_types: &[String]) -> Result<ConfigS
     config(&Fields::of("", body), workload_types)
 }
 
-fn endpoint_name(field: &Field<'_>) -> Result<String, FieldError> {
-    let name = checked_name(field)?;
-    if NAMES_RESERVED.contains(&name.as_str()) || name.starts_with(NAME_PREFIX_RESERVED) {
-        let words = NAMES_RESERVED.join(", ");
-        return Err(field.refuse(format!(
-            "'{name}' is reserved, as are {words} and everything that begins with {NAME_PREFIX_RESERVED}"
-        )));
-    }
-    Ok(name)
-}
-
-fn checked_name(field: &Field<'_>) -> Result<String, FieldError> {
+fn checked_name(
+    field: &Field<'_>,
+    check: fn(&str) -> Result<(), NameError>,
+) -> Result<String, FieldError> {
     let name = field.text()?;
-    let starts_well = name.starts_with(|c: char| c.is_ascii_alphanumeric());
-    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
-    if !starts_well || !name.chars().all(allowed) || name.len() > NAME_CHARS_MAX {
-        return Err(field.wrong(&format!(
-            "1 to {NAME_CHARS_MAX} letters, digits, '-' and '_', beginning with a letter or digit"
-        )));
-    }
+    check(name).map_err(|error| field.refuse(error))?;
     Ok(name.to_owned())
 }
 
@@ -166,8 +138,8 @@ fn entity(
         &fields.need_any(spelling.version_keys())?,
     )?;
     let name = match fields.get("name") {
-        Some(field) => checked_name(&field)?,
-        None => format!("{}-{}", model.short_name(), model.version),
+        Some(field) => checked_name(&field, names::check_entity)?,
+        None => model.entity_name(),
     };
     let workload_size = fields
         .get("workload_size")

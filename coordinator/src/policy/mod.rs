@@ -6,6 +6,7 @@
 //! * [`fit`]: both of these together, and what would help when a model does not fit.
 //! * [`admission`]: what an entity takes now, what waits, what is refused and when to come again.
 //! * [`routing`]: which entity gets a call, which replica a request.
+//! * [`progress`]: whether a replica still gets on, in loading and in stepping.
 //! * [`lifecycle`]: an endpoint's states, event by event.
 
 pub mod admission;
@@ -13,6 +14,7 @@ pub mod fit;
 pub mod lifecycle;
 pub mod memory_plan;
 pub mod placement;
+pub mod progress;
 pub mod routing;
 pub mod workload;
 

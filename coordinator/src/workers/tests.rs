@@ -195,3 +195,35 @@ async fn with_tls_only_certificates_of_the_clusters_authority_get_to_hello() {
     );
     assert!(!welcomed(None).await, "no TLS");
 }
+
+#[actix::test]
+async fn doors_that_are_full_of_strangers_close_all_the_same() {
+    let (_folder, core) = empty().await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let stop = CancellationToken::new();
+    let doors = tokio::spawn(core.doorkeeper.clone().serve(listener, stop.clone()));
+    let mut strangers = Vec::new();
+    for _ in 0..STRANGERS_MAX {
+        strangers.push(tokio::net::TcpStream::connect(address).await.unwrap());
+    }
+    soon("all places to be taken", async {
+        while core.doorkeeper.strangers.available_permits() > 0 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    stop.cancel();
+    // Sooner than a stranger is shown out.
+    let closed = tokio::time::timeout(HELLO_TIMEOUT / 2, doors).await;
+    closed.expect("the doors close").unwrap().unwrap();
+}
+
+#[actix::test]
+async fn a_stranger_cannot_say_a_hello_without_bounds() {
+    let (_folder, core) = empty().await;
+    let mut hello = FakeWorker::hello(&core, "0");
+    hello.group_address = "x".repeat(HELLO_BYTES_MAX);
+    let mut worker = FakeWorker::dial(&core, hello).await;
+    assert!(worker.command().await.is_none(), "its link is closed");
+}

@@ -172,6 +172,7 @@ enum Phase {
 
 struct Preparing {
     request: RequestId,
+    attempt: u32,
     wanted: Wanted,
 }
 
@@ -248,10 +249,11 @@ impl Shard {
 
     /// Takes a prompt in, or refuses it.
     fn begin_prompt(&mut self, Serve { start, arrival }: Serve) -> Option<PromptJob> {
-        let request = start.request;
+        let (request, attempt) = (start.request, start.attempt);
         let refuse = |kind, message: &str| {
             self.outbox.send(Report::Rejected {
                 request,
+                attempt,
                 failure: Failure::new(kind, message),
             });
         };
@@ -282,6 +284,7 @@ impl Shard {
             key,
             Preparing {
                 request,
+                attempt,
                 wanted: Wanted::Yes,
             },
         );
@@ -295,11 +298,16 @@ impl Shard {
 
     /// A prompt is prepared: gives what is to be done with it.
     fn end_prompt(&mut self, PromptPrepared { key, prepared }: PromptPrepared) -> Option<Work> {
-        let Preparing { request, wanted } = self.preparing.remove(&key)?;
+        let Preparing {
+            request,
+            attempt,
+            wanted,
+        } = self.preparing.remove(&key)?;
         let failure = match (wanted, prepared) {
             (Wanted::ByNobody, _) => return None,
             (Wanted::Yes, Ok(prepared)) if self.work().is_some() => {
-                return Some(Work::Begin(Box::new(prepared)));
+                let prepared = Box::new(prepared);
+                return Some(Work::Begin { prepared, attempt });
             }
             (Wanted::Yes, Ok(_)) => {
                 Failure::new(FailureKind::Unavailable, "the replica is being stopped")
@@ -309,7 +317,11 @@ impl Shard {
                 Failure::new(FailureKind::Unavailable, "cancelled before it began")
             }
         };
-        self.outbox.send(Report::Rejected { request, failure });
+        self.outbox.send(Report::Rejected {
+            request,
+            attempt,
+            failure,
+        });
         None
     }
 

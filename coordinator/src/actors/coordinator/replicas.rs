@@ -36,8 +36,10 @@ impl CoordinatorActor {
         else {
             return self.forget(assignment.replica);
         };
-        let credits = Credits::new(entity.spec.workload_size.concurrency());
+        let size = entity.spec.workload_size;
+        let credits = Credits::new(assignment.options.credits(size));
         let mut slot = Slot::new(assignment.replica, &assignment.endpoint, now);
+        slot.shortage = assignment.options.shortage(size);
         slot.generation = assignment.generation;
         let workload_type = self
             .means
@@ -339,7 +341,8 @@ impl CoordinatorActor {
                 now,
             );
         };
-        let credits = Credits::new(size.concurrency());
+        slot.shortage = assignment.options.shortage(size);
+        let credits = Credits::new(assignment.options.credits(size));
         let replica = Replica::load(assignment.clone(), &members, credits.clone(), meters, now);
         let running = self.run_replica(replica, assignment, credits, ctx);
         if let Some(slot) = self.slots.get_mut(&message.replica) {

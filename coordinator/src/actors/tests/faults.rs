@@ -1,11 +1,14 @@
 //! Faults: workers and actors that die, links that break.
 
+use std::time::Duration;
+
 use common::request::{End, Failure, FailureKind};
 use tempfile::TempDir;
 
 use crate::Core;
-use crate::actors::testing::{FakeWorker, cluster, config, held, whole};
-use crate::api::{DeploymentState, ErrorKind};
+use crate::actors::testing::{FakeWorker, call, cluster, config, held, soon, whole};
+use crate::api::{DeploymentState, ErrorKind, Gateway};
+use common::wire::message::{Health, Report, ShardSpec, ShardState};
 
 async fn empty() -> (TempDir, Core) {
     let folder = tempfile::tempdir().unwrap();
@@ -122,9 +125,7 @@ async fn a_shard_that_fails_while_serving_is_loaded_again() {
     let shard = worker.serve().await;
     core.until_ready("e").await;
     let failure = Failure::new(FailureKind::Internal, "the engine panicked");
-    worker
-        .state(&shard, common::wire::message::ShardState::Failed(failure))
-        .await;
+    worker.state(&shard, ShardState::Failed(failure)).await;
     assert_eq!(worker.unload().await, shard.replica);
     assert!(worker.serve().await.generation > shard.generation);
     core.until_ready("e").await;
@@ -173,4 +174,136 @@ async fn actors_that_panic_are_started_again() {
     core.until_ready("e").await;
     let (answer, start) = tokio::join!(core.ask("e", "p"), worker.accept());
     assert_eq!((start.generation, answer.is_ok()), (shard.generation, true));
+}
+
+/// Ends a request as the leader of a broken group does.
+async fn breaks(worker: &mut FakeWorker, start: &common::wire::message::Start) {
+    let failure = Failure::new(FailureKind::Unavailable, "rank 1 was lost");
+    worker.end(start, End::Error(failure)).await;
+}
+
+#[actix::test]
+async fn requests_whose_leader_tells_of_the_death_are_run_again_elsewhere() {
+    let (_folder, core) = empty().await;
+    let mut first = FakeWorker::join(&core, "0").await;
+    core.create("e", config("tiny", "CPU")).await.unwrap();
+    let shard = first.serve().await;
+    core.until_ready("e").await;
+    let gateway = core.gateway.clone();
+    let four = actix_rt::spawn(async move { gateway.generate(call("e", &["p"; 4])).await });
+    let mut started = Vec::new();
+    for accepts in [true, true, true, false] {
+        started.push(if accepts {
+            first.accept().await
+        } else {
+            first.start().await
+        });
+    }
+    // The engine ends: each request is told so, and the shard a moment later.
+    for start in &started[..3] {
+        breaks(&mut first, start).await;
+    }
+    let failure = || Failure::new(FailureKind::Unavailable, "rank 1 was lost");
+    first.reject(&started[3], failure()).await;
+    first.is_left_alone(Duration::from_millis(200)).await;
+    first.state(&shard, ShardState::Failed(failure())).await;
+    assert_eq!(first.unload().await, shard.replica);
+    first.serve().await;
+    for _ in 0..4 {
+        let again = first.accept().await;
+        assert_eq!(again.attempt, 1);
+        assert!(started.iter().any(|start| start.request == again.request));
+        // What is left of the attempt before does not touch this one.
+        breaks(&mut first, &started[0]).await;
+        first.token(&started[0], "late").await;
+        first.token(&again, "done").await;
+        first.end(&again, End::Stop).await;
+    }
+    let answer = soon("the answers", four).await.unwrap().unwrap();
+    for mut generation in answer.generations {
+        let mut text = String::new();
+        while let Some(event) = soon("an event", generation.events.recv()).await {
+            match event {
+                crate::api::GenerationEvent::Delta(delta) => text.push_str(&delta.text),
+                crate::api::GenerationEvent::End { end, .. } => assert_eq!(end, End::Stop),
+                crate::api::GenerationEvent::Prompt { .. } => {}
+            }
+        }
+        assert_eq!(text, "done");
+    }
+}
+
+#[actix::test]
+async fn a_stream_whose_leader_tells_of_the_death_ends_with_an_error_that_may_be_tried_again() {
+    let (_folder, core) = empty().await;
+    let mut worker = FakeWorker::join(&core, "0").await;
+    core.create("e", config("tiny", "CPU")).await.unwrap();
+    worker.serve().await;
+    core.until_ready("e").await;
+    let (answer, start) = tokio::join!(core.ask("e", "p"), worker.accept());
+    worker.token(&start, "half").await;
+    breaks(&mut worker, &start).await;
+    let (text, end) = whole(answer.unwrap()).await;
+    let End::Error(failure) = end else {
+        panic!("{end:?}")
+    };
+    assert_eq!(
+        (text.as_str(), failure.kind),
+        ("half", FailureKind::Unavailable)
+    );
+    assert!(
+        failure.message.ends_with("send the request again"),
+        "{failure}"
+    );
+}
+
+async fn health(worker: &mut FakeWorker, shard: &ShardSpec, steps: u64, stalled: bool) {
+    let health = Health {
+        steps,
+        step_us: vec![1000],
+        stalled,
+        ..Health::default()
+    };
+    let (replica, generation) = (shard.replica, shard.generation);
+    let report = Report::Health {
+        replica,
+        generation,
+        health,
+    };
+    worker.report(report).await;
+}
+
+#[actix::test]
+async fn an_engine_that_stays_stalled_is_given_up_and_its_requests_go_on_elsewhere() {
+    let (_folder, core) = empty().await;
+    let mut worker = FakeWorker::join(&core, "0").await;
+    core.create("e", config("tiny", "CPU")).await.unwrap();
+    let shard = worker.serve().await;
+    core.until_ready("e").await;
+    let asked = async { core.ask("e", "p").await };
+    let played = async {
+        let start = worker.accept().await;
+        let mut reports = tokio::time::interval(Duration::from_millis(100));
+        // A slow step that is done after all costs nothing.
+        for steps in 1..10 {
+            health(&mut worker, &shard, steps, true).await;
+            reports.tick().await;
+        }
+        loop {
+            health(&mut worker, &shard, 10, true).await;
+            let unloaded = tokio::time::timeout(Duration::from_millis(100), worker.unload());
+            if let Ok(replica) = unloaded.await {
+                assert_eq!(replica, shard.replica);
+                break;
+            }
+        }
+        let again = worker.serve().await;
+        assert!(again.generation > shard.generation);
+        let retried = worker.accept().await;
+        assert_eq!((retried.request, retried.attempt), (start.request, 1));
+        worker.token(&retried, "done").await;
+        worker.end(&retried, End::Stop).await;
+    };
+    let (answer, ()) = tokio::join!(asked, played);
+    assert_eq!(whole(answer.unwrap()).await, ("done".into(), End::Stop));
 }

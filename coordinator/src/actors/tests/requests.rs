@@ -219,3 +219,36 @@ async fn a_worker_that_sends_more_than_was_asked_for_loses_the_request_and_nothi
     let (next, _) = tokio::join!(core.ask("e", "p"), worker.accept());
     assert!(next.is_ok());
 }
+
+#[actix::test]
+async fn a_replica_runs_as_many_requests_as_its_memory_has_room_for() {
+    use crate::policy::memory_plan;
+    use common::wire::message::DeviceKind;
+
+    let folder = tempfile::tempdir().unwrap();
+    let core = cluster(folder.path(), |text| text).await;
+    let config = config("tiny", "CPU");
+    let registry = &core.gateway.means.registry;
+    let facts = registry.facts(&config.entities[0].model).unwrap();
+    let need = memory_plan::need(&facts, DeviceKind::Cpu, 1, 4).unwrap();
+    let mut hello = FakeWorker::hello(&core, "0");
+    hello.device.memory_bytes = need.bytes_for(2);
+    let mut worker = FakeWorker::dial(&core, hello).await;
+    assert!(worker.command().await.is_some());
+    core.create("e", config).await.unwrap();
+    worker.serve().await;
+    let view = core.until_ready("e").await;
+    let words = &view.active.unwrap().entities[0].message;
+    assert!(words.contains("room for 2 of 4 requests"), "{words}");
+    // Two run, four wait.
+    let gateway = core.gateway.clone();
+    let six = actix_rt::spawn(async move { gateway.generate(call("e", &["p"; 6])).await });
+    let (one, _) = (worker.accept().await, worker.accept().await);
+    worker.is_left_alone(Duration::from_millis(300)).await;
+    let seventh = core.ask("e", "p").await.unwrap_err();
+    assert_eq!(seventh.kind, ErrorKind::Overloaded, "{seventh}");
+    worker.end(&one, End::Stop).await;
+    worker.accept().await;
+    worker.is_left_alone(Duration::from_millis(100)).await;
+    six.abort();
+}
