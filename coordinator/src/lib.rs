@@ -13,6 +13,7 @@ pub mod registry;
 pub mod secrets;
 pub mod seed;
 pub mod store;
+pub mod strangers;
 pub mod workers;
 
 use std::net::{SocketAddr, TcpListener};
@@ -111,7 +112,7 @@ pub async fn run(
     up();
     let ended = tokio::select! {
         ended = server => ended.context("http"),
-        ended = doors => ended.context("workers")?,
+        ended = doors => ended.context("workers"),
         ended = &mut core.coordinator => ended.context("coordinator")?,
     };
     // Links outlive HTTP: streams finish over them.
@@ -162,7 +163,7 @@ impl Core {
         let links = CancellationToken::new();
         let died = start_coordinator(&means, Restored::read(&means.store).await?, &links);
         let coordinator = actix_rt::spawn(keep_coordinator(means.clone(), died, links.clone()));
-        let doorkeeper = Arc::new(Doorkeeper::new(cluster, secret, term, directory));
+        let doorkeeper = Arc::new(Doorkeeper::new(cluster, secret, term, directory)?);
         Ok(Core {
             gateway: ActorGateway::new(means),
             doorkeeper,

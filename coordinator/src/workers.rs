@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use common::config::Cluster;
 use common::ids::Term;
 use common::wire::codec::CodecError;
@@ -14,14 +14,15 @@ use common::wire::frame::BODY_BYTES_MAX;
 use common::wire::link::{self, LinkError, Receiver, Sender, Stream};
 use common::wire::message::{Command, Hello, PROTOCOL_MAX, PROTOCOL_MIN, Report};
 use subtle::ConstantTimeEq;
-use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
 use crate::actors::directory::Directory;
 use crate::actors::link::Link;
 use crate::actors::messages::{Joined, Left, ShardNews, ShardReport};
+use crate::strangers::Strangers;
 use common::request::{Failure, FailureKind};
 
 /// Time for TLS and Hello.
@@ -45,51 +46,44 @@ pub struct Doorkeeper {
     pub term: Term,
     /// Where the coordinator is.
     pub directory: Arc<Directory>,
-    /// Places for connections that have not said Hello yet.
-    strangers: Arc<Semaphore>,
+    /// Between machines.
+    tls: Option<TlsAcceptor>,
+    strangers: Arc<Strangers>,
 }
 
 impl Doorkeeper {
     /// Who lets workers in that know `secret`.
+    ///
+    /// # Errors
+    /// When the certificates of `[tls]` cannot be used.
     pub fn new(
         cluster: Arc<Cluster>,
         secret: String,
         term: Term,
         directory: Arc<Directory>,
-    ) -> Self {
-        Doorkeeper {
-            cluster,
-            secret,
-            term,
-            directory,
-            strangers: Arc::new(Semaphore::new(STRANGERS_MAX)),
-        }
-    }
-
-    /// Accepts links until `stop`.
-    ///
-    /// # Errors
-    /// When the certificates of `[tls]` cannot be used.
-    pub async fn serve(
-        self: Arc<Self>,
-        listener: TcpListener,
-        stop: CancellationToken,
-    ) -> Result<()> {
-        let tls = match &self.cluster.tls {
+    ) -> Result<Self> {
+        let tls = match &cluster.tls {
             Some(files) => Some(TlsAcceptor::from(
                 common::tls::server(files).context("[tls]")?,
             )),
             None => None,
         };
+        Ok(Doorkeeper {
+            cluster,
+            secret,
+            term,
+            directory,
+            tls,
+            strangers: Strangers::new(STRANGERS_MAX),
+        })
+    }
+
+    /// Accepts links until `stop`.
+    pub async fn serve(self: Arc<Self>, listener: TcpListener, stop: CancellationToken) {
         loop {
-            let next = async {
-                // Full: wait; the system's own backlog holds the rest. The semaphore is never closed.
-                let place = self.strangers.clone().acquire_owned().await;
-                (place, listener.accept().await)
-            };
-            let (place, accepted) = tokio::select! {
-                next = next => next,
-                () = stop.cancelled() => return Ok(()),
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = stop.cancelled() => return,
             };
             let (socket, peer) = match accepted {
                 Ok(accepted) => accepted,
@@ -99,43 +93,42 @@ impl Doorkeeper {
                     continue;
                 }
             };
-            let (me, tls) = (self.clone(), tls.clone());
+            let (me, place) = (self.clone(), self.strangers.take());
             tokio::spawn(async move {
+                let peer = peer.to_string();
                 let _ = link::prepare(&socket);
-                let stream: Result<Box<dyn Stream>> = match tls {
-                    Some(tls) => {
-                        match tokio::time::timeout(HELLO_TIMEOUT, tls.accept(socket)).await {
-                            Ok(Ok(stream)) => Ok(Box::new(stream)),
-                            Ok(Err(error)) => Err(error.into()),
-                            Err(_) => Err(anyhow::anyhow!(
-                                "no TLS handshake in {} s",
-                                HELLO_TIMEOUT.as_secs()
-                            )),
-                        }
+                let met = tokio::select! {
+                    met = tokio::time::timeout(HELLO_TIMEOUT, me.meet(socket)) => met,
+                    () = place.lost() => {
+                        return tracing::warn!(peer, "a silent connection is closed: others wait");
                     }
-                    None => Ok(Box::new(socket)),
                 };
-                match stream {
-                    Ok(stream) => me.run(stream, &peer.to_string(), || drop(place)).await,
-                    Err(error) => tracing::warn!(%peer, %error, "a worker's connection is closed"),
+                drop(place);
+                match met {
+                    Ok(Ok(met)) => me.run(met, &peer).await,
+                    Ok(Err(error)) => tracing::warn!(peer, %error, "a link is closed"),
+                    Err(_) => tracing::warn!(peer, "a link said no Hello; it is closed"),
                 }
             });
         }
     }
 
-    /// One link from Hello to its end. `known` is called once the worker is known.
-    pub async fn run(&self, stream: impl Stream + 'static, peer: &str, known: impl FnOnce()) {
-        let (mut sender, mut receiver) = link::split::<Command, Report>(stream);
-        receiver.limit(HELLO_BYTES_MAX);
-        let hello = match tokio::time::timeout(HELLO_TIMEOUT, receiver.receive()).await {
-            Ok(Ok(Some(Report::Hello(hello)))) => hello,
-            Ok(Ok(Some(_))) => {
-                return tracing::warn!(peer, "a link did not begin with Hello; it is closed");
-            }
-            Ok(Ok(None)) => return tracing::debug!(peer, "a link was closed before Hello"),
-            Ok(Err(error)) => return tracing::warn!(peer, %error, "a link is closed"),
-            Err(_) => return tracing::warn!(peer, "a link said no Hello; it is closed"),
+    /// TLS, where it is configured, and the first message.
+    async fn meet(&self, socket: TcpStream) -> Result<Met> {
+        let stream: Box<dyn Stream> = match &self.tls {
+            Some(tls) => Box::new(tls.accept(socket).await.context("TLS")?),
+            None => Box::new(socket),
         };
+        Met::hear(stream).await
+    }
+
+    /// One link from Hello to its end.
+    pub async fn run(&self, met: Met, peer: &str) {
+        let Met {
+            hello,
+            mut sender,
+            mut receiver,
+        } = met;
         let protocol = match check(&hello, &self.cluster, &self.secret) {
             Ok(protocol) => protocol,
             Err(reason) => {
@@ -146,7 +139,6 @@ impl Doorkeeper {
                 return;
             }
         };
-        known();
         receiver.limit(BODY_BYTES_MAX);
         let Some((coordinator, incarnation)) = self.directory.incarnation() else {
             return tracing::info!(
@@ -184,6 +176,33 @@ impl Doorkeeper {
         link.flights
             .close(&format!("worker {}: {reason}", link.worker));
         let _ = coordinator.send(Left { link, reason }).await;
+    }
+}
+
+/// A peer that has said Hello; nothing of it is checked yet.
+pub struct Met {
+    hello: Box<Hello>,
+    sender: Sender<Command>,
+    receiver: Receiver<Report>,
+}
+
+impl Met {
+    /// Waits for Hello, the first words of every link.
+    ///
+    /// # Errors
+    /// When something else comes, or the link ends.
+    pub async fn hear(stream: impl Stream + 'static) -> Result<Met> {
+        let (sender, mut receiver) = link::split::<Command, Report>(stream);
+        receiver.limit(HELLO_BYTES_MAX);
+        match receiver.receive().await? {
+            Some(Report::Hello(hello)) => Ok(Met {
+                hello,
+                sender,
+                receiver,
+            }),
+            Some(_) => bail!("it did not begin with Hello"),
+            None => bail!("it was closed before Hello"),
+        }
     }
 }
 

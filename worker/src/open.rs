@@ -28,6 +28,7 @@ use crate::group;
 use crate::memory::{Lease, show};
 use crate::outbox::Outbox;
 use crate::text::TextModel;
+use crate::text::sandbox::Sandbox;
 use crate::translate::Limits;
 
 /// How long a load waits for memory that an earlier shard is giving back.
@@ -192,7 +193,8 @@ pub fn open(opening: Opening) -> Result<Opened, Failure> {
 }
 
 fn open_text(folder: &ModelFolder) -> Result<Arc<TextModel>, Failure> {
-    TextModel::open(&folder.tokenizer, &folder.weights)
+    let sandbox = |template| Box::new(Sandbox::new(Path::new(THIS_PROGRAM), template)) as _;
+    TextModel::open(&folder.tokenizer, &folder.weights, sandbox)
         .map(Arc::new)
         .map_err(|e| bad(format!("{e:#}")))
 }
@@ -320,7 +322,7 @@ impl Loading<'_> {
         let engine = Engine::spawn(Box::new(runner), config, sink, on_end).map_err(no_thread)?;
         answering::spawn(spec.replica, spec.generation, engine.clone(), outbox, queue)
             .map_err(no_thread)?;
-        let chat = text.template.present();
+        let chat = text.chat;
         Ok((
             numerics_id,
             Running::Leader(Leader {

@@ -12,7 +12,8 @@ use common::wire::message::Start;
 use engine::request::{Candidate, Request, RequestKey, Sampling};
 
 use crate::answer::{Answer, PromptPart};
-use crate::text::TextModel;
+use crate::text::chat::ChatError;
+use crate::text::{PromptError, TextModel};
 
 /// What a replica can take.
 #[derive(Debug, Clone, Copy)]
@@ -72,8 +73,14 @@ fn translate(
         ..
     } = start;
     let prompt = text
-        .prompt_ids(&generate.prompt)
-        .map_err(|e| bad(e.to_string()))?;
+        .prompt_ids(&generate.prompt, limits.context_max)
+        .map_err(|e| {
+            let kind = match &e {
+                PromptError::Chat(ChatError::Sandbox(_)) => FailureKind::Internal,
+                _ => FailureKind::BadRequest,
+            };
+            Failure::new(kind, e.to_string())
+        })?;
     let tokens_max = check(&prompt, &generate, &resume, limits)?;
     let (prompt_text, stream) = text.tokenizer.vocabulary().prompt_text(&prompt);
     // An earlier attempt that delivered something has delivered the prompt's part before.
@@ -284,6 +291,11 @@ mod tests {
         assert!(
             refused(Generate::new(Prompt::Tokens(vec![5; 32]))).contains("32 tokens"),
             "no room for an answer"
+        );
+        let long = "<s>".repeat(100_000);
+        assert!(
+            refused(Generate::new(Prompt::Text(long))).contains("300000 bytes"),
+            "told without its tokens"
         );
         assert!(refused(Generate::new(Prompt::Tokens(vec![]))).contains("empty"));
         assert!(refused(Generate::new(Prompt::Tokens(vec![2048]))).contains("id 2048"));

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use common::ids::{BootId, ReplicaId, RequestId, WorkerId};
 use common::request::{Delta, End, Failure, Generate, Prompt};
-use common::wire::link::{self, Receiver, Sender};
+use common::wire::link::{self, Receiver, Sender, Stream};
 use common::wire::message::{
     Command, Device, DeviceKind, HeldShard, Hello, Output, PROTOCOL_MAX, PROTOCOL_MIN, ReadyShard,
     Report, ShardSpec, ShardState, Start,
@@ -17,6 +17,7 @@ use crate::api::{
     Answer, ApiError, Call, ConfigSpec, CreateEndpoint, EndpointView, EntitySpec, Gateway,
     GenerationEvent, Route, WorkloadSize,
 };
+use crate::workers::{Doorkeeper, Met};
 
 /// Longer than anything takes, shorter than a test's patience.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -178,6 +179,17 @@ pub(crate) struct FakeWorker {
     commands: Receiver<Command>,
 }
 
+/// A link without sockets, from Hello to its end.
+pub(crate) async fn serve_link(
+    doorkeeper: Arc<Doorkeeper>,
+    stream: impl Stream + 'static,
+    peer: &str,
+) {
+    if let Ok(met) = Met::hear(stream).await {
+        doorkeeper.run(met, peer).await;
+    }
+}
+
 impl FakeWorker {
     /// Words of a worker called `n/NAME`.
     pub(crate) fn hello(core: &Core, name: &str) -> Hello {
@@ -202,7 +214,7 @@ impl FakeWorker {
     pub(crate) async fn dial(core: &Core, hello: Hello) -> Self {
         let (ours, theirs) = tokio::io::duplex(1 << 20);
         let doorkeeper = core.doorkeeper.clone();
-        tokio::spawn(async move { doorkeeper.run(theirs, "test", || ()).await });
+        tokio::spawn(serve_link(doorkeeper, theirs, "test"));
         let (mut send, commands) = link::split(ours);
         send.send(&Report::Hello(Box::new(hello))).await.unwrap();
         FakeWorker { send, commands }
@@ -232,16 +244,16 @@ impl FakeWorker {
 
     /// The next command that is no ping; `None` when the link is closed.
     pub(crate) async fn command(&mut self) -> Option<Command> {
-        loop {
-            match soon("a command", self.commands.receive())
-                .await
-                .ok()
-                .flatten()?
-            {
-                Command::Ping { nonce } => self.report(Report::Pong { nonce }).await,
-                other => return Some(other),
+        let next = async {
+            loop {
+                match self.commands.receive().await.ok().flatten()? {
+                    // On a link that is being closed there is nobody to answer.
+                    Command::Ping { nonce } => drop(self.send.send(&Report::Pong { nonce }).await),
+                    other => return Some(other),
+                }
             }
-        }
+        };
+        soon("a command", next).await
     }
 
     /// Nothing but pings comes for a moment.

@@ -6,6 +6,7 @@ use common::request::TokenLogprob;
 use serde::Serialize;
 use serde::ser::{SerializeMap, Serializer};
 
+use super::offsets::Offsets;
 use super::openai::Style;
 use super::parts::{Choice, Finish, Usage};
 
@@ -115,7 +116,12 @@ impl<'a> OpenAiReply<'a> {
                 },
             },
             finish_reason: Some(choice.finish.word()),
-            logprobs: Logprobs::of(meta, &choice.tokens, 0),
+            logprobs: Logprobs::of(
+                meta,
+                &choice.text,
+                &choice.tokens,
+                &mut Offsets::default(),
+            ),
         };
         OpenAiReply {
             object: match meta.style {
@@ -145,13 +151,13 @@ impl<'a> OpenAiReply<'a> {
         )
     }
 
-    /// New text of a choice; `text_offset` is where its first character stands in the choice's text.
+    /// New text of a choice; `offsets` has walked through what came before it.
     pub fn chunk(
         meta: &'a Meta,
         index: usize,
         text: &'a str,
         tokens: &'a [TokenLogprob],
-        text_offset: usize,
+        offsets: &mut Offsets,
     ) -> Self {
         let body = match meta.style {
             Style::Completion => ChoiceBody::Completion { text },
@@ -162,7 +168,7 @@ impl<'a> OpenAiReply<'a> {
                 },
             },
         };
-        let logprobs = Logprobs::of(meta, tokens, text_offset);
+        let logprobs = Logprobs::of(meta, text, tokens, offsets);
         Self::frame(
             meta,
             vec![OpenAiChoice {
@@ -283,12 +289,17 @@ enum Logprobs<'a> {
 
 impl<'a> Logprobs<'a> {
     /// `None` when none were asked for, or a chunk has none.
-    fn of(meta: &Meta, tokens: &'a [TokenLogprob], text_offset: usize) -> Option<Self> {
+    fn of(
+        meta: &Meta,
+        text: &str,
+        tokens: &'a [TokenLogprob],
+        offsets: &mut Offsets,
+    ) -> Option<Self> {
         match meta.style {
             _ if !meta.logprobs => None,
             Style::Completion => Some(Logprobs::Completion(CompletionLogprobs::of(
                 tokens,
-                text_offset,
+                offsets.take(text, tokens),
             ))),
             Style::Chat => Some(Logprobs::Chat {
                 content: tokens.iter().map(ChatLogprob::of).collect(),
@@ -306,14 +317,7 @@ struct CompletionLogprobs<'a> {
 }
 
 impl<'a> CompletionLogprobs<'a> {
-    fn of(tokens: &'a [TokenLogprob], mut text_offset: usize) -> Self {
-        let mut offsets = Vec::with_capacity(tokens.len());
-        for token in tokens {
-            // A token that goes on with a character belongs to the place where that character began.
-            let inside = token.bytes.first().is_some_and(|byte| !begins_char(*byte));
-            offsets.push(text_offset.saturating_sub(usize::from(inside)));
-            text_offset += chars_begun(&token.bytes);
-        }
+    fn of(tokens: &'a [TokenLogprob], text_offset: Vec<usize>) -> Self {
         CompletionLogprobs {
             tokens: tokens
                 .iter()
@@ -327,18 +331,9 @@ impl<'a> CompletionLogprobs<'a> {
                 .iter()
                 .map(|token| token.logprob.map(|_| TopLogprobs(token)))
                 .collect(),
-            text_offset: offsets,
+            text_offset,
         }
     }
-}
-
-/// How many characters begin in these bytes of UTF-8.
-pub(super) fn chars_begun(bytes: &[u8]) -> usize {
-    bytes.iter().filter(|byte| begins_char(**byte)).count()
-}
-
-fn begins_char(byte: u8) -> bool {
-    byte & 0xC0 != 0x80
 }
 
 /// An object from token to log-probability, best first; the token that was taken is always among them.

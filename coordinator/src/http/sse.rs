@@ -12,9 +12,10 @@ use futures::stream::{Stream, StreamExt};
 use serde::Serialize;
 
 use super::error::Fault;
+use super::offsets::Offsets;
 use super::openai::Style;
 use super::parts::{Part, Parts, Usage};
-use super::replies::{Meta, OpenAiReply, chars_begun};
+use super::replies::{Meta, OpenAiReply};
 
 /// Events that are ready together go out together, up to about this many bytes.
 const BATCH_BYTES: usize = 16 << 10;
@@ -68,8 +69,8 @@ struct Writer {
     meta: Meta,
     suffix: String,
     include_usage: bool,
-    /// By choice: characters of the tokens written so far.
-    offsets: Vec<usize>,
+    /// By choice: where the tokens written so far end.
+    offsets: Vec<Offsets>,
     bytes: Vec<u8>,
 }
 
@@ -80,7 +81,7 @@ impl Writer {
             meta,
             suffix,
             include_usage,
-            offsets: vec![0; choices],
+            offsets: vec![Offsets::default(); choices],
             bytes: Vec::new(),
         };
         if writer.meta.style == Style::Chat {
@@ -115,12 +116,8 @@ impl Writer {
             } => {
                 event(
                     bytes,
-                    &OpenAiReply::chunk(meta, *choice, text, tokens, offsets[*choice]),
+                    &OpenAiReply::chunk(meta, *choice, text, tokens, &mut offsets[*choice]),
                 );
-                offsets[*choice] += tokens
-                    .iter()
-                    .map(|token| chars_begun(&token.bytes))
-                    .sum::<usize>();
             }
             Part::End { choice, finish, .. } => {
                 event(bytes, &OpenAiReply::closing(meta, *choice, *finish, suffix));
@@ -231,7 +228,7 @@ data: [DONE]
         let events = vec![
             GenerationEvent::Prompt {
                 text: "p".into(),
-                tokens: vec![token(b"p", None)],
+                tokens: vec![token(b"<s>", None), token(b" p", None)],
             },
             GenerationEvent::Delta(Delta {
                 candidate: 0,
@@ -241,7 +238,7 @@ data: [DONE]
             }),
             end(0, 1, End::Length),
         ];
-        let expected = r#"data: {"id":"id-1","object":"text_completion","created":5,"model":"e","choices":[{"index":0,"text":"p","finish_reason":null,"logprobs":{"tokens":["p"],"token_logprobs":[null],"top_logprobs":[null],"text_offset":[0]}}]}
+        let expected = r#"data: {"id":"id-1","object":"text_completion","created":5,"model":"e","choices":[{"index":0,"text":"p","finish_reason":null,"logprobs":{"tokens":["<s>"," p"],"token_logprobs":[null,null],"top_logprobs":[null,null],"text_offset":[0,0]}}]}
 
 data: {"id":"id-1","object":"text_completion","created":5,"model":"e","choices":[{"index":0,"text":" w","finish_reason":null,"logprobs":{"tokens":[" w"],"token_logprobs":[-0.5],"top_logprobs":[{" w":-0.5}],"text_offset":[1]}}]}
 

@@ -6,7 +6,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::*;
 use crate::Core;
-use crate::actors::testing::{FakeWorker, cluster, soon};
+use crate::actors::testing::{FakeWorker, cluster, serve_link, soon};
 use crate::api::Gateway;
 
 async fn empty() -> (tempfile::TempDir, Core) {
@@ -102,7 +102,7 @@ async fn a_bad_frame_closes_its_link_and_no_other() {
     ] {
         let (mut ours, theirs) = tokio::io::duplex(1 << 16);
         let doorkeeper = core.doorkeeper.clone();
-        let link = tokio::spawn(async move { doorkeeper.run(theirs, "stranger", || ()).await });
+        let link = tokio::spawn(serve_link(doorkeeper, theirs, "stranger"));
         ours.write_all(garbage).await.unwrap();
         soon("the link's end", link).await.unwrap();
         assert_eq!(ours.read(&mut [0; 1]).await.unwrap(), 0);
@@ -111,7 +111,7 @@ async fn a_bad_frame_closes_its_link_and_no_other() {
     let hello = FakeWorker::hello(&core, "1");
     let (ours, theirs) = tokio::io::duplex(1 << 16);
     let doorkeeper = core.doorkeeper.clone();
-    let link = tokio::spawn(async move { doorkeeper.run(theirs, "worker", || ()).await });
+    let link = tokio::spawn(serve_link(doorkeeper, theirs, "worker"));
     let (mut send, mut commands) = link::split::<Report, Command>(ours);
     send.send(&Report::Hello(Box::new(hello.clone())))
         .await
@@ -197,26 +197,28 @@ async fn with_tls_only_certificates_of_the_clusters_authority_get_to_hello() {
 }
 
 #[actix::test]
-async fn doors_that_are_full_of_strangers_close_all_the_same() {
+async fn silent_connections_keep_no_worker_out_and_no_door_open() {
     let (_folder, core) = empty().await;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let stop = CancellationToken::new();
     let doors = tokio::spawn(core.doorkeeper.clone().serve(listener, stop.clone()));
     let mut strangers = Vec::new();
-    for _ in 0..STRANGERS_MAX {
+    for _ in 0..3 * STRANGERS_MAX {
         strangers.push(tokio::net::TcpStream::connect(address).await.unwrap());
     }
-    soon("all places to be taken", async {
-        while core.doorkeeper.strangers.available_permits() > 0 {
-            tokio::task::yield_now().await;
-        }
-    })
-    .await;
+    let socket = tokio::net::TcpStream::connect(address).await.unwrap();
+    let (mut send, mut commands) = link::split::<Report, Command>(socket);
+    send.send(&Report::Hello(Box::new(FakeWorker::hello(&core, "0"))))
+        .await
+        .unwrap();
+    let welcome = soon("welcome", commands.receive()).await.unwrap();
+    assert!(matches!(welcome, Some(Command::Welcome { .. })));
+    // The first ones had to go.
+    let closed = soon("an end", strangers[0].read(&mut [0; 1])).await;
+    assert_eq!(closed.unwrap(), 0);
     stop.cancel();
-    // Sooner than a stranger is shown out.
-    let closed = tokio::time::timeout(HELLO_TIMEOUT / 2, doors).await;
-    closed.expect("the doors close").unwrap().unwrap();
+    soon("the doors close", doors).await.unwrap();
 }
 
 #[actix::test]

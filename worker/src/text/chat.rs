@@ -1,7 +1,8 @@
 //! Conversations to prompts by the model's own chat template, in Jinja as transformers reads it.
 //!
-//! A template is the model's code: it runs with a bound on its steps and on its output, and a fault in it fails one
-//! request alone. It sees neither the clock nor files, so that a conversation always gives the same prompt.
+//! A template is the model's code: it runs with a bound on its steps and on its output, and sees neither the clock nor
+//! files, so that a conversation always gives the same prompt. Steps bound neither memory nor the time of one step:
+//! that is [`super::sandbox`]'s part.
 
 use std::fs;
 use std::io::{self, Write};
@@ -13,7 +14,10 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Value};
 use minijinja::{Environment, Error, ErrorKind, context};
 use minijinja_contrib::pycompat::unknown_method_callback;
+use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
+
+use super::Render;
 
 /// Instructions a rendering may take: a long conversation takes some ten thousand.
 const FUEL: u64 = 2_000_000;
@@ -22,8 +26,9 @@ const OUTPUT_BYTES_MAX: usize = 16 << 20;
 /// The template's name in its environment and in error messages.
 const NAME: &str = "chat_template";
 
-/// Why a conversation did not become a prompt. All are faults of the template or of the conversation.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+/// Why a conversation did not become a prompt. All but [`ChatError::Sandbox`] are faults of the template or of the
+/// conversation.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub enum ChatError {
     /// The model has no template.
     #[error("this model has no chat template; send a text prompt instead")]
@@ -40,6 +45,50 @@ pub enum ChatError {
     /// It refused the conversation or failed on it.
     #[error("the model's chat template refused the conversation: {0}")]
     Refused(String),
+    /// It computed or waited longer than allowed.
+    #[error("the model's chat template did not end within {0} s")]
+    Slow(u64),
+    /// It took more memory than allowed.
+    #[error("the model's chat template used more than {0} MiB of memory")]
+    Memory(u64),
+    /// It broke what renders it.
+    #[error("the model's chat template broke the process that renders it: {0}")]
+    Broke(String),
+    /// There is nothing to render it with.
+    #[error("cannot render the chat template: {0}")]
+    Sandbox(String),
+}
+
+/// A model's chat template as its files have it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TemplateSource {
+    /// In Jinja. `None` for a model without a template.
+    pub text: Option<String>,
+    /// The name of the begin-of-text token.
+    pub bos: Option<String>,
+    /// The name of the end-of-text token.
+    pub eos: Option<String>,
+}
+
+impl TemplateSource {
+    /// Reads the template of a tokenizer's folder: `chat_template.jinja`, else `chat_template` of
+    /// `tokenizer_config.json` (a text, or a list of named ones, of which `default` is taken).
+    ///
+    /// # Errors
+    /// When `tokenizer_config.json` is there and cannot be read.
+    pub fn open(folder: &Path) -> Result<TemplateSource> {
+        let config = match fs::read(folder.join("tokenizer_config.json")) {
+            Ok(bytes) => serde_json::from_slice(&bytes)
+                .with_context(|| format!("{}/tokenizer_config.json: not JSON", folder.display()))?,
+            Err(_) => Json::Null,
+        };
+        let file = fs::read_to_string(folder.join("chat_template.jinja")).ok();
+        Ok(TemplateSource {
+            text: file.or_else(|| template_of(&config["chat_template"])),
+            bos: token_of(&config["bos_token"]),
+            eos: token_of(&config["eos_token"]),
+        })
+    }
 }
 
 /// A model's chat template, compiled.
@@ -50,42 +99,19 @@ pub struct ChatTemplate {
 }
 
 impl ChatTemplate {
-    /// Reads the template of a tokenizer's folder: `chat_template.jinja`, else `chat_template` of
-    /// `tokenizer_config.json` (a text, or a list of named ones, of which `default` is taken). A template that does
-    /// not compile fails conversations, not the model.
-    ///
-    /// # Errors
-    /// When `tokenizer_config.json` is there and cannot be read.
-    pub fn open(folder: &Path) -> Result<ChatTemplate> {
-        let config = match fs::read(folder.join("tokenizer_config.json")) {
-            Ok(bytes) => serde_json::from_slice(&bytes)
-                .with_context(|| format!("{}/tokenizer_config.json: not JSON", folder.display()))?,
-            Err(_) => Json::Null,
-        };
-        let file = fs::read_to_string(folder.join("chat_template.jinja")).ok();
-        let source = file.or_else(|| template_of(&config["chat_template"]));
-        Ok(ChatTemplate {
-            environment: source.ok_or(ChatError::Missing).and_then(environment),
-            bos: token_of(&config["bos_token"]),
-            eos: token_of(&config["eos_token"]),
-        })
+    /// Compiles a template. One that does not compile fails conversations, not the model.
+    pub fn new(source: TemplateSource) -> ChatTemplate {
+        let TemplateSource { text, bos, eos } = source;
+        ChatTemplate {
+            environment: text.ok_or(ChatError::Missing).and_then(environment),
+            bos,
+            eos,
+        }
     }
+}
 
-    /// Whether there is one.
-    pub fn present(&self) -> bool {
-        !matches!(self.environment, Err(ChatError::Missing))
-    }
-
-    /// The name of the end-of-text token in the tokenizer's configuration.
-    pub fn eos(&self) -> Option<&str> {
-        self.eos.as_deref()
-    }
-
-    /// The prompt of a conversation, open for the assistant's next turn.
-    ///
-    /// # Errors
-    /// [`ChatError`].
-    pub fn render(&self, messages: &[ChatMessage]) -> Result<String, ChatError> {
+impl Render for ChatTemplate {
+    fn render(&self, messages: &[ChatMessage]) -> Result<String, ChatError> {
         let environment = self.environment.as_ref().map_err(Clone::clone)?;
         let template = environment
             .get_template(NAME)
@@ -272,7 +298,11 @@ mod tests {
             config.to_string(),
         )
         .unwrap();
-        ChatTemplate::open(folder.path()).unwrap()
+        opened(folder.path())
+    }
+
+    fn opened(folder: &Path) -> ChatTemplate {
+        ChatTemplate::new(TemplateSource::open(folder).unwrap())
     }
 
     fn rendered(template: &str, messages: &[ChatMessage]) -> Result<String, ChatError> {
@@ -282,7 +312,7 @@ mod tests {
     #[test]
     fn rendered_conversations_equal_the_goldens() {
         for model in MODELS {
-            let template = ChatTemplate::open(&model_folder(model)).unwrap();
+            let template = opened(&model_folder(model));
             let cases = golden(model, "tokenizer_golden.json");
             let case = cases
                 .as_array()
@@ -301,7 +331,7 @@ mod tests {
 
     #[test]
     fn a_refusal_of_the_template_is_told_in_its_words() {
-        let template = ChatTemplate::open(&model_folder("tiny-llama")).unwrap();
+        let template = opened(&model_folder("tiny-llama"));
         let refused = template.render(&[said("wizard", "hi")]).unwrap_err();
         assert!(
             refused
@@ -334,7 +364,6 @@ mod tests {
     #[test]
     fn a_model_without_a_template_says_what_to_send() {
         let template = with_template(Json::Null);
-        assert!(!template.present());
         assert_eq!(
             template.render(&[said("user", "hi")]),
             Err(ChatError::Missing)
@@ -356,7 +385,7 @@ mod tests {
             r#"{"chat_template": "no"}"#,
         )
         .unwrap();
-        let template = ChatTemplate::open(folder.path()).unwrap();
+        let template = opened(folder.path());
         assert_eq!(template.render(&[said("user", "hi")]).unwrap(), "hi!");
     }
 

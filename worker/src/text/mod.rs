@@ -4,24 +4,38 @@
 
 pub mod chat;
 pub mod detokenize;
+pub mod sandbox;
 pub mod stop;
 pub mod tokenizer;
 
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use common::request::Prompt;
+use common::request::{ChatMessage, Prompt};
 use serde_json::Value;
 
-use chat::{ChatError, ChatTemplate};
+use chat::{ChatError, TemplateSource};
 use tokenizer::Tokenizer;
+
+/// Bytes of a prompt that are tokenized whatever the context is: for tokenizers that drop or join characters.
+const PROMPT_BYTES_MIN: usize = 64 << 10;
+
+/// Conversations to text.
+pub trait Render: Send + Sync {
+    /// The prompt of a conversation, open for the assistant's next turn.
+    ///
+    /// # Errors
+    /// [`ChatError`].
+    fn render(&self, messages: &[ChatMessage]) -> Result<String, ChatError>;
+}
 
 /// Everything a model's text needs.
 pub struct TextModel {
     /// Text to ids and ids to bytes.
     pub tokenizer: Tokenizer,
-    /// Conversations to text.
-    pub template: ChatTemplate,
+    /// Whether conversations become text.
+    pub chat: bool,
+    template: Box<dyn Render>,
     /// Ids that end an answer, unless a request ignores them.
     pub end_ids: Vec<u32>,
 }
@@ -35,17 +49,34 @@ pub enum PromptError {
     /// The text does not become tokens.
     #[error("the prompt cannot be tokenized: {0:#}")]
     Tokenizer(anyhow::Error),
+    /// No tokens of this tokenizer could hold so much text in the context.
+    #[error(
+        "the prompt has {bytes} bytes; this model's context is {context_max} tokens, which hold at most {most} bytes; \
+         shorten the prompt"
+    )]
+    TooLong {
+        /// The prompt's length.
+        bytes: usize,
+        /// What was allowed.
+        most: usize,
+        /// The context in tokens.
+        context_max: u32,
+    },
 }
 
 impl TextModel {
     /// Reads a tokenizer's folder, and the end tokens from the weights' folder (`generation_config.json`, else
-    /// `config.json`, else the tokenizer's own end token).
+    /// `config.json`, else the tokenizer's own end token). `renderer` makes the chat template into what renders it.
     ///
     /// # Errors
     /// Names the file that is missing or wrong.
-    pub fn open(tokenizer_folder: &Path, weights_folder: &Path) -> Result<TextModel> {
+    pub fn open(
+        tokenizer_folder: &Path,
+        weights_folder: &Path,
+        renderer: impl FnOnce(TemplateSource) -> Box<dyn Render>,
+    ) -> Result<TextModel> {
         let tokenizer = Tokenizer::open(tokenizer_folder)?;
-        let template = ChatTemplate::open(tokenizer_folder)?;
+        let template = TemplateSource::open(tokenizer_folder)?;
         let mut end_ids = Vec::new();
         for file in ["generation_config.json", "config.json"] {
             if end_ids.is_empty() {
@@ -53,34 +84,54 @@ impl TextModel {
             }
         }
         if end_ids.is_empty() {
-            end_ids.extend(template.eos().and_then(|name| tokenizer.token_id(name)));
+            let eos = template.eos.as_deref();
+            end_ids.extend(eos.and_then(|name| tokenizer.token_id(name)));
         }
         Ok(TextModel {
             tokenizer,
-            template,
+            chat: template.text.is_some(),
+            template: renderer(template),
             end_ids,
         })
     }
 
     /// The ids of a prompt. Plain text gets the tokenizer's special tokens; a conversation has those its template
-    /// wrote, and no second ones.
+    /// wrote, and no second ones. A text that cannot fit `context_max` tokens is refused before the work of tokenizing
+    /// it; one that is given may still have more.
     ///
     /// # Errors
     /// [`PromptError`].
-    pub fn prompt_ids(&self, prompt: &Prompt) -> Result<Vec<u32>, PromptError> {
+    pub fn prompt_ids(&self, prompt: &Prompt, context_max: u32) -> Result<Vec<u32>, PromptError> {
         match prompt {
-            Prompt::Text(text) => self
-                .tokenizer
-                .encode(text, true)
-                .map_err(PromptError::Tokenizer),
+            Prompt::Text(text) => self.encode(text, true, context_max),
             Prompt::Tokens(ids) => Ok(ids.clone()),
             Prompt::Chat(messages) => {
                 let text = self.template.render(messages)?;
-                self.tokenizer
-                    .encode(&text, false)
-                    .map_err(PromptError::Tokenizer)
+                self.encode(&text, false, context_max)
             }
         }
+    }
+
+    fn encode(
+        &self,
+        text: &str,
+        special: bool,
+        context_max: u32,
+    ) -> Result<Vec<u32>, PromptError> {
+        let bytes = text.len();
+        let most = (context_max as usize)
+            .saturating_mul(self.tokenizer.token_bytes_max())
+            .max(PROMPT_BYTES_MIN);
+        if bytes > most {
+            return Err(PromptError::TooLong {
+                bytes,
+                most,
+                context_max,
+            });
+        }
+        self.tokenizer
+            .encode(text, special)
+            .map_err(PromptError::Tokenizer)
     }
 }
 
@@ -111,6 +162,7 @@ pub(crate) mod tests {
 
     use common::request::ChatMessage;
 
+    use super::chat::ChatTemplate;
     use super::*;
 
     pub(crate) const MODELS: [&str; 3] = ["tiny-llama", "tiny-mistral", "tiny-mpt"];
@@ -138,10 +190,17 @@ pub(crate) mod tests {
         &TOKENIZERS[index]
     }
 
+    /// A model whose conversations are rendered in this process.
+    fn opened(model: &str, weights: &Path) -> TextModel {
+        TextModel::open(&model_folder(model), weights, |source| {
+            Box::new(ChatTemplate::new(source))
+        })
+        .unwrap()
+    }
+
     pub(crate) fn text_model(model: &str) -> Arc<TextModel> {
         static OPEN: Mutex<BTreeMap<String, Arc<TextModel>>> = Mutex::new(BTreeMap::new());
-        let open =
-            || Arc::new(TextModel::open(&model_folder(model), &model_folder(model)).unwrap());
+        let open = || Arc::new(opened(model, &model_folder(model)));
         OPEN.lock()
             .unwrap()
             .entry(model.to_owned())
@@ -151,18 +210,10 @@ pub(crate) mod tests {
 
     #[test]
     fn end_ids_come_from_the_generation_config_first() {
-        let open = |model: &str| {
-            TextModel::open(&model_folder(model), &model_folder(model))
-                .unwrap()
-                .end_ids
-        };
+        let open = |model: &str| opened(model, &model_folder(model)).end_ids;
         assert_eq!([open("tiny-llama"), open("tiny-mpt")], [vec![2], vec![0]]);
         let weights = tempfile::tempdir().unwrap();
-        let ends = || {
-            TextModel::open(&model_folder("tiny-llama"), weights.path())
-                .unwrap()
-                .end_ids
-        };
+        let ends = || opened("tiny-llama", weights.path()).end_ids;
         assert_eq!(ends(), [2], "the tokenizer's own");
         std::fs::write(weights.path().join("config.json"), r#"{"eos_token_id": 7}"#).unwrap();
         assert_eq!(ends(), [7]);
@@ -176,13 +227,12 @@ pub(crate) mod tests {
 
     #[test]
     fn a_conversation_gets_one_begin_token() {
-        let text =
-            TextModel::open(&model_folder("tiny-llama"), &model_folder("tiny-llama")).unwrap();
+        let text = text_model("tiny-llama");
         let chat = Prompt::Chat(vec![ChatMessage {
             role: "user".into(),
             content: "What is a token?".into(),
         }]);
-        let ids = text.prompt_ids(&chat).unwrap();
+        let ids = text.prompt_ids(&chat, 1024).unwrap();
         assert_eq!(
             ids,
             text.tokenizer
@@ -190,6 +240,28 @@ pub(crate) mod tests {
                 .unwrap()
         );
         assert_eq!(ids.iter().filter(|&&id| id == 1).count(), 1);
+    }
+
+    #[test]
+    fn a_prompt_that_no_tokens_of_the_context_could_hold_is_refused_untokenized() {
+        let text = text_model("tiny-mpt");
+        let prompt = |bytes: usize| Prompt::Text("a".repeat(bytes));
+        let longest = text.tokenizer.token_bytes_max();
+        // The two limits: the one of the context, and what is tokenized in any case.
+        for (context_max, most) in [(100_000, 100_000 * longest), (8, PROMPT_BYTES_MIN)] {
+            let refused = text
+                .prompt_ids(&prompt(most + 1), context_max)
+                .unwrap_err()
+                .to_string();
+            let named = [most + 1, most, context_max as usize];
+            assert!(
+                named.iter().all(|n| refused.contains(&n.to_string())),
+                "{refused}"
+            );
+        }
+        assert!(text.prompt_ids(&prompt(PROMPT_BYTES_MIN), 8).is_ok());
+        let ids = Prompt::Tokens(vec![1; PROMPT_BYTES_MIN + 1]);
+        assert!(text.prompt_ids(&ids, 8).is_ok(), "ids cost nothing");
     }
 
     #[test]

@@ -16,7 +16,13 @@ use super::detokenize::Utf8Stream;
 pub struct Tokenizer {
     encoder: tokenizers::Tokenizer,
     vocabulary: Vocabulary,
+    token_bytes_max: usize,
 }
+
+/// A normalizer may fold a character of this many bytes into one (full-width letters, to ASCII).
+const FOLDED_BYTES_MAX: usize = 3;
+/// The longest character: the least that any token may stand for, since an unknown one is a token too.
+const CHARACTER_BYTES_MAX: usize = 4;
 
 impl Tokenizer {
     /// Reads `tokenizer.json` of a folder.
@@ -54,9 +60,12 @@ impl Tokenizer {
         let decoder = serde_json::from_slice::<DecoderOnly>(bytes)?.decoder;
         let spelling = Spelling::of(decoder.as_ref())?;
         let vocabulary = Vocabulary::new(&encoder, spelling);
+        let folded = encoder.get_normalizer().map_or(1, |_| FOLDED_BYTES_MAX);
+        let token_bytes_max = vocabulary.longest().max(CHARACTER_BYTES_MAX) * folded;
         Ok(Tokenizer {
             encoder,
             vocabulary,
+            token_bytes_max,
         })
     }
 
@@ -76,6 +85,12 @@ impl Tokenizer {
     /// The id of a token by its name.
     pub fn token_id(&self, name: &str) -> Option<u32> {
         self.encoder.token_to_id(name)
+    }
+
+    /// Most bytes of a text that one token stands for. Tokenizers that drop characters, or join unknown ones, can do
+    /// with fewer tokens than this tells.
+    pub fn token_bytes_max(&self) -> usize {
+        self.token_bytes_max
     }
 
     /// The tokens' bytes.
@@ -137,6 +152,13 @@ impl Vocabulary {
         };
         let start = if id == 0 { 0 } else { self.ends[id - 1] };
         &self.bytes[start as usize..end as usize]
+    }
+
+    /// Bytes of the longest name.
+    fn longest(&self) -> usize {
+        let starts = std::iter::once(0).chain(self.ends.iter().copied());
+        let lengths = self.ends.iter().zip(starts).map(|(end, start)| end - start);
+        lengths.max().unwrap_or(0) as usize
     }
 
     /// What a token adds to a text: its bytes, and nothing for special tokens.
@@ -352,6 +374,26 @@ mod tests {
                 assert!(
                     named == decoded || named.strip_prefix(' ') == Some(decoded),
                     "{model}: {named:?} {decoded:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn no_golden_text_has_more_bytes_than_its_tokens_may_stand_for() {
+        for model in MODELS {
+            let tokenizer = Tokenizer::open(&model_folder(model)).unwrap();
+            let name = |id| tokenizer.vocabulary().name(id).len();
+            let longest = (0..2048).map(name).max().unwrap();
+            assert_eq!(tokenizer.vocabulary().longest(), longest);
+            for case in golden(model, "tokenizer_golden.json").as_array().unwrap() {
+                let (Some(text), Some(ids)) = (case["text"].as_str(), case["ids"].as_array())
+                else {
+                    continue;
+                };
+                assert!(
+                    text.len() <= ids.len() * tokenizer.token_bytes_max(),
+                    "{model}: {text:?}"
                 );
             }
         }

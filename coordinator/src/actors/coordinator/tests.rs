@@ -9,7 +9,7 @@ use super::*;
 use crate::actors::gateway::ActorGateway;
 use crate::actors::testing::{FakeWorker, cluster, config};
 use crate::api::Gateway;
-use crate::store::Change;
+use crate::store::{Change, EmbeddedStore, Store};
 
 /// A store that forgets what was watched and fails to answer anything else.
 #[derive(Default)]
@@ -21,7 +21,7 @@ fn broken<T: Send + 'static>() -> BoxFuture<'static, Result<T, StoreError>> {
     std::future::ready(Err(StoreError::Failed("broken by the test".into()))).boxed()
 }
 
-impl crate::store::Store for Broken {
+impl Store for Broken {
     fn get(&self, _: String) -> BoxFuture<'_, Result<Option<Entry>, StoreError>> {
         broken()
     }
@@ -77,20 +77,24 @@ async fn the_coordinator_is_not_ready_while_its_store_does_not_answer() {
 #[actix::test]
 async fn a_record_that_cannot_be_read_is_left_out_and_the_others_serve() {
     let folder = tempfile::tempdir().unwrap();
-    let core = cluster(folder.path(), |text| text).await;
-    let mut worker = FakeWorker::join(&core, "0").await;
-    core.create("good", config("tiny", "CPU")).await.unwrap();
-    worker.serve().await;
-    core.until_ready("good").await;
-    let store = core.gateway.means.store.clone();
+    let store = EmbeddedStore::open(&folder.path().join("var/coordinator")).unwrap();
     for key in ["endpoints/bad", "replicas/bad"] {
         let garbage = b"{\"from\": \"the future\"}".to_vec();
         store.put(key.into(), garbage, Expect::Any).await.unwrap();
     }
-    drop((worker, store));
-    core.stop().await.unwrap();
+    drop(store);
     let core = cluster(folder.path(), |text| text).await;
+    assert!(
+        core.gateway
+            .means
+            .store
+            .get("endpoints/bad".into())
+            .await
+            .unwrap()
+            .is_some()
+    );
     let mut worker = FakeWorker::join(&core, "0").await;
+    core.create("good", config("tiny", "CPU")).await.unwrap();
     worker.serve().await;
     core.until_ready("good").await;
     // And it can be made away with.

@@ -289,14 +289,16 @@ async fn an_engine_that_stays_stalled_is_given_up_and_its_requests_go_on_elsewhe
             health(&mut worker, &shard, steps, true).await;
             reports.tick().await;
         }
-        loop {
-            health(&mut worker, &shard, 10, true).await;
-            let unloaded = tokio::time::timeout(Duration::from_millis(100), worker.unload());
-            if let Ok(replica) = unloaded.await {
-                assert_eq!(replica, shard.replica);
-                break;
+        let given_up = async {
+            loop {
+                health(&mut worker, &shard, 10, true).await;
+                let unloaded = tokio::time::timeout(Duration::from_millis(100), worker.unload());
+                if let Ok(replica) = unloaded.await {
+                    return replica;
+                }
             }
-        }
+        };
+        assert_eq!(soon("an unload", given_up).await, shard.replica);
         let again = worker.serve().await;
         assert!(again.generation > shard.generation);
         let retried = worker.accept().await;

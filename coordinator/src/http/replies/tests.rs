@@ -75,7 +75,7 @@ fn whole_answers_have_openais_shape() {
 }
 
 #[test]
-fn completion_logprobs_are_four_lists_with_offsets_in_characters() {
+fn completion_logprobs_are_four_lists_with_offsets_in_the_choices_text() {
     let first = TokenLogprob {
         logprob: None,
         top: vec![],
@@ -88,15 +88,17 @@ fn completion_logprobs_are_four_lists_with_offsets_in_characters() {
         token(2, &euro[..1], -1.5),
         token(3, &euro[1..], f32::NEG_INFINITY),
     ];
-    let json = serde_json::to_value(CompletionLogprobs::of(&tokens, 10)).unwrap();
+    let choices = [choice("éa€", tokens)];
+    let meta = meta(Style::Completion, true);
+    let json = serde_json::to_value(OpenAiReply::whole(&meta, &choices, Usage::default())).unwrap();
     let expected = json!({
         "tokens": ["é", "a", "bytes:\\xe2", "bytes:\\x82\\xac"],
         "token_logprobs": [null, -0.5, -1.5, -9999.0],
         "top_logprobs": [null, {"a": -0.5}, {"a": -0.5, "bytes:\\xe2": -1.5},
                          {"a": -0.5, "bytes:\\x82\\xac": -9999.0}],
-        "text_offset": [10, 11, 12, 12],
+        "text_offset": [0, 1, 2, 2],
     });
-    assert_eq!(json, expected);
+    assert_eq!(json["choices"][0]["logprobs"], expected);
 }
 
 #[test]
