@@ -3,6 +3,8 @@
 //! Checked at the coordinator's door ([`Sampling::check`]); workers check again what only they can know (prompt length
 //! in tokens, ids in the vocabulary). Text and token ids pass through the coordinator unopened.
 
+use std::ops::RangeInclusive;
+
 use serde::{Deserialize, Serialize};
 
 /// What to continue.
@@ -100,6 +102,8 @@ pub struct OutOfRange {
 impl Sampling {
     /// Most entries of `logit_bias`.
     pub const LOGIT_BIAS_MAX: usize = 1024;
+    /// What may be added to a logit.
+    pub const LOGIT_BIAS: RangeInclusive<f32> = -100.0..=100.0;
 
     /// Checks every field's range.
     ///
@@ -140,8 +144,8 @@ impl Sampling {
         range(
             "repetition_penalty",
             r,
-            r > 0.0 && r <= 100.0,
-            "above 0 and at most 100",
+            (1e-3..=100.0).contains(&r),
+            "between 0.001 and 100",
         )?;
         let p = self.presence_penalty;
         range(
@@ -161,7 +165,7 @@ impl Sampling {
             range(
                 "logit_bias",
                 *bias,
-                (-100.0..=100.0).contains(bias),
+                Self::LOGIT_BIAS.contains(bias),
                 "between -100 and 100 for each token id",
             )?;
         }
@@ -332,6 +336,8 @@ pub enum FailureKind {
     Unavailable,
     /// A fault of ours.
     Internal,
+    /// What was asked for is not there any more; the same request will fail again.
+    NotFound,
 }
 
 impl FailureKind {

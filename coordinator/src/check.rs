@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use common::config::Cluster;
+use common::tls;
 use common::wire::message::DeviceKind;
 
 use crate::api::WorkloadSize;
@@ -27,7 +28,7 @@ pub struct Report {
     pub well: bool,
 }
 
-/// Checks models, workload types and endpoints. Blocks: reads headers.
+/// Checks certificates, models, workload types and endpoints. Blocks: reads headers.
 ///
 /// # Errors
 /// Never for what is wrong with the cluster: that is in the report.
@@ -37,6 +38,7 @@ pub fn report(cluster: &Cluster) -> Result<Report> {
         text: String::new(),
         well: true,
     };
+    certificates(cluster, &mut report)?;
     devices(cluster, &mut report)?;
     models(cluster, &registry, &mut report)?;
     endpoints(cluster, &registry, &mut report)?;
@@ -57,6 +59,19 @@ fn places(cluster: &Cluster) -> Vec<Place> {
         }
     }
     places
+}
+
+/// Says nothing of certificates that are well.
+fn certificates(cluster: &Cluster, report: &mut Report) -> Result<()> {
+    let Some(files) = &cluster.tls else {
+        return Ok(());
+    };
+    let usable = tls::server(files).and_then(|_| tls::client(files));
+    if let Err(error) = usable {
+        report.well = false;
+        writeln!(report.text, "Certificates ([tls])\n  {error:#}\n")?;
+    }
+    Ok(())
 }
 
 fn devices(cluster: &Cluster, report: &mut Report) -> Result<()> {
@@ -108,13 +123,13 @@ fn models(cluster: &Cluster, registry: &LocalRegistry, report: &mut Report) -> R
     let mut rows: Vec<[String; 9]> = vec![head.map(str::to_owned)];
     let mut notes = Vec::new();
     let places = places(cluster);
-    for model in registry.models() {
+    for (i, model) in registry.models().enumerate() {
         let name = format!("{} v{}", model.name, model.version);
         let facts = match registry.facts(model) {
             Ok(facts) => facts,
             Err(error) => {
                 report.well = false;
-                notes.push(format!("  {name}: {error}"));
+                notes.push(format!("  models[{i}] {name}: {error}"));
                 continue;
             }
         };
@@ -336,6 +351,45 @@ mod tests {
         assert!(
             report.text.contains("none: nothing can be served")
                 && !report.text.contains("does not fit"),
+            "{}",
+            report.text
+        );
+    }
+
+    #[test]
+    fn certificates_that_cannot_be_used_are_told_with_their_file() {
+        let files = "\n[tls]\nca = \"ca.pem\"\ncert = \"/dev/null\"\nkey = \"/dev/null\"\n";
+        let missing = check(|text| text + files);
+        assert!(
+            !missing.well
+                && missing.text.contains("Certificates ([tls])")
+                && missing.text.contains("ca.pem")
+                && missing.text.contains("No such file"),
+            "{}",
+            missing.text
+        );
+        let empty = check(|text| text + &files.replace("ca.pem", "/dev/null"));
+        assert!(
+            !empty.well && empty.text.contains("/dev/null: holds no PEM certificate"),
+            "{}",
+            empty.text
+        );
+    }
+
+    #[test]
+    fn a_context_beyond_the_models_own_is_told_with_its_key() {
+        let report = check(|text| {
+            let first = text.find("[[models]]").unwrap();
+            let (before, models) = text.split_at(first);
+            before.to_owned()
+                + &models.replacen("[[models]]", "[[models]]\ncontext_max = 999999", 1)
+        });
+        assert!(
+            !report.well
+                && report.text.contains("models[0] ")
+                && report
+                    .text
+                    .contains("context_max = 999999 in cluster.toml is beyond the model's own"),
             "{}",
             report.text
         );

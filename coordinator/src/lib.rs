@@ -17,7 +17,7 @@ pub mod strangers;
 pub mod workers;
 
 use std::net::{SocketAddr, TcpListener};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use actix::{Actor, Message, Recipient};
@@ -35,7 +35,7 @@ use actors::messages::{Died, Who};
 use actors::record;
 use http::{HttpState, TokenTable};
 use registry::LocalRegistry;
-use store::{EmbeddedStore, SharedStore};
+use store::{EmbeddedStore, SharedStore, Store};
 use workers::Doorkeeper;
 
 /// Pause before the coordinator's actor is started again after a panic.
@@ -131,6 +131,7 @@ pub struct Core {
     /// Ends all links and the actors.
     pub links: CancellationToken,
     coordinator: actix_rt::task::JoinHandle<Result<()>>,
+    store: Weak<dyn Store>,
 }
 
 impl Core {
@@ -151,6 +152,7 @@ impl Core {
         tracing::info!(term = term.0, "the store is open");
         seed::endpoints(&cluster, &store).await?;
         actors::meters::describe();
+        let opened = Arc::downgrade(&store);
         let registry = Arc::new(LocalRegistry::new(cluster.models.clone()));
         let directory = Arc::new(Directory::default());
         let means = Means {
@@ -170,6 +172,7 @@ impl Core {
             tokens,
             links,
             coordinator,
+            store: opened,
         })
     }
 
@@ -179,7 +182,13 @@ impl Core {
     /// What had ended the coordinator before.
     pub async fn stop(self) -> Result<()> {
         self.links.cancel();
-        self.coordinator.await.context("coordinator")?
+        let ended = self.coordinator.await.context("coordinator")?;
+        drop((self.gateway, self.doorkeeper));
+        // Work that began before the end holds the store until it is done.
+        while self.store.strong_count() > 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        ended
     }
 }
 

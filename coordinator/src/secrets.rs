@@ -26,13 +26,17 @@ pub struct Token {
 /// The digests of all callers' tokens; files that are missing are made. Blocks.
 ///
 /// # Errors
-/// Names the file that cannot be read or made.
+/// Names the file that cannot be read or made, or holds what no client could send.
 pub fn tokens(auth: &AuthConfig) -> Result<Vec<Token>> {
     let mut tokens = Vec::new();
     for entry in &auth.tokens {
         let digest = match &entry.source {
             TokenSource::Sha256(digest) => *digest,
-            TokenSource::File(path) => Sha256::digest(read_or_create(path)?.as_bytes()).into(),
+            TokenSource::File(path) => {
+                let token = read_or_create(path)?;
+                check_token(&token).with_context(|| path.display().to_string())?;
+                Sha256::digest(token.as_bytes()).into()
+            }
         };
         tokens.push(Token {
             user: entry.user.clone(),
@@ -40,6 +44,19 @@ pub fn tokens(auth: &AuthConfig) -> Result<Vec<Token>> {
         });
     }
     Ok(tokens)
+}
+
+/// Clients send a token in a header, as one word.
+fn check_token(token: &str) -> Result<()> {
+    let place = token.chars().position(|c| !c.is_ascii_graphic());
+    if let Some(place) = place {
+        bail!(
+            "is no token: character {} is a blank, a line break or not ASCII, and clients send a token as one word in a \
+             header; write one token into the file, or delete it to have a new one made",
+            place + 1
+        );
+    }
+    Ok(())
 }
 
 /// The secret in the file, without the space around it; a missing file is made with 32 random bytes in hexadecimal.
@@ -162,6 +179,33 @@ mod tests {
                 .to_string()
                 .contains("is no secret")
         );
+    }
+
+    #[test]
+    fn what_no_client_can_send_is_refused_with_its_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("admin.token");
+        for (text, place) in [
+            ("two words", "character 4"),
+            ("two\nlines\n", "character 4"),
+            ("\tcafé", "character 4"),
+            ("a\u{7}", "character 2"),
+        ] {
+            fs::write(&file, text).unwrap();
+            let auth = AuthConfig {
+                worker_secret_file: folder.path().join("w"),
+                tokens: vec![common::config::TokenEntry {
+                    user: "u".into(),
+                    source: TokenSource::File(file.clone()),
+                }],
+            };
+            let error = format!("{:#}", tokens(&auth).unwrap_err());
+            assert!(
+                error.contains("admin.token: is no token") && error.contains(place),
+                "{error}"
+            );
+            assert!(!error.contains(text.trim()), "the token is not shown");
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ use common::config::Cluster;
 use tokio_util::sync::CancellationToken;
 use worker::device::Device;
 use worker::session::{Session, SessionConfig};
+use worker::text::sandbox;
 
 /// The exit code for wrong arguments or configuration, as clap's own.
 const WRONG_USE: u8 = 2;
@@ -37,10 +38,19 @@ struct Arguments {
 enum Task {
     /// Print what this machine offers: cores, instruction paths, memory, CUDA and NCCL.
     Doctor,
+    /// Render a chat template, for the worker that starts this process.
+    #[command(name = sandbox::TASK, hide = true)]
+    RenderTemplate,
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if let Some(Task::RenderTemplate) = arguments.command {
+        return match sandbox::serve() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::FAILURE,
+        };
+    }
     common::telemetry::init(arguments.log_json);
     if let Some(Task::Doctor) = arguments.command {
         println!("{}", worker::doctor::report());
@@ -54,13 +64,16 @@ fn main() -> ExitCode {
         Ok(name) => name,
         Err(e) => return wrong(&e),
     };
-    match actix::System::new().block_on(run(cluster, name)) {
-        Ok(()) => ExitCode::SUCCESS,
+    let system = actix::System::new();
+    let code = match system.block_on(run(cluster, name)) {
+        Ok(()) => 0,
         Err(e) => {
             eprintln!("worker: {e:#}");
-            ExitCode::FAILURE
+            1
         }
-    }
+    };
+    // The runtime's own end would wait for prompts that are still being tokenized, for nobody.
+    std::process::exit(code)
 }
 
 fn wrong(error: &dyn std::fmt::Display) -> ExitCode {

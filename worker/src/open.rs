@@ -193,7 +193,7 @@ pub fn open(opening: Opening) -> Result<Opened, Failure> {
 }
 
 fn open_text(folder: &ModelFolder) -> Result<Arc<TextModel>, Failure> {
-    let sandbox = |template| Box::new(Sandbox::new(Path::new(THIS_PROGRAM), template)) as _;
+    let sandbox = |template| Box::new(Sandbox::of_this_program(template)) as _;
     TextModel::open(&folder.tokenizer, &folder.weights, sandbox)
         .map(Arc::new)
         .map_err(|e| bad(format!("{e:#}")))

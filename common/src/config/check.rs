@@ -2,7 +2,7 @@
 //!
 //! Endpoints are judged in `endpoints`. Whether files, models and memory are there is not asked here.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::str::FromStr;
 
@@ -45,6 +45,7 @@ pub(super) fn check(raw: Raw, root: &Path, r: &mut Reader<'_>) -> Cluster {
         models,
         endpoints,
     } = raw;
+    let has_worker_listen = coordinator.worker_listen.is_some();
     let listen = address(coordinator.listen, LISTEN_DEFAULT, "coordinator.listen", r);
     let worker_listen = address(
         coordinator.worker_listen,
@@ -52,6 +53,22 @@ pub(super) fn check(raw: Raw, root: &Path, r: &mut Reader<'_>) -> Cluster {
         "coordinator.worker_listen",
         r,
     );
+    if let (Some(http), Some(links)) = (listen, worker_listen)
+        && overlap(http, links)
+    {
+        let key = if has_worker_listen {
+            "coordinator.worker_listen"
+        } else {
+            "coordinator.listen"
+        };
+        r.mistake(
+            key,
+            format!(
+                "the HTTP API (coordinator.listen {http}) and workers (coordinator.worker_listen {links}) cannot share a \
+                 port: give each its own"
+            ),
+        );
+    }
     if listen.is_some_and(|a| !a.ip().is_loopback()) && coordinator.plain_http != Some(true) {
         r.mistake(
             "coordinator.listen",
@@ -187,6 +204,22 @@ fn address(
         );
     }
     parsed
+}
+
+/// Whether one socket would take what the other listens on. Port 0 is never the same one twice.
+fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
+    let (one, other) = (a.ip().to_canonical(), b.ip().to_canonical());
+    // Systems let "::" take connections of IPv4 as well.
+    let all = |all: IpAddr, ip: IpAddr| all.is_unspecified() && (all.is_ipv6() || ip.is_ipv4());
+    a.port() == b.port() && a.port() != 0 && (one == other || all(one, other) || all(other, one))
+}
+
+/// Memory that can hold something, if it is told at all.
+fn memory(bytes: Option<u64>, key: &str, r: &mut Reader<'_>) -> Option<u64> {
+    if bytes == Some(0) {
+        r.mistake(key, "must be above 0; leave it out to take what there is");
+    }
+    bytes
 }
 
 fn token(raw: RawToken, root: &Path, r: &mut Reader<'_>) -> Option<TokenEntry> {
@@ -329,13 +362,14 @@ fn device(
         );
         0
     });
+    let memory_bytes = memory(raw.memory, &at("memory"), r);
     let (kind, ordinal) = kind?;
     let worker = WorkerId(format!("{node}/{}", name?));
     Some(DeviceEntry {
         worker,
         kind,
         ordinal,
-        memory_bytes: raw.memory,
+        memory_bytes,
         threads,
         cores,
         group_port,
@@ -402,11 +436,12 @@ fn workload_type(
             None
         }
     };
+    let memory_bytes = memory(raw.memory, &at("memory"), r);
     Some(WorkloadType {
         name: name?,
         device: device?,
         shards: shards?,
-        memory_bytes: raw.memory,
+        memory_bytes,
         stands_in_for: raw.stands_in_for,
     })
 }

@@ -22,7 +22,12 @@ use std::path::Path;
 /// # Errors
 /// [`ConfigError`] lists every mistake.
 pub fn load(path: &Path) -> Result<Cluster, ConfigError> {
-    let layers = reader::Layers::read(path)?;
+    load_with(path, reader::environment())
+}
+
+/// The same with these environment variables.
+fn load_with(path: &Path, variables: reader::Variables) -> Result<Cluster, ConfigError> {
+    let layers = reader::Layers::read(path, variables)?;
     let mut reader = layers.reader();
     let raw = raw::Raw::read(&mut reader);
     let root = path

@@ -49,11 +49,29 @@ const ENVIRONMENT_PREFIX: &str = "TANDEM";
 pub struct Layers {
     values: Value,
     files: Vec<(PathBuf, String)>,
+    /// Names of the variables that override keys.
+    variables: Vec<String>,
 }
 
+/// The process's environment, as far as it overrides keys.
+pub(super) fn environment() -> Variables {
+    let prefix = format!("{ENVIRONMENT_PREFIX}__");
+    std::env::vars_os()
+        .map(|(name, value)| (text(&name), text(&value)))
+        .filter(|(name, _)| name.to_ascii_uppercase().starts_with(&prefix))
+        .collect()
+}
+
+fn text(text: &std::ffi::OsStr) -> String {
+    text.to_string_lossy().into_owned()
+}
+
+/// Environment variables by name.
+pub(super) type Variables = config::Map<String, String>;
+
 impl Layers {
-    /// Reads `path`, the local override beside it and the environment.
-    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+    /// Reads `path` and the local override beside it; `variables` override both.
+    pub fn read(path: &Path, variables: Variables) -> Result<Self, ConfigError> {
         let fail = |place: String, message: String| {
             ConfigError(vec![Mistake {
                 place,
@@ -88,13 +106,19 @@ impl Layers {
             }
             builder = builder.add_source(File::from_str(text, FileFormat::Toml));
         }
+        let names = variables.keys().cloned().collect();
         let environment = Environment::with_prefix(ENVIRONMENT_PREFIX)
             .prefix_separator("__")
-            .separator("__");
+            .separator("__")
+            .source(Some(variables));
         let merged = builder.add_source(environment.try_parsing(true)).build();
         let values = merged.and_then(Config::try_deserialize::<Value>);
         let values = values.map_err(|e| fail(path.display().to_string(), e.to_string()))?;
-        Ok(Layers { values, files })
+        Ok(Layers {
+            values,
+            files,
+            variables: names,
+        })
     }
 
     /// A reader at the root.
@@ -107,6 +131,10 @@ impl Layers {
 
     /// Where a key is written: the last layer that has it, or the file that should.
     fn place(&self, key: &str) -> String {
+        // The environment is the last layer. What is in a list has no variable.
+        if let Some(variable) = self.variable(key) {
+            return variable.clone();
+        }
         // Lists replace each other whole: what is in one is the matter of the last layer that has the list.
         let list = key.split('[').next().filter(|list| *list != key);
         for (file, text) in self.files.iter().rev() {
@@ -118,13 +146,6 @@ impl Layers {
                 return format!("{}:{line}", file.display());
             }
         }
-        let variable = format!(
-            "{ENVIRONMENT_PREFIX}__{}",
-            key.replace('.', "__").to_uppercase()
-        );
-        if std::env::var_os(&variable).is_some() {
-            return variable;
-        }
         // A key that is missing: name the nearest table that is there.
         match parent(key) {
             Some(parent) => self.place(parent),
@@ -134,6 +155,14 @@ impl Layers {
                 .map(|(file, _)| file.display().to_string())
                 .unwrap_or_default(),
         }
+    }
+
+    /// The variable that sets a key, as it is spelt in the environment.
+    fn variable(&self, key: &str) -> Option<&String> {
+        let variable = format!("{ENVIRONMENT_PREFIX}__{}", key.replace('.', "__"));
+        self.variables
+            .iter()
+            .find(|name| name.eq_ignore_ascii_case(&variable))
     }
 }
 

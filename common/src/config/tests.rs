@@ -17,7 +17,16 @@ impl Folder {
     }
 
     fn mistakes(&self) -> Vec<String> {
-        let ConfigError(mistakes) = load(&self.file()).unwrap_err();
+        self.mistakes_with(&[])
+    }
+
+    /// With these environment variables.
+    fn mistakes_with(&self, variables: &[(&str, &str)]) -> Vec<String> {
+        let variables = variables
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect();
+        let ConfigError(mistakes) = load_with(&self.file(), variables).unwrap_err();
         mistakes
             .iter()
             .map(|m| {
@@ -84,6 +93,71 @@ fn the_local_override_wins_and_mistakes_in_it_name_it() {
         mistakes[0].starts_with("cluster.local.toml:3: coordinator.listen: must be an IP address"),
         "{}",
         mistakes[0]
+    );
+}
+
+#[test]
+fn a_mistake_of_the_environment_names_the_variable_whatever_files_say() {
+    let text = format!("[coordinator]\nlisten = \"127.0.0.1:9\"\n{SMALL}");
+    let folder = Folder::with(&text);
+    let mistakes = folder.mistakes_with(&[
+        ("TANDEM__COORDINATOR__LISTEN", "here"),
+        ("Tandem__Limits__Deadline_Ms", "soon"),
+        ("TANDEM__COORDINATOR__LISTN", "x"),
+    ]);
+    begin_with(
+        &mistakes,
+        &[
+            "TANDEM__COORDINATOR__LISTEN: coordinator.listen: must be an IP address",
+            "TANDEM__COORDINATOR__LISTN: coordinator.listn: unknown key",
+            "Tandem__Limits__Deadline_Ms: limits.deadline_ms: must be a whole number, got a text",
+        ],
+    );
+}
+
+#[test]
+fn two_listeners_on_one_port_are_a_mistake() {
+    let with = |listen: &str, worker_listen: &str| {
+        let worker = match worker_listen {
+            "" => String::new(),
+            address => format!("worker_listen = \"{address}\"\n"),
+        };
+        Folder::with(&format!(
+            "[coordinator]\nplain_http = true\nlisten = \"{listen}\"\n{worker}\
+             [tls]\nca = \"a\"\ncert = \"b\"\nkey = \"c\"\n{SMALL}"
+        ))
+    };
+    for (listen, worker_listen, place) in [
+        ("127.0.0.1:9", "127.0.0.1:9", "4: coordinator.worker_listen"),
+        ("0.0.0.0:9", "127.0.0.1:9", "4: coordinator.worker_listen"),
+        ("127.0.0.1:9", "[::]:9", "4: coordinator.worker_listen"),
+        ("127.0.0.1:8471", "", "3: coordinator.listen"),
+    ] {
+        let expected = format!("cluster.toml:{place}: the HTTP API (coordinator.listen {listen})");
+        begin_with(&with(listen, worker_listen).mistakes(), &[&expected]);
+    }
+    for (listen, worker_listen) in [
+        ("127.0.0.1:0", "127.0.0.1:0"),
+        ("127.0.0.1:9", "127.0.0.2:9"),
+        ("0.0.0.0:9", "[::1]:9"),
+        ("127.0.0.1:9", "127.0.0.1:10"),
+    ] {
+        let loaded = load(&with(listen, worker_listen).file());
+        assert!(loaded.is_ok(), "{listen} {worker_listen}: {loaded:?}");
+    }
+}
+
+#[test]
+fn memory_that_holds_nothing_is_a_mistake() {
+    let text = SMALL
+        .replace("memory = \"2GiB\"", "memory = 0")
+        .replace("device = \"cpu\"", "device = \"cpu\"\nmemory = \"0GiB\"");
+    begin_with(
+        &Folder::with(&text).mistakes(),
+        &[
+            "cluster.toml:10: nodes[0].devices[0].memory: must be above 0; leave it out",
+            "cluster.toml:14: workload_types[0].memory: must be above 0; leave it out",
+        ],
     );
 }
 

@@ -28,7 +28,7 @@ use super::keeper::Keeper;
 use super::link::Link;
 use super::messages::{
     Assigned, Changed, CheckFit, Died, FactsRead, GetHealth, GetView, Joined, Left, ListViews,
-    Relisted, ReplicaStatus, ShardReport, Who,
+    Relisted, ReplicaStatus, Retire, ShardReport, Who,
 };
 use super::meters::Meters;
 use super::record::{
@@ -186,7 +186,7 @@ impl CoordinatorActor {
         }
         for slot in self.slots.values_mut() {
             if !wanted.iter().any(|(replica, ..)| *replica == slot.replica) {
-                retire(slot, DRAIN);
+                retire(slot, Retire::After(DRAIN));
             }
         }
         let stays = |slot: &Slot| {

@@ -176,13 +176,14 @@ impl Door {
             requests: call.prompts.len() as u64,
             tokens: call.prompts.iter().map(tokens).sum(),
         };
-        entity.drain.note(entity.shared.take_ended(), now);
         let load = entity.load();
+        let ended = entity.shared.take_ended();
+        entity.drain.note(ended, load.waiting > 0, now);
         match admission::decide(
             load,
             entity.bounds(&self.limits),
             ask,
-            entity.drain.per_second(now),
+            entity.drain.per_second(),
         ) {
             Verdict::Take => {}
             Verdict::Never(message) => return Err(ApiError::new(ErrorKind::BadRequest, message)),

@@ -122,6 +122,17 @@ impl Flight {
         self.end_all(&End::Error(broken_off(FailureKind::Unavailable, reason)));
     }
 
+    /// Its endpoint is deleted: it ends here, and the same request will fail again.
+    fn deleted(self, endpoint: &str) {
+        if self.first {
+            let message = format!("Endpoint with name '{endpoint}' does not exist.");
+            let Flight { ticket, .. } = self;
+            return ticket.refuse(ApiError::new(ErrorKind::NotFound, message));
+        }
+        let message = format!("endpoint '{endpoint}' was deleted while it answered");
+        self.end_all(&End::Error(Failure::new(FailureKind::NotFound, message)));
+    }
+
     /// Its worker would not go on with it: as if its replica were gone, which is left alone for a moment, because the
     /// news of its own end may still be on the way.
     fn turned_away(self, reason: &str) {
@@ -429,7 +440,7 @@ impl Flights {
             // A worker that has sent output has accepted; whatever it says now ends the answer.
             _ if !flight.first => flight.end_all(&End::Error(failure)),
             FailureKind::Unavailable => flight.turned_away(&failure.message),
-            FailureKind::BadRequest | FailureKind::TooLarge => {
+            FailureKind::BadRequest | FailureKind::TooLarge | FailureKind::NotFound => {
                 refuse(
                     flight,
                     ApiError::new(ErrorKind::BadRequest, failure.message),
@@ -447,15 +458,23 @@ impl Flights {
 
     /// The replica is gone: its flights are run elsewhere or end.
     pub fn replica_lost(&self, replica: ReplicaId, reason: &str) {
-        let mut lost = Vec::new();
-        if let Some(flights) = self.table().as_mut() {
-            lost.extend(
-                flights
-                    .extract_if(|_, flight| flight.replica == replica)
-                    .map(|(_, flight)| flight),
-            );
-        }
+        let lost = self.take_all(replica);
         lost.into_iter().for_each(|flight| flight.lost(reason));
+    }
+
+    /// The replica's endpoint is deleted: its flights end.
+    pub fn endpoint_deleted(&self, replica: ReplicaId, endpoint: &str) {
+        let over = self.take_all(replica);
+        over.into_iter().for_each(|flight| flight.deleted(endpoint));
+    }
+
+    fn take_all(&self, replica: ReplicaId) -> Vec<Flight> {
+        let mut table = self.table();
+        let Some(flights) = table.as_mut() else {
+            return Vec::new();
+        };
+        let taken = flights.extract_if(|_, flight| flight.replica == replica);
+        taken.map(|(_, flight)| flight).collect()
     }
 
     /// The link is gone, and with it all its flights; none is taken from here on.

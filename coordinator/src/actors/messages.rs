@@ -313,10 +313,12 @@ pub struct MemberNews {
     pub news: ShardNews,
 }
 
-/// Finish what runs, for at most so long, then let the shards go.
+/// Let the shards go.
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
-pub struct Retire {
-    /// How long requests may still run.
-    pub drain: Duration,
+pub enum Retire {
+    /// Once what runs is finished, or after so long.
+    After(Duration),
+    /// Now: this endpoint is deleted, and what runs ends with it.
+    Deleted(String),
 }

@@ -358,6 +358,13 @@ impl Replica {
         }
     }
 
+    /// Its requests end: their endpoint is deleted.
+    fn endpoint_deleted(&self, endpoint: &str) {
+        for link in self.ranks.iter().filter_map(|rank| rank.link.as_ref()) {
+            link.flights.endpoint_deleted(self.id().0, endpoint);
+        }
+    }
+
     /// It is over: requests go elsewhere, shards go.
     fn let_go(&self, reason: &str) {
         let (replica, generation) = self.id();
@@ -482,7 +489,14 @@ impl Handler<Retire> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, message: Retire, ctx: &mut Self::Context) {
         let now = Instant::now();
-        self.replica.retire_at = Some(now + message.drain);
+        let drain = match message {
+            Retire::After(drain) => drain,
+            Retire::Deleted(endpoint) => {
+                self.replica.endpoint_deleted(&endpoint);
+                Duration::ZERO
+            }
+        };
+        self.replica.retire_at = Some(now + drain);
         self.replica.tick(now);
         self.settle(ctx);
     }

@@ -201,6 +201,7 @@ impl From<Failure> for Fault {
             FailureKind::Overloaded => ErrorKind::Overloaded,
             FailureKind::Unavailable => ErrorKind::Unavailable,
             FailureKind::Internal => ErrorKind::Internal,
+            FailureKind::NotFound => ErrorKind::NotFound,
         };
         ApiError::new(kind, failure.message).into()
     }

@@ -69,6 +69,15 @@ fn split(input: &Field<'_>) -> Result<Vec<Row>, FieldError> {
         let why = format!("must have a column named \"{PROMPT}\", got {names:?}");
         return Err(columns.refuse(why));
     };
+    // Which of two such columns counts would be a guess.
+    let means = |name: &String| name == PROMPT || is_parameter(name);
+    if let Some((_, twice)) = names
+        .iter()
+        .enumerate()
+        .find(|(i, name)| means(name) && names[..*i].contains(name))
+    {
+        return Err(columns.refuse(format!("has more than one column named \"{twice}\"")));
+    }
     let data = fields.need("data")?;
     let mut rows = Vec::new();
     for (i, value) in bounded(&data)?.iter().enumerate() {
@@ -205,6 +214,12 @@ pub(super) fn only_key<'k>(body: &Object, known: &[&'k str]) -> Result<&'k str, 
     match found[..] {
         [only] => Ok(only),
         [] => {
+            if let Some(null) = known.iter().find(|key| body.contains_key(**key)) {
+                return Err(FieldError::at(
+                    null,
+                    "is null, which is the same as missing: give it a value",
+                ));
+            }
             let keys: Vec<&String> = body.keys().take(8).collect();
             let got = if keys.is_empty() {
                 "an empty object".into()

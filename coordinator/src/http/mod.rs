@@ -9,6 +9,7 @@ mod error;
 mod inputs;
 mod invocations;
 mod json;
+mod offsets;
 mod openai;
 mod ops;
 mod parts;

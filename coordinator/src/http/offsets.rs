@@ -110,10 +110,7 @@ mod tests {
     #[test]
     fn special_tokens_and_the_dropped_blank_take_no_place() {
         let list: [&[u8]; 6] = [b"<s>", b" Apache", b" Spark", b" is", b" an", b"</s>"];
-        assert_eq!(
-            offsets("Apache Spark is an", &list),
-            [0, 0, 6, 12, 15, 18]
-        );
+        assert_eq!(offsets("Apache Spark is an", &list), [0, 0, 6, 12, 15, 18]);
         assert_eq!(
             offsets(" Apache Spark is an", &list),
             [0, 0, 7, 13, 16, 19],

@@ -116,12 +116,7 @@ impl<'a> OpenAiReply<'a> {
                 },
             },
             finish_reason: Some(choice.finish.word()),
-            logprobs: Logprobs::of(
-                meta,
-                &choice.text,
-                &choice.tokens,
-                &mut Offsets::default(),
-            ),
+            logprobs: Logprobs::of(meta, &choice.text, &choice.tokens, &mut Offsets::default()),
         };
         OpenAiReply {
             object: match meta.style {

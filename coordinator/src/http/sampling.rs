@@ -178,7 +178,11 @@ fn logit_bias(field: &Field<'_>) -> Result<Vec<(u32, f32)>, FieldError> {
             .map_err(|_| field.refuse(format!("must have token ids for keys, got {key:?}")))?;
         // A null bias is none.
         if let Some(bias) = fields.get(key) {
-            biases.push((id, bias.number()?));
+            let value = bias.number()?;
+            if !Sampling::LOGIT_BIAS.contains(&value) {
+                return Err(bias.wrong("between -100 and 100"));
+            }
+            biases.push((id, value));
         }
     }
     Ok(biases)

@@ -3,8 +3,7 @@
 //! Owns the rule and the measured drain rate. The counters come from permits that give themselves back; the queue
 //! itself is the endpoint actor's.
 
-use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// What an entity holds at this moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -78,45 +77,50 @@ pub fn retry_after_s(held: u64, drained_per_s: f64) -> u64 {
     ((held as f64 / drained_per_s).ceil() as u64).clamp(1, RETRY_AFTER_MAX_S)
 }
 
-/// How fast requests end, over the last ones.
+/// How fast requests end while others wait, over about the last ones. Time without a queue does not count: then requests
+/// end as fast as they come, which says nothing of how fast a full queue drains.
 #[derive(Debug, Default)]
 pub struct DrainRate {
-    ended: VecDeque<Instant>,
+    /// The last look, and whether requests waited then.
+    last: Option<(Instant, bool)>,
+    /// Requests that ended while others waited; older ones count less.
+    ended: f64,
+    /// The time they took.
+    busy_s: f64,
 }
 
 impl DrainRate {
-    /// Ends that are remembered.
-    const REMEMBERED: usize = 256;
-    /// How far back they count.
-    const WINDOW: Duration = Duration::from_secs(30);
+    /// Ends beyond which older ones count less.
+    const REMEMBERED: f64 = 64.0;
 
-    /// Notes that requests ended.
-    pub fn note(&mut self, count: u64, now: Instant) {
-        for _ in 0..count.min(Self::REMEMBERED as u64) {
-            if self.ended.len() == Self::REMEMBERED {
-                self.ended.pop_front();
-            }
-            self.ended.push_back(now);
+    /// Notes that requests ended since the last note; `waiting` says whether others wait now.
+    pub fn note(&mut self, count: u64, waiting: bool, now: Instant) {
+        if let Some((last, true)) = self.last
+            && waiting
+        {
+            self.ended += count as f64;
+            self.busy_s += now.saturating_duration_since(last).as_secs_f64();
+            let kept = (Self::REMEMBERED / self.ended).min(1.0);
+            self.ended *= kept;
+            self.busy_s *= kept;
         }
+        self.last = Some((now, waiting));
     }
 
     /// Requests per second; 0 while nothing is known.
-    pub fn per_second(&self, now: Instant) -> f64 {
-        let since = |at: &Instant| now.saturating_duration_since(*at);
-        let counted = self.ended.iter().filter(|at| since(at) <= Self::WINDOW);
-        let (count, oldest) = counted.fold((0u32, Duration::ZERO), |(n, oldest), at| {
-            (n + 1, oldest.max(since(at)))
-        });
-        if count == 0 {
-            0.0
+    pub fn per_second(&self) -> f64 {
+        if self.ended > 0.0 && self.busy_s > 0.0 {
+            self.ended / self.busy_s
         } else {
-            f64::from(count) / oldest.as_secs_f64().max(1.0)
+            0.0
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -211,19 +215,71 @@ mod tests {
     }
 
     #[test]
-    fn the_drain_rate_counts_recent_ends_only() {
+    fn the_drain_rate_is_that_of_a_queue_and_follows_it() {
         let start = Instant::now();
-        let at = |s| start + Duration::from_secs(s);
+        let at = |ms| start + Duration::from_millis(ms);
         let mut rate = DrainRate::default();
-        assert_eq!(rate.per_second(start), 0.0);
-        for second in 0..10 {
-            rate.note(2, at(second));
+        // Light traffic: one request every five seconds, none waits.
+        for i in 0..6 {
+            rate.note(1, false, at(5_000 * i));
+        }
+        assert_eq!(rate.per_second(), 0.0, "no queue was seen yet");
+        // A flood: eight end each second, looked at often.
+        rate.note(0, true, at(30_000));
+        for i in 1..=40 {
+            rate.note(1, true, at(30_000 + 125 * i));
         }
         assert!(
-            (rate.per_second(at(10)) - 2.0).abs() < 0.01,
+            (rate.per_second() - 8.0).abs() < 0.01,
             "{}",
-            rate.per_second(at(10))
+            rate.per_second()
         );
-        assert_eq!(rate.per_second(at(60)), 0.0);
+        // Quiet again: what is known of a full queue still holds.
+        rate.note(216, false, at(65_000));
+        rate.note(0, false, at(600_000));
+        assert!((rate.per_second() - 8.0).abs() < 0.01);
+        // A flood of longer requests, looked at rarely.
+        for i in 0..60 {
+            rate.note(if i == 0 { 0 } else { 10 }, true, at(700_000 + 5_000 * i));
+        }
+        assert!(
+            (rate.per_second() - 2.0).abs() < 0.01,
+            "{}",
+            rate.per_second()
+        );
+    }
+
+    #[test]
+    fn a_full_queue_says_how_long_it_takes_to_drain() {
+        let (concurrency, waiting_max) = (4, 256);
+        let bounds = Bounds {
+            concurrency,
+            waiting_max,
+            tokens_max: 1 << 20,
+        };
+        let one = Ask {
+            requests: 1,
+            tokens: 1,
+        };
+        let start = Instant::now();
+        let mut rate = DrainRate::default();
+        let load = Load {
+            waiting: waiting_max,
+            running: concurrency,
+            tokens: 1,
+        };
+        rate.note(0, true, start);
+        // Waves of four, 540 ms each; clients ask four times a wave and fill what is free.
+        for look in 1..=200u64 {
+            let ended = if look % 4 == 0 { 4 } else { 0 };
+            rate.note(ended, true, start + Duration::from_millis(135 * look));
+            let told = decide(load, bounds, one, rate.per_second());
+            if look >= 40 {
+                let Verdict::Later(seconds) = told else {
+                    panic!("{told:?}")
+                };
+                assert!((35..=40).contains(&seconds), "{seconds} s at look {look}");
+            }
+        }
     }
 }

@@ -41,7 +41,17 @@ impl EmbeddedStore {
         let path = folder.join("store.redb");
         let failed =
             |reason: String| StoreError::Failed(format!("store {}: {reason}", path.display()));
-        fs::create_dir_all(folder).map_err(|e| failed(e.to_string()))?;
+        let no_folder = |reason: String| {
+            StoreError::Failed(format!(
+                "coordinator.data_dir {}: {reason}",
+                folder.display()
+            ))
+        };
+        if folder.exists() && !folder.is_dir() {
+            return Err(no_folder("is not a folder; set another one".into()));
+        }
+        fs::create_dir_all(folder)
+            .map_err(|e| no_folder(format!("cannot be made ({e}); set another one")))?;
         let database = Database::create(&path).map_err(|e| match e {
             DatabaseError::DatabaseAlreadyOpen => failed("is in use by another coordinator; stop it or set another coordinator.data_dir".into()),
             other => failed(format!("cannot be opened ({other}); restore it from a backup, or move it away to start empty")),
@@ -279,6 +289,19 @@ mod tests {
         }
         assert_eq!(store.changes(0).await, Err(StoreError::Compacted(0)));
         assert_eq!(store.changes(LOG_LENGTH).await.unwrap().len(), 2);
+    }
+
+    #[test]
+    fn a_data_dir_that_is_a_file_or_cannot_be_made_is_named_with_its_key() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        fs::write(&file, "").unwrap();
+        let message = |path: &Path| EmbeddedStore::open(path).err().unwrap().to_string();
+        let expected = format!("coordinator.data_dir {}: is not a folder", file.display());
+        assert!(message(&file).contains(&expected), "{}", message(&file));
+        let below = file.join("below");
+        let expected = format!("coordinator.data_dir {}: cannot be made", below.display());
+        assert!(message(&below).contains(&expected), "{}", message(&below));
     }
 
     #[test]

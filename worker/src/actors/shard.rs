@@ -11,11 +11,12 @@ use actix::{
     Actor, ActorContext, ActorFutureExt, Addr, AsyncContext, Context, Handler, WrapFuture,
 };
 use common::ids::RequestId;
-use common::request::{Failure, FailureKind};
+use common::request::{Failure, FailureKind, Prompt};
 use common::wire::message::{HeldShard, Report, ShardSpec, ShardState};
 use engine::engine::EngineEnd;
 use engine::request::RequestKey;
 use tokio::sync::{Semaphore, mpsc};
+use tokio_util::sync::CancellationToken;
 
 use super::messages::{
     CancelRequest, EngineEnded, LinkLost, OpeningDone, PromptPrepared, Serve, Unload,
@@ -32,8 +33,12 @@ use crate::translate::{Prepared, prepare};
 const MAILBOX: usize = 256;
 /// Prompts that may be on their way into the engine; more are told to come again.
 const PREPARING_MAX: usize = 1024;
-/// Prompts tokenized at a time: a very long one leaves room for others, and the compute threads keep their cores.
+/// Prompts tokenized at a time; the compute threads keep their cores.
 const TOKENIZING_MAX: usize = 2;
+/// Long prompts take turns of their own, so that short ones do not wait for them.
+const TOKENIZING_LONG_MAX: usize = 1;
+/// Bytes of a prompt that is long: it takes some tens of milliseconds.
+const LONG_BYTES: usize = 64 << 10;
 /// How often counters are reported.
 const HEALTH_EVERY: Duration = Duration::from_secs(1);
 /// A shard that is let go finishes its step within this time, or its group is ended inside the step.
@@ -56,7 +61,7 @@ impl ShardActor {
             phase: Phase::Opening,
             preparing: HashMap::new(),
             next_key: 0,
-            tokenizing: Arc::new(Semaphore::new(TOKENIZING_MAX)),
+            turns: Turns::default(),
         };
         ShardActor { shard }.start()
     }
@@ -159,7 +164,7 @@ struct Shard {
     phase: Phase,
     preparing: HashMap<RequestKey, Preparing>,
     next_key: RequestKey,
-    tokenizing: Arc<Semaphore>,
+    turns: Turns,
 }
 
 enum Phase {
@@ -174,6 +179,8 @@ struct Preparing {
     request: RequestId,
     attempt: u32,
     wanted: Wanted,
+    /// Cancelled when nobody wants it any more.
+    dropped: CancellationToken,
 }
 
 /// Who still wants a prompt that is being prepared.
@@ -280,18 +287,21 @@ impl Shard {
         }
         let key = self.next_key;
         self.next_key += 1;
+        let dropped = CancellationToken::new();
         self.preparing.insert(
             key,
             Preparing {
                 request,
                 attempt,
                 wanted: Wanted::Yes,
+                dropped: dropped.clone(),
             },
         );
-        let (text, limits, turns) = (text.clone(), *limits, self.tokenizing.clone());
+        let (text, limits) = (text.clone(), *limits);
         Some(PromptJob {
             key,
-            turns,
+            turns: self.turns.of(&start.generate.prompt).clone(),
+            dropped,
             work: Box::new(move || prepare(*start, &text, limits, key, arrival)),
         })
     }
@@ -302,6 +312,7 @@ impl Shard {
             request,
             attempt,
             wanted,
+            ..
         } = self.preparing.remove(&key)?;
         let failure = match (wanted, prepared) {
             (Wanted::ByNobody, _) => return None,
@@ -313,9 +324,7 @@ impl Shard {
                 Failure::new(FailureKind::Unavailable, "the replica is being stopped")
             }
             (Wanted::Yes, Err(failure)) => failure,
-            (Wanted::Cancelled, _) => {
-                Failure::new(FailureKind::Unavailable, "cancelled before it began")
-            }
+            (Wanted::Cancelled, _) => cancelled(),
         };
         self.outbox.send(Report::Rejected {
             request,
@@ -329,7 +338,10 @@ impl Shard {
         self.preparing
             .values_mut()
             .filter(|preparing| which(preparing))
-            .for_each(|preparing| preparing.wanted = wanted);
+            .for_each(|preparing| {
+                preparing.wanted = wanted;
+                preparing.dropped.cancel();
+            });
     }
 
     /// The answering thread's queue, while requests may run.
@@ -437,27 +449,129 @@ impl Drop for Shard {
     }
 }
 
+/// Who may be tokenized now.
+struct Turns {
+    short: Arc<Semaphore>,
+    long: Arc<Semaphore>,
+}
+
+impl Default for Turns {
+    fn default() -> Turns {
+        Turns {
+            short: Arc::new(Semaphore::new(TOKENIZING_MAX)),
+            long: Arc::new(Semaphore::new(TOKENIZING_LONG_MAX)),
+        }
+    }
+}
+
+impl Turns {
+    fn of(&self, prompt: &Prompt) -> &Arc<Semaphore> {
+        let bytes = match prompt {
+            Prompt::Text(text) => text.len(),
+            Prompt::Tokens(_) => 0,
+            Prompt::Chat(messages) => messages.iter().map(|message| message.content.len()).sum(),
+        };
+        if bytes > LONG_BYTES {
+            &self.long
+        } else {
+            &self.short
+        }
+    }
+}
+
 /// A prompt for the blocking pool.
 struct PromptJob {
     key: RequestKey,
     turns: Arc<Semaphore>,
+    dropped: CancellationToken,
     work: Box<dyn FnOnce() -> Result<Prepared, Failure> + Send>,
 }
 
 impl PromptJob {
     async fn run(self) -> PromptPrepared {
-        // The semaphore is never closed; without a turn the prompt runs all the same.
-        let _turn = self.turns.acquire_owned().await;
-        let prepared = tokio::task::spawn_blocking(self.work).await;
-        let prepared =
-            prepared.unwrap_or_else(|_| Err(internal("a defect in the worker ended this request")));
-        PromptPrepared {
-            key: self.key,
-            prepared,
-        }
+        let PromptJob {
+            key,
+            turns,
+            dropped,
+            work,
+        } = self;
+        let prepared = tokio::select! {
+            biased;
+            () = dropped.cancelled() => Err(cancelled()),
+            // The semaphore is never closed; without a turn the prompt runs all the same.
+            _turn = turns.acquire() => tokio::task::spawn_blocking(work)
+                .await
+                .unwrap_or_else(|_| Err(internal("a defect in the worker ended this request"))),
+        };
+        PromptPrepared { key, prepared }
     }
+}
+
+fn cancelled() -> Failure {
+    Failure::new(FailureKind::Unavailable, "cancelled before it began")
 }
 
 fn internal(message: &str) -> Failure {
     Failure::new(FailureKind::Internal, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    /// A job that tells whether it has run.
+    fn job(turns: &Turns, prompt: &Prompt) -> (PromptJob, Arc<AtomicBool>) {
+        let ran = Arc::new(AtomicBool::new(false));
+        let job = PromptJob {
+            key: 1,
+            turns: turns.of(prompt).clone(),
+            dropped: CancellationToken::new(),
+            work: Box::new({
+                let ran = ran.clone();
+                move || {
+                    ran.store(true, Ordering::SeqCst);
+                    Err(internal("nothing to prepare"))
+                }
+            }),
+        };
+        (job, ran)
+    }
+
+    #[actix::test]
+    async fn short_prompts_and_ids_pass_long_prompts_that_wait() {
+        let turns = Turns::default();
+        let long = Prompt::Text("a".repeat(LONG_BYTES + 1));
+        let _taken = turns.of(&long).acquire().await.unwrap();
+        for short in [
+            Prompt::Text("a".repeat(LONG_BYTES)),
+            Prompt::Tokens(vec![1; LONG_BYTES + 1]),
+        ] {
+            let (job, ran) = job(&turns, &short);
+            job.run().await;
+            assert!(ran.load(Ordering::SeqCst));
+        }
+        let (waiting, ran) = job(&turns, &long);
+        let mut waiting = Box::pin(waiting.run());
+        assert!(futures::poll!(&mut waiting).is_pending());
+        assert!(!ran.load(Ordering::SeqCst));
+    }
+
+    #[actix::test]
+    async fn a_prompt_that_nobody_wants_any_more_gives_up_its_place_and_is_not_tokenized() {
+        let turns = Turns::default();
+        let long = Prompt::Text("a".repeat(LONG_BYTES + 1));
+        let taken = turns.of(&long).clone().acquire_owned().await.unwrap();
+        let (job, ran) = job(&turns, &long);
+        let dropped = job.dropped.clone();
+        let mut waiting = Box::pin(job.run());
+        assert!(futures::poll!(&mut waiting).is_pending());
+        drop(taken);
+        dropped.cancel();
+        let failure = waiting.await.prepared.err().unwrap();
+        assert!(failure.message.contains("cancelled"), "{failure:?}");
+        assert!(!ran.load(Ordering::SeqCst));
+        assert_eq!(turns.of(&long).available_permits(), 1);
+    }
 }

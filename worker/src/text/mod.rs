@@ -112,12 +112,7 @@ impl TextModel {
         }
     }
 
-    fn encode(
-        &self,
-        text: &str,
-        special: bool,
-        context_max: u32,
-    ) -> Result<Vec<u32>, PromptError> {
+    fn encode(&self, text: &str, special: bool, context_max: u32) -> Result<Vec<u32>, PromptError> {
         let bytes = text.len();
         let most = (context_max as usize)
             .saturating_mul(self.tokenizer.token_bytes_max())

@@ -1,7 +1,6 @@
 //! Endpoints as the store has them, and what their doors are told.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use actix::{Actor, Addr, AsyncContext, Context};
 use common::ids::{Generation, ReplicaId};
@@ -10,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::replicas::retire;
 use super::{CoordinatorActor, Endpoint};
 use crate::actors::endpoint::{Door, EndpointActor};
-use crate::actors::messages::{Configure, Gate, Serving, Target};
+use crate::actors::messages::{Configure, Gate, Retire, Serving, Target};
 use crate::actors::meters::Meters;
 use crate::actors::record::{ENDPOINTS, EndpointRecord, decode};
 use crate::actors::slot::{Slot, Stage};
@@ -87,7 +86,7 @@ impl CoordinatorActor {
         endpoint.over.cancel();
         // Deleted: what runs on its replicas ends now.
         for slot in self.slots.values_mut().filter(|slot| slot.endpoint == name) {
-            retire(slot, Duration::ZERO);
+            retire(slot, Retire::Deleted(name.to_owned()));
         }
     }
 

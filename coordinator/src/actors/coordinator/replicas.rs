@@ -1,7 +1,7 @@
 //! Replicas from wish to end: headers read, devices found, stored, started, watched, let go.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use actix::fut::ActorFutureExt;
 use actix::{Actor, AsyncContext, Context, WrapFuture};
@@ -352,10 +352,10 @@ impl CoordinatorActor {
 }
 
 /// Tells a replica that is not wanted any more to go, once.
-pub(super) fn retire(slot: &mut Slot, drain: Duration) {
+pub(super) fn retire(slot: &mut Slot, how: Retire) {
     if let Stage::Running(running) = &mut slot.stage {
-        if !running.retiring || drain.is_zero() {
-            running.addr.do_send(Retire { drain });
+        if !running.retiring || matches!(how, Retire::Deleted(_)) {
+            running.addr.do_send(how);
         }
         running.retiring = true;
     }

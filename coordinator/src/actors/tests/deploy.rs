@@ -281,7 +281,7 @@ async fn deleting_an_endpoint_ends_its_requests_and_frees_its_shards() {
         matches!(
             end,
             End::Error(Failure {
-                kind: FailureKind::Unavailable,
+                kind: FailureKind::NotFound,
                 ..
             })
         ),

@@ -252,3 +252,30 @@ async fn a_replica_runs_as_many_requests_as_its_memory_has_room_for() {
     worker.is_left_alone(Duration::from_millis(100)).await;
     six.abort();
 }
+
+#[actix::test]
+async fn deleting_an_endpoint_ends_its_requests_for_good() {
+    let (_folder, core, mut worker) = ready().await;
+    let (streamed, start) = tokio::join!(core.ask("e", "p"), worker.accept());
+    worker.token(&start, "x").await;
+    let mut streamed = streamed.unwrap();
+    let first = soon("a token", streamed.generations[0].events.recv()).await;
+    assert!(matches!(first, Some(GenerationEvent::Delta(_))));
+    let gateway = core.gateway.clone();
+    let silent = actix_rt::spawn(async move { gateway.generate(call("e", &["p"])).await });
+    worker.start().await;
+    core.gateway.delete("e".into()).await.unwrap();
+    let silent = soon("an answer", silent).await.unwrap().unwrap_err();
+    assert_eq!(silent.kind, ErrorKind::NotFound, "{silent}");
+    assert_eq!(silent.message, "Endpoint with name 'e' does not exist.");
+    let (text, end) = soon("its end", whole(streamed)).await;
+    let End::Error(failure) = end else {
+        panic!("{end:?}");
+    };
+    assert_eq!((text.as_str(), failure.kind), ("", FailureKind::NotFound));
+    assert!(!failure.kind.retryable());
+    assert_eq!(
+        failure.message,
+        "endpoint 'e' was deleted while it answered"
+    );
+}

@@ -141,6 +141,18 @@ fn every_mistake_is_told_with_its_place() {
         ),
         (json!({"text": "a"}), "got [\"text\"]"),
         (
+            json!({"inputs": null, "text": "a"}),
+            "inputs is null, which is the same as missing",
+        ),
+        (
+            json!({"dataframe_split": {"columns": ["prompt", "x", "prompt"], "data": [["a", 1, "b"]]}}),
+            "dataframe_split.columns has more than one column named \"prompt\"",
+        ),
+        (
+            json!({"dataframe_split": {"columns": ["prompt", "top_k", "top_k"], "data": [["a", 1, 2]]}}),
+            "dataframe_split.columns has more than one column named \"top_k\"",
+        ),
+        (
             json!({"inputs": "a", "instances": ["a"]}),
             "the body has instances, inputs, give one",
         ),

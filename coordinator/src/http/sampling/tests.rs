@@ -129,7 +129,11 @@ fn every_value_out_of_range_is_told_with_its_field() {
         (json!({"min_p": 2}), "min_p must be between 0 and 1, got 2"),
         (
             json!({"repetition_penalty": 0}),
-            "repetition_penalty must be above 0",
+            "repetition_penalty must be between 0.001 and 100, got 0",
+        ),
+        (
+            json!({"repetition_penalty": 1e-30}),
+            "repetition_penalty must be between 0.001 and 100, got 1e-30",
         ),
         (
             json!({"presence_penalty": 3}),
@@ -148,8 +152,8 @@ fn every_value_out_of_range_is_told_with_its_field() {
             "logit_bias must have token ids for keys, got \"-1\"",
         ),
         (
-            json!({"logit_bias": {"1": 101}}),
-            "logit_bias must be between -100 and 100",
+            json!({"logit_bias": {"5": 101, "6": 1}}),
+            "logit_bias.5 must be between -100 and 100, got 101",
         ),
         (
             json!({"logit_bias": {"1": "a"}}),
