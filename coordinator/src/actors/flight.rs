@@ -438,6 +438,9 @@ impl Flights {
         };
         match failure.kind {
             // A worker that has sent output has accepted; whatever it says now ends the answer.
+            kind if !flight.first && kind.retryable() => {
+                flight.end_all(&End::Error(broken_off(kind, &failure.message)));
+            }
             _ if !flight.first => flight.end_all(&End::Error(failure)),
             FailureKind::Unavailable => flight.turned_away(&failure.message),
             FailureKind::BadRequest | FailureKind::TooLarge | FailureKind::NotFound => {
