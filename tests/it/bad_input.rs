@@ -149,7 +149,7 @@ async fn values_out_of_range_are_refused_with_what_is_allowed() {
         (json!({"candidate_count": 1000}), "candidate_count"),
         (
             json!({"repetition_penalty": 0}),
-            "repetition_penalty must be above 0",
+            "repetition_penalty must be between 0.001 and 100",
         ),
     ];
     for (params, says) in cases {

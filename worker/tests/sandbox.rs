@@ -65,17 +65,11 @@ fn a_template_that_takes_all_memory_fails_its_request_and_the_next_one_is_served
 
 #[test]
 fn a_template_that_never_ends_is_ended_and_the_next_one_is_served() {
-    let bad = "{% set ns = namespace(s=['x']) %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s|length }}{% for x in ns.s %}{% endfor %}{{ ns.s }}";
+    let bad = "{% set ns = namespace(s=['x']) %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s }}";
     let sandbox = sandbox_that_may(bad);
     let started = Instant::now();
     let error = sandbox.render(&said("bad")).unwrap_err();
-    assert!(
-        matches!(
-            error,
-            ChatError::Slow(_) | ChatError::Memory(_) | ChatError::Endless
-        ),
-        "{error}"
-    );
+    assert!(matches!(error, ChatError::Slow(_)), "{error}");
     assert!(started.elapsed() < Duration::from_secs(20));
     assert_eq!(sandbox.render(&said("good")).unwrap(), "<s>hello");
 }

@@ -51,8 +51,8 @@ pub enum PromptError {
     Tokenizer(anyhow::Error),
     /// No tokens of this tokenizer could hold so much text in the context.
     #[error(
-        "the prompt has {bytes} bytes; this model's context is {context_max} tokens, which hold at most {most} bytes; \
-         shorten the prompt"
+        "the prompt has {bytes} bytes; for this model's context of {context_max} tokens, at most {most} bytes are \
+         taken; shorten the prompt"
     )]
     TooLong {
         /// The prompt's length.
