@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
 use cluster_tests::binaries;
+use cluster_tests::certificates::Authority;
 use cluster_tests::cluster::{Cluster, coordinator_command, run};
 use cluster_tests::golden;
 use cluster_tests::settings::{Model, Settings};
@@ -264,6 +265,9 @@ async fn every_line_that_the_committed_cluster_toml_only_suggests_is_a_known_key
         assert!(text.lines().any(there), "cluster.toml does not show {key}");
     }
     let folder = folder_with(&text);
+    let certificates = folder.path().join("certs");
+    fs::create_dir(&certificates).unwrap();
+    Authority::new().write(&certificates);
     let (code, out, err) = output(folder.path(), check_command(folder.path())).await;
     assert_eq!(code, Some(0), "{out}{err}");
     for part in ["a100-node/gpu1", "tiny-llama / stable (CPU, Small): on"] {
