@@ -160,11 +160,7 @@ impl Door {
             .iter()
             .any(|replica| replica.credits.is_up())
         {
-            let message = format!(
-                "Served entity '{}' of endpoint '{}' is being brought back.",
-                entity.serving.name, self.name
-            );
-            return Err(ApiError::new(ErrorKind::Unavailable, message).retry_after(2));
+            return Err(entity.down(&self.name));
         }
         let context = entity.serving.context_max;
         for generate in &call.prompts {
@@ -245,7 +241,7 @@ impl Door {
             for ticket in entity.shared.take_returned().into_iter().rev() {
                 entity.queue.push_front(ticket);
             }
-            entity.clean(now);
+            entity.clean(&self.name, now);
             while entity.shared.running() < entity.concurrency() && entity.dispatch_one(now) {}
         }
         let (waiting, running) = self
@@ -324,7 +320,19 @@ impl Entity {
         }
     }
 
-    fn clean(&mut self, now: Instant) {
+    /// No copy takes requests: come again, and why.
+    fn down(&self, endpoint: &str) -> ApiError {
+        let name = &self.serving.name;
+        let mut message =
+            format!("Served entity '{name}' of endpoint '{endpoint}' is being brought back");
+        if let Some(waits) = &self.serving.waits {
+            message.push_str(": ");
+            message.push_str(waits);
+        }
+        ApiError::new(ErrorKind::Unavailable, message).retry_after(2)
+    }
+
+    fn clean(&mut self, endpoint: &str, now: Instant) {
         let up = self
             .serving
             .replicas
@@ -347,8 +355,7 @@ impl Entity {
                     "the request's time was up before it could run",
                 ));
             } else if gone {
-                let message = format!("Served entity '{}' has no replica.", self.serving.name);
-                ticket.refuse(ApiError::new(ErrorKind::Unavailable, message).retry_after(2));
+                ticket.refuse(self.down(endpoint));
             } else {
                 self.queue.push_back(ticket);
             }

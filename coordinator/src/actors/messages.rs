@@ -226,6 +226,8 @@ pub struct Serving {
     pub context_max: u32,
     /// Its copies.
     pub replicas: Vec<Target>,
+    /// What the first copy that is not ready waits for.
+    pub waits: Option<String>,
 }
 
 /// A replica as its endpoint sees it.

@@ -21,6 +21,7 @@ pub(super) struct Told {
     gate: Gate,
     version: u64,
     replicas: Vec<(ReplicaId, Generation)>,
+    waits: Vec<Option<String>>,
 }
 
 impl CoordinatorActor {
@@ -134,12 +135,18 @@ impl CoordinatorActor {
                     .map(|route| route.percentage)
                     .sum();
                 let (name, size) = (entity.spec.name.clone(), entity.spec.workload_size);
+                let slots = entity.replicas.iter().map(|id| self.slots.get(id));
+                let waits = slots
+                    .flatten()
+                    .find(|slot| !slot.is_ready())
+                    .map(Slot::words);
                 entities.push(Serving {
                     name,
                     percentage,
                     size,
                     context_max,
                     replicas: targets,
+                    waits,
                 });
             }
             let version = life.active.as_ref().map_or(0, |active| active.version);
@@ -147,6 +154,7 @@ impl CoordinatorActor {
                 gate: gate.clone(),
                 version,
                 replicas,
+                waits: entities.iter().map(|entity| entity.waits.clone()).collect(),
             };
             if endpoint.told.as_ref() != Some(&told) {
                 endpoint.told = Some(told);

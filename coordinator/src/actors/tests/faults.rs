@@ -29,9 +29,13 @@ async fn a_worker_that_dies_and_comes_back_is_used_again() {
         view.active.unwrap().entities[0].state,
         DeploymentState::Recovering
     );
-    assert_eq!(
-        core.ask("e", "p").await.unwrap_err().kind,
-        ErrorKind::Unavailable
+    let refused = core.ask("e", "p").await.unwrap_err();
+    assert_eq!(refused.kind, ErrorKind::Unavailable);
+    assert!(
+        refused.message.starts_with(
+            "Served entity 'tiny-1' of endpoint 'e' is being brought back: waiting for worker n/0"
+        ),
+        "{refused}"
     );
     let mut worker = FakeWorker::join(&core, "0").await;
     let after = worker.serve().await;
