@@ -124,7 +124,14 @@ async fn a_request_whose_worker_dies_in_the_middle_ends_with_a_typed_error() {
     let error = streamed
         .error
         .unwrap_or_else(|| panic!("no error in the stream: {:?}", streamed.finish_reasons));
-    assert!(error["error"]["message"].is_string(), "{error}");
+    let error = &error["error"];
+    let message = error["message"].as_str().unwrap_or_default();
+    assert!(message.ends_with("send the request again"), "{error}");
+    assert_eq!(
+        (&error["code"], &error["retryable"]),
+        (&json!("TEMPORARILY_UNAVAILABLE"), &json!(true)),
+        "{error}"
+    );
 }
 
 #[tokio::test]

@@ -39,6 +39,18 @@ const JSON: [(&str, &str); 4] = [
     ),
 ];
 
+/// Where sockets are named, and why.
+const SOCKETS: [(&str, &str); 8] = [
+    ("common/src/wire/link", "prepares a link's socket"),
+    ("coordinator/src/lib", "opens the two ports"),
+    ("coordinator/src/http/mod", "serves HTTP"),
+    ("coordinator/src/workers", "accepts links"),
+    ("worker/src/session", "dials the coordinator"),
+    ("worker/src/device", "opens the port for other ranks"),
+    ("worker/src/group", "knows other ranks' addresses"),
+    ("worker/engine/src/collective/", "ranks among themselves"),
+];
+
 /// Where `unsafe` may stand, each with the reason why it must.
 const UNSAFE: [(&str, &str); 5] = [
     (
@@ -227,7 +239,10 @@ fn decisions_are_pure() {
         "worker/engine/src/scheduler/",
         "worker/engine/src/kv/blocks",
         "worker/engine/src/kv/prefix",
+        "worker/engine/src/kv/table",
         "worker/engine/src/sampler",
+        "coordinator/src/http/inputs",
+        "worker/src/text/stop",
     ];
     let applies = |source: &Source| pure.iter().any(|place| source.path.starts_with(place));
     let impure = [
@@ -284,6 +299,20 @@ fn actors_wait_in_bounded_mailboxes() {
         "every queue has a bound",
         uses(applies, &["unbounded_channel", "unbounded"]),
     );
+}
+
+#[test]
+fn only_links_http_and_collectives_cross_between_processes() {
+    let elsewhere =
+        |source: &Source| !source.path.starts_with("tests/") && !within(&SOCKETS, source);
+    let words = [
+        "TcpStream",
+        "TcpListener",
+        "UdpSocket",
+        "UnixStream",
+        "UnixListener",
+    ];
+    none("sockets stand at the edges", uses(elsewhere, &words));
 }
 
 #[test]
