@@ -31,6 +31,9 @@ use crate::policy::progress::{LOAD_SILENCE_MAX, Progress};
 const MAILBOX: usize = 256;
 /// How often time-outs are looked at.
 const TICK: Duration = Duration::from_millis(200);
+/// A replica that is not wanted any more serves for so long: its endpoint may still give it requests that it took in
+/// before it heard of the new configuration.
+const HANDOVER: Duration = Duration::from_secs(1);
 /// A busy link is left alone for so long.
 const BUSY_PAUSE: Duration = Duration::from_millis(50);
 /// A worker whose link broke redials at once; one that does not is lost.
@@ -49,8 +52,8 @@ pub struct Replica {
     progress: Progress,
     /// Until when missing members may come back.
     grace_until: Instant,
-    /// Let go at this moment, or when nothing runs.
-    retire_at: Option<Instant>,
+    /// When it is to be let go.
+    retirement: Option<Retirement>,
     /// Why it is over.
     over: Option<(bool, String)>,
 }
@@ -68,6 +71,20 @@ pub struct Member {
     pub link: Arc<Link>,
     /// Where it accepts other ranks.
     pub group_address: String,
+}
+
+/// How a replica goes that is not wanted any more.
+struct Retirement {
+    /// Takes requests until then.
+    serves_until: Instant,
+    /// Goes then at the latest.
+    at: Instant,
+}
+
+impl Retirement {
+    fn is_due(&self, running: u32, now: Instant) -> bool {
+        now >= self.at || (now >= self.serves_until && running == 0)
+    }
 }
 
 impl Replica {
@@ -142,7 +159,7 @@ impl Replica {
             meters: ReplicaMeters::new(meters),
             progress: Progress::new(now),
             grace_until: now + grace,
-            retire_at: None,
+            retirement: None,
             over: None,
         }
     }
@@ -262,8 +279,9 @@ impl Replica {
             self.end_hanging_load();
         }
         if self
-            .retire_at
-            .is_some_and(|at| now >= at || self.credits.running() == 0)
+            .retirement
+            .as_ref()
+            .is_some_and(|retirement| retirement.is_due(self.credits.running(), now))
         {
             self.end(false, "the replica is not wanted any more".to_owned());
         }
@@ -410,9 +428,11 @@ impl ReplicaActor {
 
     /// After each message: tells the parent what is new, and ends when the replica is over.
     fn settle(&mut self, ctx: &mut Context<Self>) {
-        let status = self.replica.status();
-        let serving = matches!(status, Status::Ready { .. }) && self.replica.retire_at.is_none();
-        self.replica.credits.set_up(serving, Instant::now());
+        let (status, now) = (self.replica.status(), Instant::now());
+        let retirement = self.replica.retirement.as_ref();
+        let wanted = retirement.is_none_or(|retirement| now < retirement.serves_until);
+        let serving = matches!(status, Status::Ready { .. }) && wanted;
+        self.replica.credits.set_up(serving, now);
         if self.told.as_ref() == Some(&status) {
             return;
         }
@@ -489,14 +509,19 @@ impl Handler<Retire> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, message: Retire, ctx: &mut Self::Context) {
         let now = Instant::now();
-        let drain = match message {
-            Retire::After(drain) => drain,
+        self.replica.retirement = Some(match message {
+            Retire::After(drain) => Retirement {
+                serves_until: now + HANDOVER,
+                at: now + drain,
+            },
             Retire::Deleted(endpoint) => {
                 self.replica.endpoint_deleted(&endpoint);
-                Duration::ZERO
+                Retirement {
+                    serves_until: now,
+                    at: now,
+                }
             }
-        };
-        self.replica.retire_at = Some(now + drain);
+        });
         self.replica.tick(now);
         self.settle(ctx);
     }

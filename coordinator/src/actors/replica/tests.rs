@@ -93,3 +93,16 @@ fn a_replica_that_is_loaded_has_no_such_deadline() {
     replica.tick(start + Duration::from_secs(1_000_000));
     assert!(matches!(replica.status(), Status::Ready { .. }));
 }
+
+#[test]
+fn a_replaced_replica_serves_until_its_endpoint_has_heard_and_then_goes_when_idle() {
+    let now = Instant::now();
+    let retirement = Retirement {
+        serves_until: now + HANDOVER,
+        at: now + 60 * HANDOVER,
+    };
+    assert!(!retirement.is_due(0, now));
+    assert!(retirement.is_due(0, now + HANDOVER));
+    assert!(!retirement.is_due(1, now + HANDOVER));
+    assert!(retirement.is_due(1, now + 60 * HANDOVER));
+}
