@@ -15,7 +15,7 @@ pub enum Prompt {
     /// Token ids, taken as they are.
     Tokens(Vec<u32>),
     /// A conversation, rendered by the model's chat template.
-    Chat(Vec<ChatMessage>),
+    Chat(Chat),
 }
 
 impl Prompt {
@@ -26,26 +26,105 @@ impl Prompt {
         match self {
             Prompt::Text(text) => text.len() as u64 + SPECIAL_TOKENS,
             Prompt::Tokens(ids) => ids.len() as u64,
-            Prompt::Chat(messages) => {
-                // A template adds role names and turn marks around each message.
+            Prompt::Chat(chat) => {
+                // A template adds role names and turn marks around each message, and words around tools.
                 const TEMPLATE_BYTES: u64 = 256;
-                messages
-                    .iter()
-                    .map(|m| (m.role.len() + m.content.len()) as u64 + TEMPLATE_BYTES)
-                    .sum::<u64>()
-                    + SPECIAL_TOKENS
+                let parts = chat.messages.len() + usize::from(chat.tools.is_some());
+                (chat.bytes() as u64) + parts as u64 * TEMPLATE_BYTES + SPECIAL_TOKENS
             }
         }
     }
 }
 
+/// A conversation and the tools that its next turn may call.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Chat {
+    /// The turns so far.
+    pub messages: Vec<ChatMessage>,
+    /// The tools as a JSON array in OpenAI's form, checked at the door; `None` for none.
+    pub tools: Option<String>,
+    /// Whether the next turn may or must call one.
+    pub tool_choice: ToolChoice,
+}
+
+impl Chat {
+    /// Bytes of everything that a template may write out.
+    pub fn bytes(&self) -> usize {
+        let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
+        let message = |m: &ChatMessage| {
+            m.role.len()
+                + m.content.len()
+                + text(&m.tool_calls)
+                + text(&m.tool_call_id)
+                + text(&m.name)
+        };
+        self.messages.iter().map(message).sum::<usize>() + text(&self.tools)
+    }
+}
+
+impl From<Vec<ChatMessage>> for Chat {
+    fn from(messages: Vec<ChatMessage>) -> Self {
+        Chat {
+            messages,
+            ..Chat::default()
+        }
+    }
+}
+
+/// Whether a turn calls tools.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum ToolChoice {
+    /// The model decides.
+    #[default]
+    Auto,
+    /// It calls none.
+    None,
+    /// It calls at least one.
+    Required,
+    /// It calls this one.
+    Function(String),
+}
+
 /// One turn of a conversation.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct ChatMessage {
-    /// `system`, `user`, `assistant`, ... as the template knows them.
+    /// `system`, `user`, `assistant`, `tool`, ... as the template knows them.
     pub role: String,
-    /// The text.
+    /// The text; empty for a turn that only calls tools.
     pub content: String,
+    /// An assistant's calls of tools: a JSON array in OpenAI's form.
+    #[serde(default)]
+    pub tool_calls: Option<String>,
+    /// Which call a tool's turn answers.
+    #[serde(default)]
+    pub tool_call_id: Option<String>,
+    /// Who speaks, or which tool.
+    #[serde(default)]
+    pub name: Option<String>,
+}
+
+impl ChatMessage {
+    /// A plain turn.
+    pub fn said(role: impl Into<String>, content: impl Into<String>) -> Self {
+        ChatMessage {
+            role: role.into(),
+            content: content.into(),
+            ..ChatMessage::default()
+        }
+    }
+}
+
+/// What the whole answer must be: tokens that would break it are never chosen.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Constraint {
+    /// Any JSON object.
+    JsonObject,
+    /// JSON that this schema (JSON text) allows.
+    JsonSchema(String),
+    /// Text that this regular expression matches whole.
+    Regex(String),
+    /// Text of this grammar, in Lark's notation.
+    Grammar(String),
 }
 
 /// How tokens are chosen. The meaning of each field is that of the OpenAI API and of transformers.
@@ -218,6 +297,12 @@ pub struct Generate {
     pub prompt_logprobs: Option<u32>,
     /// Repeat the prompt's text in front of the answer.
     pub echo: bool,
+    /// What the answer must be.
+    pub constraint: Option<Constraint>,
+    /// Drop the prompt's beginning where it does not fit the context, instead of refusing it.
+    pub truncate_prompt: bool,
+    /// Give the prompt's embedding instead of a continuation: the mean of its last hidden states.
+    pub embedding: bool,
 }
 
 impl Generate {
@@ -236,6 +321,9 @@ impl Generate {
             logprobs: None,
             prompt_logprobs: None,
             echo: false,
+            constraint: None,
+            truncate_prompt: false,
+            embedding: false,
         }
     }
 }
@@ -286,6 +374,21 @@ pub struct Delta {
     pub text: String,
     /// One per token whose text is within what was released so far, when asked for.
     pub logprobs: Vec<TokenLogprob>,
+    /// Parts of calls of tools. Text that became a call is not in `text`.
+    pub tool_calls: Vec<ToolCallDelta>,
+}
+
+/// A part of a call of a tool. The first part of a call has its id and name, the later ones more of its arguments.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct ToolCallDelta {
+    /// Which call of the answer, from 0.
+    pub index: u32,
+    /// The call's id.
+    pub id: Option<String>,
+    /// The function's name.
+    pub name: Option<String>,
+    /// More of the arguments' JSON text.
+    pub arguments: String,
 }
 
 /// Why a candidate ended. Every candidate ends exactly once.

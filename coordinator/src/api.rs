@@ -312,6 +312,8 @@ pub enum GenerationEvent {
         /// One per token.
         tokens: Vec<TokenLogprob>,
     },
+    /// The prompt's embedding, when that was asked for.
+    Embedding(Vec<f32>),
     /// New output.
     Delta(Delta),
     /// A candidate is over.

@@ -273,7 +273,7 @@ async fn read(
                 link.flights.rejected(request, attempt, failure);
                 continue;
             }
-            Report::Pong { .. } => continue,
+            Report::Pong { .. } | Report::Log { .. } => continue,
             Report::Hello(_) => return "the worker said Hello twice".into(),
             Report::Shard {
                 replica,

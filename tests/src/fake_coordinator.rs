@@ -180,7 +180,7 @@ impl Link {
                         ..
                     } => text.push_str(&more),
                     Output::End { end, .. } => ended = Some(end),
-                    Output::Prompt { .. } => {}
+                    Output::Prompt { .. } | Output::Embedding { .. } => {}
                 }
             }
             ended.map(|end| (std::mem::take(&mut text), end))

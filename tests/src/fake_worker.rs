@@ -229,7 +229,7 @@ impl FakeWorker {
             candidate: 0,
             ids: vec![7],
             text: text.to_owned(),
-            logprobs: Vec::new(),
+            ..Delta::default()
         };
         let output = Output::Delta {
             request: start.request,

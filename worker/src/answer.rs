@@ -300,6 +300,7 @@ impl Answer {
             ids: vec![id],
             text,
             logprobs: candidate.shown_logprobs(),
+            ..Delta::default()
         };
         outputs.push(Output::Delta { request, delta });
         if candidate.stopped {
@@ -338,6 +339,7 @@ impl Answer {
                     ids: Vec::new(),
                     text,
                     logprobs,
+                    ..Delta::default()
                 };
                 outputs.push(Output::Delta { request, delta });
             }
@@ -461,6 +463,7 @@ pub fn output_bytes(output: &Output) -> usize {
         ids,
         text,
         logprobs,
+        tool_calls,
         ..
     } = match output {
         Output::Prompt { text, tokens, .. } => {
@@ -471,9 +474,14 @@ pub fn output_bytes(output: &Output) -> usize {
             ..
         } => return 3 * TOKEN_BYTES + failure.message.len(),
         Output::End { .. } => return 3 * TOKEN_BYTES,
+        Output::Embedding { values, .. } => return 2 * TOKEN_BYTES + 4 * values.len(),
         Output::Delta { delta, .. } => delta,
     };
-    2 * TOKEN_BYTES + 5 * ids.len() + text.len() + logprobs_bytes(logprobs)
+    let calls = tool_calls.iter().map(|call| {
+        let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
+        TOKEN_BYTES + text(&call.id) + text(&call.name) + call.arguments.len()
+    });
+    2 * TOKEN_BYTES + 5 * ids.len() + text.len() + logprobs_bytes(logprobs) + calls.sum::<usize>()
 }
 
 /// What a client is told of a sequence's failure.

@@ -134,7 +134,9 @@ pub fn open(opening: Opening) -> Result<Opened, Failure> {
         on_end,
     } = opening;
     progress("reading the model's files", 0, 0);
-    let ModelSource::Folder(folder) = &spec.source;
+    let ModelSource::Folder(folder) = &spec.source else {
+        return Err(bad("models of a registry cannot be fetched yet".to_owned()));
+    };
     let folder = ModelFolder::find(Path::new(folder)).map_err(|e| bad(e.to_string()))?;
     let text = (spec.rank == 0).then(|| open_text(&folder)).transpose()?;
     let checkpoint = Checkpoint::open(&folder.weights).map_err(|e| bad(e.to_string()))?;

@@ -302,11 +302,8 @@ mod tests {
         let mut generate = Generate::new(Prompt::Text("hi".into()));
         generate.sampling.logit_bias = vec![(9999, 1.0)];
         assert!(refused(generate).contains("logit_bias has the token id 9999"));
-        let wizard = ChatMessage {
-            role: "wizard".into(),
-            content: "hi".into(),
-        };
-        assert!(refused(Generate::new(Prompt::Chat(vec![wizard]))).contains("Only the roles"));
+        let wizard = vec![ChatMessage::said("wizard", "hi")];
+        assert!(refused(Generate::new(Prompt::Chat(wizard.into()))).contains("Only the roles"));
         let none = Generate {
             candidates: 0,
             ..Generate::new(Prompt::Text("hi".into()))

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::request::ChatMessage;
+use common::request::{Chat, ChatMessage};
 use worker::text::Render;
 use worker::text::chat::{ChatError, TemplateSource};
 use worker::text::sandbox::Sandbox;
@@ -17,11 +17,8 @@ fn sandbox(template: &str) -> Sandbox {
     Sandbox::new(Path::new(env!("CARGO_BIN_EXE_worker")), template)
 }
 
-fn said(content: &str) -> Vec<ChatMessage> {
-    vec![ChatMessage {
-        role: "user".into(),
-        content: content.into(),
-    }]
+fn said(content: &str) -> Chat {
+    vec![ChatMessage::said("user", content)].into()
 }
 
 /// Does `bad` when told to, and greets otherwise.

@@ -118,6 +118,32 @@ pub struct GroupMember {
 pub enum ModelSource {
     /// A folder every worker can read: a Hugging Face folder or an MLflow model.
     Folder(String),
+    /// Files that the worker fetches, once, into its own cache.
+    Remote(RemoteModel),
+}
+
+/// A model's files in a registry. The worker finds the registry and its credentials in its own cluster.toml.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RemoteModel {
+    /// The registry's name in cluster.toml.
+    pub registry: String,
+    /// Where the files are, in the registry's own words: `mlflow-artifacts:/0/<run>/artifacts/model` for example.
+    pub uri: String,
+    /// What tells this version from any other: part of the cache's key.
+    pub identity: String,
+    /// The files to fetch, relative to `uri`.
+    pub files: Vec<RemoteFile>,
+}
+
+/// One file of a [`RemoteModel`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RemoteFile {
+    /// Relative path, `/` between its parts.
+    pub path: String,
+    /// Its length, when the registry says it.
+    pub bytes: Option<u64>,
+    /// Its SHA-256 in hexadecimal, when the registry says it.
+    pub sha256: Option<String>,
 }
 
 /// How a shard is run. Sizes come from the coordinator's memory plan.
@@ -215,6 +241,37 @@ pub enum Report {
         /// As given.
         nonce: u64,
     },
+    /// Lines of a shard's log, in order.
+    Log {
+        /// Which replica.
+        replica: ReplicaId,
+        /// Of this generation.
+        generation: Generation,
+        /// This worker's rank.
+        rank: u32,
+        /// The lines.
+        lines: Vec<LogLine>,
+    },
+}
+
+/// A line of a shard's log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogLine {
+    /// When, in milliseconds since 1970.
+    pub at_ms: u64,
+    /// Of the load (build logs) or of the run (logs).
+    pub phase: LogPhase,
+    /// What happened, in one line.
+    pub text: String,
+}
+
+/// What a shard was doing when it wrote a line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LogPhase {
+    /// Being loaded.
+    Build,
+    /// Serving.
+    Run,
 }
 
 /// What a worker is and holds.
@@ -345,6 +402,13 @@ pub enum Output {
         /// Why.
         end: End,
     },
+    /// The prompt's embedding; before its candidate's end.
+    Embedding {
+        /// Which request.
+        request: RequestId,
+        /// One number per hidden unit.
+        values: Vec<f32>,
+    },
 }
 
 impl Output {
@@ -353,7 +417,8 @@ impl Output {
         match self {
             Output::Prompt { request, .. }
             | Output::Delta { request, .. }
-            | Output::End { request, .. } => *request,
+            | Output::End { request, .. }
+            | Output::Embedding { request, .. } => *request,
         }
     }
 }

@@ -167,6 +167,7 @@ impl Flight {
                 }
                 GenerationEvent::Prompt { text, tokens }
             }
+            Output::Embedding { values, .. } => GenerationEvent::Embedding(values),
             Output::Delta { delta, .. } => {
                 let candidate = self
                     .candidates

@@ -284,10 +284,7 @@ fn check_bytes(generate: &Generate) -> Result<(), ApiError> {
         Prompt::Text(text) => text.len(),
         // The longest form of an id on the wire.
         Prompt::Tokens(ids) => ids.len() * 5,
-        Prompt::Chat(messages) => messages
-            .iter()
-            .map(|message| message.role.len() + message.content.len() + 20)
-            .sum(),
+        Prompt::Chat(chat) => chat.bytes() + chat.messages.len() * 40,
     };
     if bytes > PROMPT_BYTES_MAX {
         let message = format!("the prompt has {bytes} bytes; at most {PROMPT_BYTES_MAX} are taken");

@@ -167,7 +167,7 @@ pub(crate) async fn whole(mut answer: Answer) -> (String, End) {
         match event {
             GenerationEvent::Delta(delta) => text.push_str(&delta.text),
             GenerationEvent::End { end, .. } => return (text, end),
-            GenerationEvent::Prompt { .. } => {}
+            GenerationEvent::Prompt { .. } | GenerationEvent::Embedding(_) => {}
         }
     }
     panic!("the channel closed without an end after '{text}'");
@@ -334,7 +334,7 @@ impl FakeWorker {
             candidate: 0,
             ids: vec![7],
             text: text.into(),
-            logprobs: vec![],
+            ..Delta::default()
         };
         let outputs = vec![Output::Delta {
             request: start.request,

@@ -98,7 +98,7 @@ pub(super) fn chat(
     let messages = messages(&fields.need("messages")?)?;
     let generate = Generate {
         logprobs,
-        ..options.generate(Prompt::Chat(messages), draw_seed)
+        ..options.generate(Prompt::Chat(messages.into()), draw_seed)
     };
     let (stream, include_usage) = stream(&fields)?;
     Ok(OpenAiRequest {
@@ -172,10 +172,7 @@ fn message(fields: &Fields<'_>) -> Result<ChatMessage, FieldError> {
         _ => return Err(role.wrong("system, developer, user or assistant")),
     };
     let content = content(&fields.need("content")?)?;
-    Ok(ChatMessage {
-        role: role.to_owned(),
-        content,
-    })
+    Ok(ChatMessage::said(role, content))
 }
 
 /// A string, or text parts that stand on lines of their own.

@@ -150,6 +150,7 @@ impl Parts {
                 };
                 self.pending.extend(choices.rev().map(part));
             }
+            Some(GenerationEvent::Embedding(_)) => {}
             Some(GenerationEvent::Delta(delta)) => {
                 let choice = self.open_choice(choices, delta.candidate)?;
                 if !delta.text.is_empty() || !delta.logprobs.is_empty() {

@@ -235,6 +235,7 @@ data: [DONE]
                 ids: vec![1],
                 text: " w".into(),
                 logprobs: vec![token(b" w", Some(-0.5))],
+                ..Delta::default()
             }),
             end(0, 1, End::Length),
         ];

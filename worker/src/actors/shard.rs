@@ -469,7 +469,7 @@ impl Turns {
         let bytes = match prompt {
             Prompt::Text(text) => text.len(),
             Prompt::Tokens(_) => 0,
-            Prompt::Chat(messages) => messages.iter().map(|message| message.content.len()).sum(),
+            Prompt::Chat(chat) => chat.bytes(),
         };
         if bytes > LONG_BYTES {
             &self.long

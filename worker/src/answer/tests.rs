@@ -88,7 +88,7 @@ fn run(
                     bytes.extend(logprobs.into_iter().flat_map(|logprob| logprob.bytes));
                 }
                 Output::End { end, .. } => last = Some(end),
-                Output::Prompt { .. } => panic!("no prompt part is expected"),
+                Output::Prompt { .. } | Output::Embedding { .. } => panic!("only text is expected"),
             }
         }
     }

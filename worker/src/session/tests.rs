@@ -190,7 +190,9 @@ impl WorkerLink {
                         assert_eq!(output_tokens as usize, ids.len());
                         return (prompt_tokens, ids, text, end);
                     }
-                    Output::Prompt { .. } => panic!("no prompt part is expected"),
+                    Output::Prompt { .. } | Output::Embedding { .. } => {
+                        panic!("only text is expected")
+                    }
                 }
             }
         }

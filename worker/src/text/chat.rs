@@ -9,7 +9,7 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use common::request::ChatMessage;
+use common::request::{Chat, ChatMessage};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Value};
 use minijinja::{Environment, Error, ErrorKind, context};
@@ -111,13 +111,13 @@ impl ChatTemplate {
 }
 
 impl Render for ChatTemplate {
-    fn render(&self, messages: &[ChatMessage]) -> Result<String, ChatError> {
+    fn render(&self, chat: &Chat) -> Result<String, ChatError> {
         let environment = self.environment.as_ref().map_err(Clone::clone)?;
         let template = environment
             .get_template(NAME)
             .map_err(|e| ChatError::Invalid(message(&e)))?;
         let variables = context! {
-            messages => messages.iter().map(turn).collect::<Vec<Value>>(),
+            messages => chat.messages.iter().map(turn).collect::<Vec<Value>>(),
             tools => Value::from(()),
             documents => Value::from(()),
             add_generation_prompt => true,
@@ -283,10 +283,7 @@ mod tests {
     use super::*;
 
     fn said(role: &str, content: &str) -> ChatMessage {
-        ChatMessage {
-            role: role.into(),
-            content: content.into(),
-        }
+        ChatMessage::said(role, content)
     }
 
     /// The folder of a template with the usual special tokens.
@@ -306,7 +303,8 @@ mod tests {
     }
 
     fn rendered(template: &str, messages: &[ChatMessage]) -> Result<String, ChatError> {
-        with_template(template.into()).render(messages)
+        let chat = Chat::from(messages.to_vec());
+        with_template(template.into()).render(&chat)
     }
 
     #[test]
@@ -321,8 +319,9 @@ mod tests {
                 .find(|case| case.get("chat").is_some())
                 .unwrap();
             let messages: Vec<ChatMessage> = serde_json::from_value(case["chat"].clone()).unwrap();
+            let chat = Chat::from(messages);
             assert_eq!(
-                template.render(&messages).unwrap(),
+                template.render(&chat).unwrap(),
                 case["rendered"].as_str().unwrap(),
                 "{model}"
             );
@@ -332,7 +331,9 @@ mod tests {
     #[test]
     fn a_refusal_of_the_template_is_told_in_its_words() {
         let template = opened(&model_folder("tiny-llama"));
-        let refused = template.render(&[said("wizard", "hi")]).unwrap_err();
+        let refused = template
+            .render(&vec![said("wizard", "hi")].into())
+            .unwrap_err();
         assert!(
             refused
                 .to_string()
@@ -365,7 +366,7 @@ mod tests {
     fn a_model_without_a_template_says_what_to_send() {
         let template = with_template(Json::Null);
         assert_eq!(
-            template.render(&[said("user", "hi")]),
+            template.render(&vec![said("user", "hi")].into()),
             Err(ChatError::Missing)
         );
     }
@@ -373,7 +374,7 @@ mod tests {
     #[test]
     fn a_list_of_templates_gives_its_default_and_a_file_wins_over_both() {
         let list = serde_json::json!([{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]);
-        assert_eq!(with_template(list).render(&[]).unwrap(), "yes");
+        assert_eq!(with_template(list).render(&Chat::default()).unwrap(), "yes");
         let folder = tempfile::tempdir().unwrap();
         fs::write(
             folder.path().join("chat_template.jinja"),
@@ -386,7 +387,10 @@ mod tests {
         )
         .unwrap();
         let template = opened(folder.path());
-        assert_eq!(template.render(&[said("user", "hi")]).unwrap(), "hi!");
+        assert_eq!(
+            template.render(&vec![said("user", "hi")].into()).unwrap(),
+            "hi!"
+        );
     }
 
     #[test]

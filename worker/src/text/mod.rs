@@ -11,7 +11,7 @@ pub mod tokenizer;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use common::request::{ChatMessage, Prompt};
+use common::request::{Chat, Prompt};
 use serde_json::Value;
 
 use chat::{ChatError, TemplateSource};
@@ -26,7 +26,7 @@ pub trait Render: Send + Sync {
     ///
     /// # Errors
     /// [`ChatError`].
-    fn render(&self, messages: &[ChatMessage]) -> Result<String, ChatError>;
+    fn render(&self, chat: &Chat) -> Result<String, ChatError>;
 }
 
 /// Everything a model's text needs.
@@ -105,8 +105,8 @@ impl TextModel {
         match prompt {
             Prompt::Text(text) => self.encode(text, true, context_max),
             Prompt::Tokens(ids) => Ok(ids.clone()),
-            Prompt::Chat(messages) => {
-                let text = self.template.render(messages)?;
+            Prompt::Chat(chat) => {
+                let text = self.template.render(chat)?;
                 self.encode(&text, false, context_max)
             }
         }
@@ -223,10 +223,8 @@ pub(crate) mod tests {
     #[test]
     fn a_conversation_gets_one_begin_token() {
         let text = text_model("tiny-llama");
-        let chat = Prompt::Chat(vec![ChatMessage {
-            role: "user".into(),
-            content: "What is a token?".into(),
-        }]);
+        let turns = vec![ChatMessage::said("user", "What is a token?")];
+        let chat = Prompt::Chat(turns.into());
         let ids = text.prompt_ids(&chat, 1024).unwrap();
         assert_eq!(
             ids,

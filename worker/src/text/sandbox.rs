@@ -14,7 +14,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use common::request::ChatMessage;
+use common::request::Chat;
 use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
 use rustix::time::{ClockId, clock_gettime};
 
@@ -58,11 +58,11 @@ impl Sandbox {
 }
 
 impl Render for Sandbox {
-    fn render(&self, messages: &[ChatMessage]) -> Result<String, ChatError> {
+    fn render(&self, chat: &Chat) -> Result<String, ChatError> {
         if self.template.text.is_none() {
             return Err(ChatError::Missing);
         }
-        let conversation = serde_json::to_vec(messages).map_err(unreadable)?;
+        let conversation = serde_json::to_vec(chat).map_err(unreadable)?;
         // A panic leaves no helper behind, or one that works.
         let mut kept = self.helper.lock().unwrap_or_else(PoisonError::into_inner);
         let running = kept.take_if(|helper| helper.runs());
@@ -205,8 +205,8 @@ pub fn serve() -> io::Result<()> {
     let template = ChatTemplate::new(serde_json::from_slice(&template)?);
     while let Some(conversation) = read_frame(&mut input)? {
         allow_cpu()?;
-        let messages: Vec<ChatMessage> = serde_json::from_slice(&conversation)?;
-        let reply = template.render(&messages);
+        let chat: Chat = serde_json::from_slice(&conversation)?;
+        let reply = template.render(&chat);
         write_frame(&mut output, &serde_json::to_vec(&reply)?)?;
     }
     Ok(())
@@ -275,7 +275,7 @@ mod tests {
             ..Default::default()
         };
         let nowhere = Sandbox::new(Path::new("/nowhere/worker"), template);
-        let error = nowhere.render(&[]).unwrap_err();
+        let error = nowhere.render(&Chat::default()).unwrap_err();
         assert!(
             matches!(&error, ChatError::Sandbox(why) if why.contains("does not start")),
             "{error}"

@@ -7,7 +7,10 @@ use proptest::prelude::*;
 use tokio_util::codec::{Decoder, Encoder};
 
 use super::*;
-use crate::request::{ChatMessage, FailureKind, Prompt, Sampling, Stop, TopToken};
+use crate::request::{
+    Chat, ChatMessage, Constraint, FailureKind, Prompt, Sampling, Stop, ToolCallDelta, ToolChoice,
+    TopToken,
+};
 use crate::wire::codec::{decode, encode};
 use crate::wire::frame::{BODY_BYTES_MAX, FRAME_VERSION, Frame, FrameCodec, FrameKind, MAGIC};
 use crate::wire::link::Message;
@@ -23,18 +26,22 @@ const GOLDEN: &[(&str, &str)] = &[
         "load",
         "010702030102036e2f300b3132372e302e302e313a37036e2f310b3132372e302e302e313a37abababababababababababababababababababababababababababababababab00022f6d0164fb000240fb0008fd0000000002000000",
     ),
+    (
+        "load remote",
+        "010702030102036e2f300b3132372e302e302e313a37036e2f310b3132372e302e302e313a37abababababababababababababababababababababababababababababababab01017204753a2f6d0276310103612f6201fb2c01010261620164fb000240fb0008fd0000000002000000",
+    ),
     ("unload", "02070203"),
     (
         "start text",
-        "0307fb2c01020301000548656c6c6f0000003f280000403f0000803e0000c03f000080bf000000400109000080c0fdffffffffffffffff0103454e440102010110020103000101000204050601fbe803",
+        "0307fb2c01020301000548656c6c6f0000003f280000403f0000803e0000c03f000080bf000000400109000080c0fdffffffffffffffff0103454e4401020101100201030001010202612b010101000204050601fbe803",
     ),
     (
         "start tokens",
-        "0307fb2c01020301010201fc701101000000003f280000403f0000803e0000c03f000080bf000000400109000080c0fdffffffffffffffff0103454e440102010110020103000101000204050601fbe803",
+        "0307fb2c01020301010201fc701101000000003f280000403f0000803e0000c03f000080bf000000400109000080c0fdffffffffffffffff0103454e4401020101100201030001010202612b010101000204050601fbe803",
     ),
     (
         "start chat",
-        "0307fb2c01020301020104757365720268690000003f280000403f0000803e0000c03f000080bf000000400109000080c0fdffffffffffffffff0103454e440102010110020103000101000204050601fbe803",
+        "0307fb2c010203010201047573657202686901025b5d0102633101016601045b7b7d5d0301660000003f280000403f0000803e0000c03f000080bf000000400109000080c0fdffffffffffffffff0103454e4401020101100201030001010202612b010101000204050601fbe803",
     ),
     ("cancel", "04fb2c01"),
     ("ping", "0508"),
@@ -55,8 +62,9 @@ const GOLDEN: &[(&str, &str)] = &[
     ),
     (
         "step delta",
-        "04020301010501010902686901fb2c0102c3a901000000bf01fb2d0101200000c0bf",
+        "04020301010501010902686901fb2c0102c3a901000000bf01fb2d0101200000c0bf010101026331010166027b7d",
     ),
+    ("step embedding", "040203010305020000003f000080bf"),
     ("end stop", "04020301020501092000"),
     ("end length", "04020301020501092001"),
     ("end deadline", "04020301020501092002"),
@@ -68,6 +76,8 @@ const GOLDEN: &[(&str, &str)] = &[
     ("end internal", "04020301020501092004040178"),
     ("health", "0502030102030405060708090a0b020c0d01"),
     ("pong", "0608"),
+    ("log build", "0702030101fb2c01000178"),
+    ("log run", "0702030101fb2c01010178"),
 ];
 
 /// Each variant's number on the wire. A variant that is new here needs a sample, too.
@@ -92,6 +102,7 @@ fn report_number(report: &Report) -> u8 {
         Report::Step { .. } => 4,
         Report::Health { .. } => 5,
         Report::Pong { .. } => 6,
+        Report::Log { .. } => 7,
     }
 }
 
@@ -132,7 +143,7 @@ fn every_variant_has_a_sample_that_survives_the_wire() {
         assert_eq!(decode::<Report>(&bytes).unwrap(), report, "{name}");
         numbers.insert(bytes[0]);
     }
-    assert_eq!(numbers, (0..=6).collect());
+    assert_eq!(numbers, (0..=7).collect());
 }
 
 /// The bytes of all samples.

@@ -86,7 +86,7 @@ fn delta(request: RequestId, candidate: u32, text: &str) -> Output {
         candidate,
         ids: vec![1],
         text: text.into(),
-        logprobs: vec![],
+        ..Delta::default()
     };
     Output::Delta { request, delta }
 }
@@ -112,7 +112,7 @@ fn text_and_end(events: &mut mpsc::Receiver<GenerationEvent>) -> (String, Option
         match event {
             GenerationEvent::Delta(delta) => text.push_str(&delta.text),
             GenerationEvent::End { end, .. } => return (text, Some(end)),
-            GenerationEvent::Prompt { .. } => {}
+            GenerationEvent::Prompt { .. } | GenerationEvent::Embedding(_) => {}
         }
     }
     (text, None)
@@ -381,7 +381,7 @@ proptest! {
                         prop_assert_eq!(ends[delta.candidate as usize], 0, "output after the end");
                         prop_assert_eq!(delta.text, "x", "of an older attempt");
                     }
-                    GenerationEvent::Prompt { .. } => {}
+                    GenerationEvent::Prompt { .. } | GenerationEvent::Embedding(_) => {}
                 }
             }
             prop_assert!(request.events.is_closed(), "somebody may still send");

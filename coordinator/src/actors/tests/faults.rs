@@ -230,7 +230,8 @@ async fn requests_whose_leader_tells_of_the_death_are_run_again_elsewhere() {
             match event {
                 crate::api::GenerationEvent::Delta(delta) => text.push_str(&delta.text),
                 crate::api::GenerationEvent::End { end, .. } => assert_eq!(end, End::Stop),
-                crate::api::GenerationEvent::Prompt { .. } => {}
+                crate::api::GenerationEvent::Prompt { .. }
+                | crate::api::GenerationEvent::Embedding(_) => {}
             }
         }
         assert_eq!(text, "done");

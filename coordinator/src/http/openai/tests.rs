@@ -103,17 +103,14 @@ fn a_chat_keeps_its_turns() {
         {"role": "user", "content": "d"},
     ]});
     let request = parse_chat(&body).unwrap();
-    let turn = |role: &str, content: &str| ChatMessage {
-        role: role.into(),
-        content: content.into(),
-    };
+    let turn = |role: &str, content: &str| ChatMessage::said(role, content);
     let turns = vec![
         turn("system", "be brief"),
         turn("user", "a\nb"),
         turn("assistant", "c"),
         turn("user", "d"),
     ];
-    assert_eq!(request.prompts[0].prompt, Prompt::Chat(turns));
+    assert_eq!(request.prompts[0].prompt, Prompt::Chat(turns.into()));
     assert_eq!(request.prompts[0].logprobs, None);
 }
 

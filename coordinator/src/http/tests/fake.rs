@@ -25,7 +25,7 @@ pub(in crate::http) fn delta(candidate: u32, text: &str) -> GenerationEvent {
         candidate,
         ids: vec![1],
         text: text.into(),
-        logprobs: vec![],
+        ..Delta::default()
     })
 }
 

@@ -66,6 +66,9 @@ fn start(prompt: Prompt) -> Command {
         logprobs: Some(3),
         prompt_logprobs: None,
         echo: true,
+        constraint: Some(Constraint::Regex(text("a+"))),
+        truncate_prompt: true,
+        embedding: true,
     };
     let start = Start {
         request: RequestId(300),
@@ -88,10 +91,30 @@ fn start(prompt: Prompt) -> Command {
 
 /// Every form of [`Command`], by name.
 pub(crate) fn commands() -> Vec<(&'static str, Command)> {
-    let chat = vec![ChatMessage {
-        role: text("user"),
-        content: text("hi"),
-    }];
+    let chat = Chat {
+        messages: vec![ChatMessage {
+            role: text("user"),
+            content: text("hi"),
+            tool_calls: Some(text("[]")),
+            tool_call_id: Some(text("c1")),
+            name: Some(text("f")),
+        }],
+        tools: Some(text("[{}]")),
+        tool_choice: ToolChoice::Function(text("f")),
+    };
+    let remote = ShardSpec {
+        source: ModelSource::Remote(RemoteModel {
+            registry: text("r"),
+            uri: text("u:/m"),
+            identity: text("v1"),
+            files: vec![RemoteFile {
+                path: text("a/b"),
+                bytes: Some(300),
+                sha256: Some(text("ab")),
+            }],
+        }),
+        ..shard_spec()
+    };
     vec![
         (
             "welcome",
@@ -105,6 +128,13 @@ pub(crate) fn commands() -> Vec<(&'static str, Command)> {
             Command::Load {
                 term: Term(7),
                 shard: Box::new(shard_spec()),
+            },
+        ),
+        (
+            "load remote",
+            Command::Load {
+                term: Term(7),
+                shard: Box::new(remote),
             },
         ),
         (
@@ -213,7 +243,27 @@ pub(crate) fn reports() -> Vec<(&'static str, Report)> {
             ids: vec![9],
             text: text("hi"),
             logprobs: vec![token_logprob()],
+            tool_calls: vec![ToolCallDelta {
+                index: 1,
+                id: Some(text("c1")),
+                name: Some(text("f")),
+                arguments: text("{}"),
+            }],
         },
+    };
+    let embedding = Output::Embedding {
+        request: RequestId(5),
+        values: vec![0.5, -1.0],
+    };
+    let log = |phase| Report::Log {
+        replica: ReplicaId(2),
+        generation: Generation(3),
+        rank: 1,
+        lines: vec![LogLine {
+            at_ms: 300,
+            phase,
+            text: text("x"),
+        }],
     };
     let health = Report::Health {
         replica: ReplicaId(2),
@@ -258,6 +308,7 @@ pub(crate) fn reports() -> Vec<(&'static str, Report)> {
         ),
         ("step prompt", step(prompt)),
         ("step delta", step(delta)),
+        ("step embedding", step(embedding)),
         ("end stop", end(End::Stop)),
         ("end length", end(End::Length)),
         ("end deadline", end(End::Deadline)),
@@ -269,5 +320,7 @@ pub(crate) fn reports() -> Vec<(&'static str, Report)> {
         ("end internal", ended_by(FailureKind::Internal)),
         ("health", health),
         ("pong", Report::Pong { nonce: 8 }),
+        ("log build", log(LogPhase::Build)),
+        ("log run", log(LogPhase::Run)),
     ]
 }
