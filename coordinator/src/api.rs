@@ -3,7 +3,7 @@
 //! Owns types only. HTTP parses bodies into these and turns them into JSON; actors never see JSON, handlers never see
 //! actors. Tests put a fake [`Gateway`] behind the HTTP layer.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use common::model_ref::ModelRef;
 use common::request::{Delta, End, Generate, TokenLogprob};
@@ -249,6 +249,8 @@ pub trait Gateway: Send + Sync + 'static {
 pub struct Call {
     /// The endpoint's name.
     pub endpoint: String,
+    /// Who calls.
+    pub user: String,
     /// The client's id of the call, for logs.
     pub request_id: String,
     /// The prompts; one generation each.
@@ -327,6 +329,104 @@ pub enum GenerationEvent {
         /// Why.
         end: End,
     },
+}
+
+/// Is told of every call once, when it is over: answered, refused, failed, or left by its client.
+///
+/// A call is an invocation whose body is a JSON object and names an endpoint, be there one or not.
+pub trait CallObserver: Send + Sync + 'static {
+    /// Whether records of this endpoint's calls shall carry their bodies.
+    fn wants_payload(&self, endpoint: &str) -> bool;
+
+    /// Takes the record. Called on HTTP's threads, also while a client's connection is being dropped: it must not wait.
+    fn record(&self, record: CallRecord);
+}
+
+/// Nobody is interested.
+impl CallObserver for () {
+    fn wants_payload(&self, _: &str) -> bool {
+        false
+    }
+
+    fn record(&self, _: CallRecord) {}
+}
+
+/// What a call came to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CallRecord {
+    /// The endpoint's name.
+    pub endpoint: String,
+    /// Which served entity took it; `None` when none did.
+    pub served_entity: Option<String>,
+    /// Who called.
+    pub user: String,
+    /// The call's id, as in the header `x-request-id`.
+    pub request_id: String,
+    /// The client's own id of it, from its body.
+    pub client_request_id: Option<String>,
+    /// The client's labels for its accounts, from the body.
+    pub usage_context: Vec<(String, String)>,
+    /// The body's format.
+    pub format: CallFormat,
+    /// Whether a stream was asked for.
+    pub stream: bool,
+    /// When it came, in milliseconds since 1970.
+    pub started_ms: u64,
+    /// From its coming to the first output.
+    pub first_output: Option<Duration>,
+    /// From its coming to its end.
+    pub latency: Duration,
+    /// Tokens of its prompts, each counted once; 0 when no replica took them.
+    pub prompt_tokens: u64,
+    /// Tokens made for it, over all candidates, also those that the client did not stay to read.
+    pub output_tokens: u64,
+    /// Prompt tokens that came from the prefix cache.
+    pub cached_tokens: u64,
+    /// The HTTP status; of a stream that failed the one it would have had, and 499 when the client left.
+    pub status: u16,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Its bodies, when they were wanted.
+    pub payload: Option<Payload>,
+}
+
+/// The formats of calls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CallFormat {
+    /// Databricks' predictions.
+    Predictions,
+    /// OpenAI's completions.
+    Completions,
+    /// OpenAI's chat.
+    Chat,
+    /// OpenAI's embeddings.
+    Embeddings,
+}
+
+/// How a call ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// Answered to its end.
+    Complete,
+    /// Its client left before.
+    Cancelled,
+    /// Refused, or failed on the way.
+    Failed {
+        /// The error code as the client was told.
+        code: String,
+        /// The message.
+        message: String,
+    },
+}
+
+/// A call's bodies as JSON text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Payload {
+    /// The request's.
+    pub request: String,
+    /// The answer's; a stream's as if it had been asked for whole, as far as it came. `None` where there was none.
+    pub response: Option<String>,
 }
 
 /// What `/health` shows.

@@ -106,6 +106,7 @@ pub async fn run(
         ),
         limits: cluster.limits.clone(),
         metrics,
+        observer: Arc::new(()),
     };
     let server = http::serve(listeners.http, state, shutdown)?;
     tracing::info!(workers = cluster.workers().count(), "coordinator is up");

@@ -152,6 +152,7 @@ pub(crate) fn call(endpoint: &str, prompts: &[&str]) -> Call {
         .map(|prompt| Generate::new(Prompt::Text((*prompt).into())))
         .collect();
     Call {
+        user: "ann".into(),
         endpoint: endpoint.into(),
         request_id: "test".into(),
         prompts,

@@ -9,8 +9,11 @@ use actix_web::http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderMap};
 use actix_web::web::{Data, Path, ReqData, ServiceConfig, resource};
 use actix_web::{HttpRequest, HttpResponse, HttpResponseBuilder};
 use common::request::Generate;
+use serde::Serialize;
 use uuid::Uuid;
 
+use super::account::Account;
+use super::auth::Caller;
 use super::error::Fault;
 use super::json::{FieldError, JsonBody, Object};
 use super::openai::{self, OpenAiRequest, Style};
@@ -19,7 +22,7 @@ use super::replies::{Meta, OpenAiReply, Predictions};
 use super::sse::SseStream;
 use super::view::Models;
 use super::{HttpState, RequestId, inputs};
-use crate::api::Call;
+use crate::api::{Call, CallFormat};
 
 /// The keys by which a body says what it is.
 const INPUT_KEYS: [&str; 6] = [
@@ -45,72 +48,95 @@ pub(super) fn routes(config: &mut ServiceConfig) {
     config.service(resource("/serving-endpoints/{name}/invocations").post(invoke));
 }
 
+/// What every handler here needs of its request.
+type Door = (
+    Data<HttpState>,
+    HttpRequest,
+    ReqData<RequestId>,
+    Caller,
+    JsonBody,
+);
+
 /// Everything about a call but its prompts.
 struct Context {
     state: Data<HttpState>,
     endpoint: String,
+    user: String,
     request_id: RequestId,
     deadline: Deadline,
+    account: Account,
 }
 
 impl Context {
-    fn new(
-        state: Data<HttpState>,
-        endpoint: String,
-        request: &HttpRequest,
-        id: RequestId,
-    ) -> Result<Self, Fault> {
-        let deadline = deadline(request.headers(), state.limits.deadline_ms, Instant::now())?;
-        Ok(Context {
-            state,
-            endpoint,
-            request_id: id,
-            deadline,
-        })
-    }
-}
-
-async fn invoke(
-    state: Data<HttpState>,
-    name: Path<String>,
-    request: HttpRequest,
-    id: ReqData<RequestId>,
-    body: JsonBody,
-) -> Result<HttpResponse, Fault> {
-    let context = Context::new(state, name.into_inner(), &request, id.into_inner())?;
-    match input_key(&body.0).map_err(Fault::bad_request)? {
-        "prompt" => answer(context, openai::completion(&body.0, &mut rand::random)).await,
-        "messages" => answer(context, openai::chat(&body.0, &mut rand::random)).await,
-        key => {
-            predict(
-                context,
-                inputs::predictions(&body.0, key, &mut rand::random),
-            )
-            .await
+    /// A call of `endpoint` that comes through this door, and its body.
+    fn open(door: Door, endpoint: String, format: CallFormat) -> Result<(Self, Object), Fault> {
+        let (state, request, id, caller, JsonBody(body)) = door;
+        let request_id = id.into_inner();
+        let mut account = Account::open(
+            state.observer.clone(),
+            endpoint.clone(),
+            caller.user.clone(),
+            request_id.0.clone(),
+            format,
+            &body,
+        );
+        let labelled = account.label(&body).map_err(Fault::bad_request);
+        let limit_ms = state.limits.deadline_ms;
+        let deadline =
+            labelled.and_then(|()| deadline(request.headers(), limit_ms, Instant::now()));
+        match deadline {
+            Ok(deadline) => Ok((
+                Context {
+                    state,
+                    endpoint,
+                    user: caller.user,
+                    request_id,
+                    deadline,
+                    account,
+                },
+                body,
+            )),
+            Err(fault) => {
+                account.failed(&fault);
+                Err(fault)
+            }
         }
     }
+
+    /// A refusal of this call.
+    fn refuse(mut self, fault: impl Into<Fault>) -> Fault {
+        let fault = fault.into();
+        self.account.failed(&fault);
+        fault
+    }
 }
 
-async fn completions(
-    state: Data<HttpState>,
-    request: HttpRequest,
-    id: ReqData<RequestId>,
-    body: JsonBody,
-) -> Result<HttpResponse, Fault> {
-    let endpoint = openai::model(&body.0).map_err(Fault::bad_request)?;
-    let context = Context::new(state, endpoint, &request, id.into_inner())?;
-    answer(context, openai::completion(&body.0, &mut rand::random)).await
+async fn invoke(name: Path<String>, door: Door) -> Result<HttpResponse, Fault> {
+    let key = input_key(&door.4.0);
+    let format = match key {
+        Ok("prompt") => CallFormat::Completions,
+        Ok("messages") => CallFormat::Chat,
+        _ => CallFormat::Predictions,
+    };
+    let (context, body) = Context::open(door, name.into_inner(), format)?;
+    match key {
+        Err(error) => Err(context.refuse(Fault::bad_request(error))),
+        Ok("prompt") => answer(context, openai::completion(&body, &mut rand::random)).await,
+        Ok("messages") => answer(context, openai::chat(&body, &mut rand::random)).await,
+        Ok(key) => predict(context, inputs::predictions(&body, key, &mut rand::random)).await,
+    }
 }
 
-async fn chat(
-    state: Data<HttpState>,
-    request: HttpRequest,
-    id: ReqData<RequestId>,
-    body: JsonBody,
-) -> Result<HttpResponse, Fault> {
-    let endpoint = openai::model(&body.0).map_err(Fault::bad_request)?;
-    let context = Context::new(state, endpoint, &request, id.into_inner())?;
-    answer(context, openai::chat(&body.0, &mut rand::random)).await
+async fn completions(door: Door) -> Result<HttpResponse, Fault> {
+    let endpoint = openai::model(&door.4.0).map_err(Fault::bad_request)?;
+    let (context, body) = Context::open(door, endpoint, CallFormat::Completions)?;
+    answer(context, openai::completion(&body, &mut rand::random)).await
+}
+
+async fn chat(door: Door) -> Result<HttpResponse, Fault> {
+    let endpoint = openai::model(&door.4.0).map_err(Fault::bad_request)?;
+    let (context, body) = Context::open(door, endpoint, CallFormat::Chat)?;
+    answer(context, openai::chat(&body, &mut rand::random)).await
 }
 
 async fn models(state: Data<HttpState>) -> Result<HttpResponse, Fault> {
@@ -153,16 +179,20 @@ async fn predict(
     context: Context,
     prompts: Result<Vec<Generate>, FieldError>,
 ) -> Result<HttpResponse, Fault> {
-    let prompts = prompts.map_err(Fault::bad_request)?;
+    let prompts = match prompts {
+        Ok(prompts) => prompts,
+        Err(error) => return Err(context.refuse(Fault::bad_request(error))),
+    };
     let candidates: Vec<u32> = prompts.iter().map(|prompt| prompt.candidates).collect();
-    let (mut response, mut parts) = start(&context, prompts, false).await?;
+    let (response, mut parts) = start(context, prompts, false).await?;
     let choices = collect(&mut parts).await?;
-    Ok(response.json(Predictions::of(&choices, &candidates, &parts.prompt_tokens)))
+    let reply = Predictions::of(&choices, &candidates, &parts.prompt_tokens);
+    Ok(whole(response, parts, &reply))
 }
 
 /// Answers in one of OpenAI's forms, whole or as a stream.
 async fn answer(
-    context: Context,
+    mut context: Context,
     request: Result<OpenAiRequest, FieldError>,
 ) -> Result<HttpResponse, Fault> {
     let OpenAiRequest {
@@ -172,10 +202,16 @@ async fn answer(
         include_usage,
         suffix,
         partial_on_deadline,
-    } = request.map_err(Fault::bad_request)?;
+    } = match request {
+        Ok(request) => request,
+        Err(error) => return Err(context.refuse(Fault::bad_request(error))),
+    };
+    if stream {
+        context.account.streams();
+    }
     let logprobs = prompts.iter().any(|prompt| prompt.logprobs.is_some());
-    let (mut response, mut parts) = start(&context, prompts, partial_on_deadline).await?;
-    let meta = meta(style, context.endpoint, logprobs);
+    let meta = meta(style, context.endpoint.clone(), logprobs);
+    let (mut response, mut parts) = start(context, prompts, partial_on_deadline).await?;
     if stream {
         let events = SseStream::new(parts, meta, suffix, include_usage);
         // Proxies keep streams back unless they are told not to.
@@ -189,12 +225,26 @@ async fn answer(
     for choice in &mut choices {
         choice.text.push_str(&suffix);
     }
-    Ok(response.json(OpenAiReply::whole(&meta, &choices, parts.usage)))
+    let reply = OpenAiReply::whole(&meta, &choices, parts.usage());
+    Ok(whole(response, parts, &reply))
+}
+
+/// A whole answer. Its account is closed before the client sees it.
+fn whole(
+    mut response: HttpResponseBuilder,
+    mut parts: Parts,
+    reply: &impl Serialize,
+) -> HttpResponse {
+    if parts.account.wants_payload() {
+        let body = serde_json::to_string(reply).unwrap_or_default();
+        parts.account.replied(body);
+    }
+    response.json(reply)
 }
 
 /// Gives the prompts to the cluster and waits until it has accepted them.
 async fn start(
-    context: &Context,
+    context: Context,
     prompts: Vec<Generate>,
     partial_on_deadline: bool,
 ) -> Result<(HttpResponseBuilder, Parts), Fault> {
@@ -202,6 +252,7 @@ async fn start(
     let candidates: Vec<u32> = prompts.iter().map(|prompt| prompt.candidates).collect();
     let call = Call {
         endpoint: context.endpoint.clone(),
+        user: context.user.clone(),
         request_id: context.request_id.0.clone(),
         prompts,
         deadline: deadline.at,
@@ -209,17 +260,25 @@ async fn start(
     let accepted = context.state.gateway.generate(call);
     let answer =
         match tokio::time::timeout_at((deadline.at + DEADLINE_GRACE).into(), accepted).await {
-            Ok(answer) => answer?,
-            Err(_) => return Err(Fault::deadline(deadline.allowed_ms)),
+            Ok(Ok(answer)) => answer,
+            Ok(Err(error)) => return Err(context.refuse(error)),
+            Err(_) => return Err(context.refuse(Fault::deadline(deadline.allowed_ms))),
         };
     if answer.generations.len() != candidates.len() {
         let (got, asked) = (answer.generations.len(), candidates.len());
-        return Err(Fault::internal(format!(
+        return Err(context.refuse(Fault::internal(format!(
             "the cluster answered {got} of {asked} prompts"
-        )));
+        ))));
     }
     let mut response = HttpResponse::Ok();
-    response.insert_header((ENTITY_HEADER, answer.served_entity));
+    response.insert_header((ENTITY_HEADER, answer.served_entity.as_str()));
+    let mut account = context.account;
+    let prompt_tokens = answer
+        .generations
+        .iter()
+        .map(|generation| u64::from(generation.prompt_tokens))
+        .sum();
+    account.accepted(answer.served_entity, prompt_tokens);
     Ok((
         response,
         Parts::new(
@@ -227,6 +286,7 @@ async fn start(
             &candidates,
             partial_on_deadline,
             deadline,
+            account,
         ),
     ))
 }

@@ -3,6 +3,7 @@
 //! Knows the cluster through [`Gateway`] alone. Bodies are parsed at the door into checked types (`spec`, `inputs`,
 //! `openai`); handlers are shims (`endpoints`, `invocations`, `ops`); status codes are in `error`.
 
+mod account;
 mod auth;
 mod endpoints;
 mod error;
@@ -39,7 +40,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::api::Gateway;
+use crate::api::{CallObserver, Gateway};
 
 /// Threads that parse and write; they leave the machine to the engines.
 const THREADS: usize = 2;
@@ -66,6 +67,8 @@ pub struct HttpState {
     pub limits: Limits,
     /// What `/metrics` shows.
     pub metrics: PrometheusHandle,
+    /// Who hears what each call came to.
+    pub observer: Arc<dyn CallObserver>,
 }
 
 /// Serves the API on a listener until `shutdown`, then lets requests in flight finish for a short time. The returned

@@ -1,7 +1,8 @@
 //! An answer as one stream of parts, whoever reads it: SSE passes the parts on, a whole answer collects them.
 //!
 //! Owns the merging of the prompts' generations, the numbering of choices (prompt by prompt, and in each by candidate)
-//! and the promise that every choice ends exactly once. Dropping it cancels what is not over.
+//! and the promise that every choice ends exactly once. Dropping it cancels what is not over; what had come by then is
+//! on the call's account all the same.
 
 use std::future::Future;
 use std::ops::Range;
@@ -10,10 +11,12 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use common::request::{End, TokenLogprob};
-use futures::stream::{self, BoxStream, SelectAll, Stream, StreamExt};
+use futures::stream::{SelectAll, Stream, StreamExt};
+use tokio::sync::mpsc;
 
+use super::account::Account;
 use super::error::Fault;
-use crate::api::{Generation, GenerationEvent};
+use crate::api::{CancelGuard, Generation, GenerationEvent};
 
 /// A part of an answer.
 #[derive(Debug, Clone, PartialEq)]
@@ -75,15 +78,18 @@ pub(super) struct Deadline {
 
 /// The parts of an answer, in the order they come; ends after its first fault.
 pub(super) struct Parts {
-    /// `None` says that a prompt's channel is closed.
-    events: SelectAll<BoxStream<'static, (usize, Option<GenerationEvent>)>>,
+    events: SelectAll<Source>,
     /// By prompt: its first choice; one more stands for the end.
     first: Vec<usize>,
     /// By choice.
     ended: Vec<bool>,
+    /// By choice: tokens so far.
+    tokens: Vec<u32>,
+    /// By prompt: tokens from the prefix cache.
+    cached: Vec<u32>,
     /// By prompt.
     pub prompt_tokens: Vec<u32>,
-    pub usage: Usage,
+    pub account: Account,
     /// End what the deadline cuts with `length`.
     partial_on_deadline: bool,
     deadline: Deadline,
@@ -100,6 +106,7 @@ impl Parts {
         candidates: &[u32],
         partial_on_deadline: bool,
         deadline: Deadline,
+        account: Account,
     ) -> Self {
         let mut first = vec![0];
         first.extend(candidates.iter().scan(0, |sum, &candidates| {
@@ -110,20 +117,19 @@ impl Parts {
             .iter()
             .map(|generation| generation.prompt_tokens)
             .collect();
-        let usage = Usage {
-            prompt_tokens: prompt_tokens.iter().copied().map(u64::from).sum(),
-            completion_tokens: 0,
-        };
+        let choices = first.last().copied().unwrap_or(0);
         Parts {
-            ended: vec![false; first.last().copied().unwrap_or(0)],
+            ended: vec![false; choices],
+            tokens: vec![0; choices],
+            cached: vec![0; prompt_tokens.len()],
             first,
             events: generations
                 .into_iter()
                 .enumerate()
-                .map(|(i, generation)| events(i, generation))
+                .map(|(prompt, generation)| Source::new(prompt, generation))
                 .collect(),
             prompt_tokens,
-            usage,
+            account,
             partial_on_deadline,
             deadline,
             give_up: Box::pin(tokio::time::sleep_until(
@@ -139,7 +145,59 @@ impl Parts {
         self.ended.len()
     }
 
+    /// What was used so far.
+    pub fn usage(&self) -> Usage {
+        let sum = |counts: &[u32]| counts.iter().copied().map(u64::from).sum();
+        Usage {
+            prompt_tokens: sum(&self.prompt_tokens),
+            completion_tokens: sum(&self.tokens),
+        }
+    }
+
+    /// Puts an event on the account.
+    fn count(&mut self, prompt: usize, event: &GenerationEvent) {
+        let choices = self.first[prompt]..self.first[prompt + 1];
+        let open = |candidate: u32| {
+            let choice = choices.start + candidate as usize;
+            (choices.contains(&choice) && !self.ended[choice]).then_some(choice)
+        };
+        match event {
+            GenerationEvent::Delta(delta) => {
+                if let Some(choice) = open(delta.candidate) {
+                    self.tokens[choice] += delta.ids.len() as u32;
+                }
+            }
+            GenerationEvent::End {
+                candidate,
+                output_tokens,
+                cached_tokens,
+                ..
+            } => {
+                if let Some(choice) = open(*candidate) {
+                    self.tokens[choice] = *output_tokens;
+                }
+                self.cached[prompt] = self.cached[prompt].max(*cached_tokens);
+            }
+            GenerationEvent::Prompt { .. } | GenerationEvent::Embedding(_) => {}
+        }
+        let cached = self.cached.iter().copied().map(u64::from).sum();
+        self.account.came(self.usage().completion_tokens, cached);
+    }
+
+    /// Cancels what is not over. What had come by then was made for this call, read or not.
+    fn settle(&mut self) {
+        for mut source in std::mem::take(&mut self.events) {
+            source.guard = None;
+            while let Ok(event) = source.events.try_recv() {
+                self.count(source.prompt, &event);
+            }
+        }
+    }
+
     fn take(&mut self, prompt: usize, event: Option<GenerationEvent>) -> Result<(), Fault> {
+        if let Some(event) = &event {
+            self.count(prompt, event);
+        }
         let choices = self.first[prompt]..self.first[prompt + 1];
         match event {
             Some(GenerationEvent::Prompt { text, tokens }) => {
@@ -177,7 +235,6 @@ impl Parts {
                     End::Error(failure) => return Err(failure.into()),
                 };
                 self.ended[choice] = true;
-                self.usage.completion_tokens += u64::from(output_tokens);
                 self.pending.push(Part::End {
                     choice,
                     finish,
@@ -230,77 +287,106 @@ impl Stream for Parts {
         let item = ready!(this.poll_fallible(cx)).transpose();
         if !matches!(item, Some(Ok(_))) {
             this.over = true;
-            // Cancels what is left, if anything is.
-            this.events.clear();
+            this.settle();
+        }
+        match &item {
+            Some(Ok(_)) => {}
+            Some(Err(fault)) => this.account.failed(fault),
+            None => this.account.completed(),
         }
         Poll::Ready(item)
     }
 }
 
-/// A generation's events and then `None`; holds its guard until then.
-fn events(
-    prompt: usize,
-    generation: Generation,
-) -> BoxStream<'static, (usize, Option<GenerationEvent>)> {
-    let Generation {
-        mut events, guard, ..
-    } = generation;
-    let events = stream::poll_fn(move |cx| {
-        let _held = &guard;
-        events.poll_recv(cx)
-    });
-    let closed = stream::once(std::future::ready(None));
-    events
-        .map(Some)
-        .chain(closed)
-        .map(move |event| (prompt, event))
-        .boxed()
+impl Drop for Parts {
+    fn drop(&mut self) {
+        self.settle();
+    }
 }
 
-/// A choice, complete.
-#[derive(Debug, Clone, PartialEq)]
+/// A prompt's events, and then `None` once: its channel is closed. Holds its guard until then.
+struct Source {
+    prompt: usize,
+    events: mpsc::Receiver<GenerationEvent>,
+    /// `None` once the prompt is over.
+    guard: Option<CancelGuard>,
+}
+
+impl Source {
+    fn new(prompt: usize, generation: Generation) -> Self {
+        let Generation { events, guard, .. } = generation;
+        Source {
+            prompt,
+            events,
+            guard: Some(guard),
+        }
+    }
+}
+
+impl Stream for Source {
+    type Item = (usize, Option<GenerationEvent>);
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.guard.is_none() {
+            return Poll::Ready(None);
+        }
+        let event = ready!(self.events.poll_recv(cx));
+        if event.is_none() {
+            self.guard = None;
+        }
+        Poll::Ready(Some((self.prompt, event)))
+    }
+}
+
+/// A choice as far as it came.
+#[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Choice {
     /// The prompt's text, when asked for, and the output.
     pub text: String,
     /// The tokens of `text`, when asked for.
     pub tokens: Vec<TokenLogprob>,
-    pub finish: Finish,
+    /// Why it is complete, once it is.
+    pub finish: Option<Finish>,
     pub output_tokens: u32,
+}
+
+impl Choice {
+    /// Takes a part of this choice in.
+    fn take(&mut self, part: Part) {
+        match part {
+            Part::Prompt { text, tokens, .. }
+            | Part::Delta {
+                text,
+                logprobs: tokens,
+                ..
+            } => {
+                self.text.push_str(&text);
+                self.tokens.extend(tokens);
+            }
+            Part::End {
+                finish,
+                output_tokens,
+                ..
+            } => {
+                self.finish = Some(finish);
+                self.output_tokens = output_tokens;
+            }
+        }
+    }
+}
+
+/// Puts a part to its choice.
+pub(super) fn gather(choices: &mut [Choice], part: Part) {
+    let (Part::Prompt { choice, .. } | Part::Delta { choice, .. } | Part::End { choice, .. }) =
+        part;
+    choices[choice].take(part);
 }
 
 /// A whole answer: its stream, collected.
 pub(super) async fn collect(parts: &mut Parts) -> Result<Vec<Choice>, Fault> {
-    let empty = Choice {
-        text: String::new(),
-        tokens: Vec::new(),
-        finish: Finish::Stop,
-        output_tokens: 0,
-    };
-    let mut choices = vec![empty; parts.choices()];
+    let mut choices = vec![Choice::default(); parts.choices()];
     while let Some(part) = parts.next().await {
-        match part? {
-            Part::Prompt {
-                choice,
-                text,
-                tokens,
-            }
-            | Part::Delta {
-                choice,
-                text,
-                logprobs: tokens,
-            } => {
-                choices[choice].text.push_str(&text);
-                choices[choice].tokens.extend(tokens);
-            }
-            Part::End {
-                choice,
-                finish,
-                output_tokens,
-            } => {
-                choices[choice].finish = finish;
-                choices[choice].output_tokens = output_tokens;
-            }
-        }
+        gather(&mut choices, part?);
     }
     Ok(choices)
 }

@@ -44,7 +44,7 @@ impl<'a> Prediction<'a> {
         let candidate = |choice: &'a Choice| Candidate {
             text: &choice.text,
             metadata: CandidateEnd {
-                finish_reason: choice.finish.word(),
+                finish_reason: choice.finish.map(Finish::word),
             },
         };
         Prediction {
@@ -66,7 +66,7 @@ struct Candidate<'a> {
 
 #[derive(Serialize)]
 struct CandidateEnd {
-    finish_reason: &'static str,
+    finish_reason: Option<&'static str>,
 }
 
 #[derive(Serialize)]
@@ -115,7 +115,7 @@ impl<'a> OpenAiReply<'a> {
                     },
                 },
             },
-            finish_reason: Some(choice.finish.word()),
+            finish_reason: choice.finish.map(Finish::word),
             logprobs: Logprobs::of(meta, &choice.text, &choice.tokens, &mut Offsets::default()),
         };
         OpenAiReply {

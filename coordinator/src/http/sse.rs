@@ -14,7 +14,7 @@ use serde::Serialize;
 use super::error::Fault;
 use super::offsets::Offsets;
 use super::openai::Style;
-use super::parts::{Part, Parts, Usage};
+use super::parts::{Choice, Part, Parts, Usage, gather};
 use super::replies::{Meta, OpenAiReply};
 
 /// Events that are ready together go out together, up to about this many bytes.
@@ -24,6 +24,8 @@ const BATCH_BYTES: usize = 16 << 10;
 pub(super) struct SseStream {
     parts: Parts,
     writer: Writer,
+    /// What was sent, for the call's account, when that is wanted.
+    sent: Option<Vec<Choice>>,
     over: bool,
 }
 
@@ -31,11 +33,40 @@ impl SseStream {
     /// The events of `parts`. `suffix` stands behind every completion; `include_usage` says the usage at the end.
     pub fn new(parts: Parts, meta: Meta, suffix: String, include_usage: bool) -> Self {
         let writer = Writer::new(meta, suffix, include_usage, parts.choices());
+        let sent = parts
+            .account
+            .wants_payload()
+            .then(|| vec![Choice::default(); parts.choices()]);
         SseStream {
             parts,
             writer,
+            sent,
             over: false,
         }
+    }
+
+    /// Nothing more is sent: the account can be closed, before the client sees the end.
+    fn end(&mut self) {
+        self.over = true;
+        self.tell_sent();
+        self.parts.account.close();
+    }
+
+    fn tell_sent(&mut self) {
+        if let Some(mut sent) = self.sent.take() {
+            for choice in sent.iter_mut().filter(|choice| choice.finish.is_some()) {
+                choice.text.push_str(&self.writer.suffix);
+            }
+            let whole = OpenAiReply::whole(&self.writer.meta, &sent, self.parts.usage());
+            let body = serde_json::to_string(&whole).unwrap_or_default();
+            self.parts.account.replied(body);
+        }
+    }
+}
+
+impl Drop for SseStream {
+    fn drop(&mut self) {
+        self.tell_sent();
     }
 }
 
@@ -46,14 +77,19 @@ impl Stream for SseStream {
         let this = self.get_mut();
         while !this.over && this.writer.bytes.len() < BATCH_BYTES {
             match this.parts.poll_next_unpin(cx) {
-                Poll::Ready(Some(Ok(part))) => this.writer.part(&part),
+                Poll::Ready(Some(Ok(part))) => {
+                    this.writer.part(&part);
+                    if let Some(sent) = &mut this.sent {
+                        gather(sent, part);
+                    }
+                }
                 Poll::Ready(Some(Err(fault))) => {
                     this.writer.fail(&fault);
-                    this.over = true;
+                    this.end();
                 }
                 Poll::Ready(None) => {
-                    this.writer.finish(this.parts.usage);
-                    this.over = true;
+                    this.writer.finish(this.parts.usage());
+                    this.end();
                 }
                 Poll::Pending if this.writer.bytes.is_empty() => return Poll::Pending,
                 Poll::Pending => break,
@@ -152,10 +188,12 @@ fn event(bytes: &mut Vec<u8>, value: &impl Serialize) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
     use std::time::{Duration, Instant};
 
     use common::request::{Delta, End, Failure, FailureKind, TokenLogprob};
 
+    use super::super::account::tests::{Ledger, account};
     use super::super::parts::Deadline;
     use super::super::tests::fake::{delta, end, generation};
     use super::*;
@@ -174,7 +212,13 @@ mod tests {
         logprobs: bool,
         events: Vec<GenerationEvent>,
     ) -> String {
-        let parts = Parts::new(vec![generation(3, events)], &[candidates], false, later());
+        let parts = Parts::new(
+            vec![generation(3, events)],
+            &[candidates],
+            false,
+            later(),
+            account(&Arc::default()),
+        );
         let meta = Meta {
             style,
             id: "id-1".into(),
@@ -273,7 +317,13 @@ data: {"error":{"message":"the replica is gone","type":"server_error","code":"TE
     async fn events_that_are_ready_together_go_out_together_but_not_without_bound() {
         let mut events: Vec<_> = (0..1000).map(|_| delta(0, "word")).collect();
         events.push(end(0, 1000, End::Stop));
-        let parts = Parts::new(vec![generation(3, events)], &[1], false, later());
+        let parts = Parts::new(
+            vec![generation(3, events)],
+            &[1],
+            false,
+            later(),
+            account(&Arc::default()),
+        );
         let meta = Meta {
             style: Style::Completion,
             id: "id".into(),
@@ -293,6 +343,55 @@ data: {"error":{"message":"the replica is gone","type":"server_error","code":"TE
             chunks.len() < 20 && largest < 2 * BATCH_BYTES,
             "{} chunks, largest {largest}",
             chunks.len()
+        );
+    }
+
+    #[tokio::test]
+    async fn a_stream_is_on_its_account_when_its_end_is_seen_and_when_it_is_left() {
+        let stream = |events| {
+            let ledger = Arc::new(Ledger {
+                payloads: true,
+                ..Ledger::default()
+            });
+            let account = account(&ledger);
+            let parts = Parts::new(vec![generation(3, events)], &[1], false, later(), account);
+            let meta = Meta {
+                style: Style::Completion,
+                id: "id".into(),
+                created: 5,
+                model: "e".into(),
+                logprobs: false,
+            };
+            (ledger, SseStream::new(parts, meta, "!".into(), false))
+        };
+        let (ledger, mut whole) = stream(vec![delta(0, "a"), delta(0, "b"), end(0, 2, End::Stop)]);
+        let last = whole.next().await.unwrap().unwrap();
+        assert!(last.ends_with(b"data: [DONE]\n\n"));
+        let record = ledger.only();
+        assert_eq!((record.status, record.output_tokens), (200, 2));
+        let response = record.payload.unwrap().response.unwrap();
+        assert!(
+            response.contains(r#""text":"ab!","finish_reason":"stop""#),
+            "{response}"
+        );
+        drop(whole);
+        ledger.only();
+
+        let many: Vec<_> = (0..2000).map(|_| delta(0, "word")).collect();
+        let (ledger, mut left) = stream(many);
+        left.next().await.unwrap().unwrap();
+        assert!(ledger.records.lock().unwrap().is_empty());
+        drop(left);
+        let record = ledger.only();
+        assert_eq!(record.outcome, crate::api::Outcome::Cancelled);
+        assert_eq!(
+            record.output_tokens, 2000,
+            "what came is counted, read or not"
+        );
+        let response = record.payload.unwrap().response.unwrap();
+        assert!(
+            response.contains(r#"wordword","finish_reason":null"#),
+            "{response}"
         );
     }
 }

@@ -1,5 +1,6 @@
 //! The HTTP layer as its clients see it, before a cluster that plays a script.
 
+mod accounts;
 mod control;
 pub(super) mod fake;
 mod fuzz;
@@ -72,6 +73,7 @@ fn state(gateway: Arc<FakeGateway>) -> HttpState {
             idle_stream_ms: 1,
         },
         metrics: build_recorder().unwrap().handle(),
+        observer: Arc::new(()),
     }
 }
 

@@ -17,7 +17,7 @@ fn choice(text: &str, tokens: Vec<TokenLogprob>) -> Choice {
     Choice {
         text: text.into(),
         tokens,
-        finish: Finish::Length,
+        finish: Some(Finish::Length),
         output_tokens: 2,
     }
 }
