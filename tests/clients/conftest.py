@@ -1,0 +1,61 @@
+"""What all suites share: one real cluster with the tiny models, for the whole session.
+
+Clients are real and unmodified; they are told a host and a token, as for the cloud. Nothing leaves this machine.
+"""
+
+import os
+import shutil
+import sys
+
+import pytest
+
+# Before anything imports them: no client looks for models, updates or telemetry elsewhere.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    LANGCHAIN_TRACING_V2="false",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    DO_NOT_TRACK="1",
+)
+for name in ("OPENAI_API_KEY", "DATABRICKS_CONFIG_PROFILE", "HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy"):
+    os.environ.pop(name, None)
+
+from cluster import Cluster  # noqa: E402
+
+failures = 0
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    global failures
+    report = (yield).get_result()
+    failures += report.failed
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Of this session; kept when a test failed, for its logs."""
+    path = tmp_path_factory.mktemp("clients")
+    yield path
+    if failures:
+        print(f"\nlogs of the cluster are in {path}", file=sys.stderr)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def cluster(folder):
+    cluster = Cluster(folder / "cluster")
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def llama(cluster):
+    """A ready endpoint's name: tiny-llama."""
+    return cluster.create("llama", "ml.demo.tiny-llama")["name"]
