@@ -90,6 +90,20 @@ pub struct EntitySpec {
     pub scale_to_zero: bool,
     /// Echoed to clients.
     pub environment_vars: Vec<(String, String)>,
+    /// Sized by tokens per second instead of by workload type and size.
+    #[serde(default)]
+    pub provisioned: Option<Provisioned>,
+}
+
+/// Provisioned throughput of a served entity: prompt and output tokens per second, together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Provisioned {
+    /// What the chosen hardware must give.
+    pub min_tokens_per_s: u64,
+    /// What is taken in at most, over time.
+    pub max_tokens_per_s: u64,
+    /// The same in chunks, when it was asked for so; both rates follow from it.
+    pub model_units: Option<u64>,
 }
 
 /// A share of the traffic.

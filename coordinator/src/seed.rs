@@ -67,6 +67,7 @@ pub fn config(entry: &EndpointEntry) -> ConfigSpec {
         workload_size: WorkloadSize::parse(&served.workload_size).unwrap_or(WorkloadSize::Small),
         scale_to_zero: false,
         environment_vars: Vec::new(),
+        provisioned: None,
     });
     let routes = served.iter().map(|served| Route {
         entity: served.name.clone(),

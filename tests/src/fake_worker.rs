@@ -281,6 +281,7 @@ pub fn hello(worker: WorkerId, secret: String) -> Hello {
             name: "played by a test".into(),
             memory_bytes: MEMORY_BYTES,
             threads: 1,
+            rates: None,
         },
         group_address: "127.0.0.1:1".into(),
         shards: Vec::new(),

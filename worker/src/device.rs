@@ -8,9 +8,10 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use common::config::{DeviceEntry, Node};
-use common::wire::message::{Device as DeviceFacts, DeviceKind};
-use engine::backend::cpu::{Isa, Pool};
+use common::wire::message::{Device as DeviceFacts, DeviceKind, DeviceRates};
+use engine::backend::cpu::{CpuBackend, Isa, Pool};
 use engine::collective::host::GroupListener;
+use engine::rates;
 
 use crate::memory::Memory;
 
@@ -62,6 +63,13 @@ impl Device {
                     / 100
             }
         };
+        let mut backend = CpuBackend::new(pool.clone()).context("cannot compute")?;
+        let rates = rates::measure(&mut backend).context("cannot measure the device")?;
+        tracing::info!(
+            bytes_per_s = rates.bytes_per_s,
+            flops_per_s = rates.flops_per_s,
+            "the device was measured"
+        );
         let groups = listen(&node.address, entry.group_port)?;
         let group_address = format!("{}:{}", node.address, groups.address().port());
         Ok(Device {
@@ -70,6 +78,10 @@ impl Device {
                 name: format!("{} ({})", processor_name(), Isa::detect().path().name()),
                 memory_bytes,
                 threads: pool.threads() as u32,
+                rates: Some(DeviceRates {
+                    bytes_per_s: rates.bytes_per_s,
+                    flops_per_s: rates.flops_per_s,
+                }),
             },
             pool,
             memory: Memory::new(memory_bytes),
@@ -158,6 +170,11 @@ mod tests {
             device.group_address.starts_with("127.0.0.1:") && !device.group_address.ends_with(":0")
         );
         assert_eq!(device.facts.threads, 1);
+        let rates = device.facts.rates.unwrap();
+        assert!(
+            rates.bytes_per_s > 1 << 20 && rates.flops_per_s > 1 << 20,
+            "{rates:?}"
+        );
     }
 
     #[test]

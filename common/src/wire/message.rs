@@ -306,6 +306,17 @@ pub struct Device {
     pub memory_bytes: u64,
     /// Compute threads (CPU).
     pub threads: u32,
+    /// How fast it is, when it was measured.
+    pub rates: Option<DeviceRates>,
+}
+
+/// How fast a device does what a model consists of, measured once when its worker started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceRates {
+    /// Bytes of weights that a step of one token reads per second.
+    pub bytes_per_s: u64,
+    /// Additions and multiplications per second in a step of many tokens.
+    pub flops_per_s: u64,
 }
 
 /// Kinds of device.

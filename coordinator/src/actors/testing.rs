@@ -8,8 +8,8 @@ use common::ids::{BootId, ReplicaId, RequestId, WorkerId};
 use common::request::{Delta, End, Failure, Generate, Prompt};
 use common::wire::link::{self, Receiver, Sender, Stream};
 use common::wire::message::{
-    Command, Device, DeviceKind, HeldShard, Hello, Output, PROTOCOL_MAX, PROTOCOL_MIN, ReadyShard,
-    Report, ShardSpec, ShardState, Start,
+    Command, Device, DeviceKind, DeviceRates, HeldShard, Hello, Output, PROTOCOL_MAX, PROTOCOL_MIN,
+    ReadyShard, Report, ShardSpec, ShardState, Start,
 };
 
 use crate::Core;
@@ -87,6 +87,7 @@ pub(crate) fn config(model: &str, workload_type: &str) -> ConfigSpec {
         workload_size: WorkloadSize::Small,
         scale_to_zero: false,
         environment_vars: vec![],
+        provisioned: None,
     };
     ConfigSpec {
         entities: vec![entity],
@@ -205,6 +206,10 @@ impl FakeWorker {
                 name: "fake".into(),
                 memory_bytes: 1 << 30,
                 threads: 1,
+                rates: Some(DeviceRates {
+                    bytes_per_s: 1_000_000_000,
+                    flops_per_s: 10_000_000_000,
+                }),
             },
             group_address: format!("127.0.0.1:{}", 7000 + name.len()),
             shards: vec![],

@@ -169,6 +169,7 @@ fn entity(
         workload_size,
         scale_to_zero,
         environment_vars,
+        provisioned: None,
     })
 }
 

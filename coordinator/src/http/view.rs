@@ -223,6 +223,12 @@ struct ServedRest<'a> {
     workload_size: String,
     workload_type: &'a str,
     scale_to_zero_enabled: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    min_provisioned_throughput: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_provisioned_throughput: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    provisioned_model_units: Option<u64>,
     #[serde(skip_serializing_if = "serde_json::Map::is_empty")]
     environment_vars: serde_json::Map<String, serde_json::Value>,
     state: Deployment<'a>,
@@ -237,6 +243,9 @@ impl<'a> ServedRest<'a> {
             workload_size: format!("{:?}", spec.workload_size),
             workload_type: &spec.workload_type,
             scale_to_zero_enabled: spec.scale_to_zero,
+            min_provisioned_throughput: spec.provisioned.map(|asked| asked.min_tokens_per_s),
+            max_provisioned_throughput: spec.provisioned.map(|asked| asked.max_tokens_per_s),
+            provisioned_model_units: spec.provisioned.and_then(|asked| asked.model_units),
             environment_vars: spec
                 .environment_vars
                 .iter()

@@ -18,6 +18,7 @@ pub mod model_runner;
 pub mod models;
 pub mod numerics;
 pub mod plan;
+pub mod rates;
 pub mod request;
 pub mod runner;
 pub mod sampler;

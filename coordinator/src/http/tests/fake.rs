@@ -64,6 +64,7 @@ pub(in crate::http) fn endpoint_view(name: &str) -> EndpointView {
             workload_size: WorkloadSize::Small,
             scale_to_zero: false,
             environment_vars: vec![],
+            provisioned: None,
         },
         creator: "ann".into(),
         created_ms: CREATED_MS,

@@ -12,6 +12,7 @@ fn config(names: &[&str]) -> ConfigSpec {
         workload_size: WorkloadSize::Small,
         scale_to_zero: false,
         environment_vars: vec![],
+        provisioned: None,
     };
     let route = |name: &&str| Route {
         entity: (*name).to_owned(),

@@ -208,6 +208,10 @@ fn hello() -> Report {
             name: text("gpu"),
             memory_bytes: 1 << 20,
             threads: 4,
+            rates: Some(DeviceRates {
+                bytes_per_s: 300,
+                flops_per_s: 70_000,
+            }),
         },
         group_address: text("h:1"),
         shards: vec![held],
