@@ -3,12 +3,20 @@
 //! Owns types only. HTTP parses bodies into these and turns them into JSON; actors never see JSON, handlers never see
 //! actors. Tests put a fake [`Gateway`] behind the HTTP layer.
 
+mod settings;
+
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::model_ref::ModelRef;
 use common::request::{Delta, End, Generate, TokenLogprob};
 use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
+
+pub use settings::{
+    Access, AiGateway, Amendment, Caller, EmailNotifications, Grant, Grantee, InferenceTable,
+    Level, Limited, RateLimit, Settings,
+};
 
 /// Why something asked for cannot be done. The status codes are in `http::error`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -31,6 +39,8 @@ pub enum ErrorKind {
     BadRequest,
     /// The body is not JSON.
     Malformed,
+    /// The caller may not do this.
+    PermissionDenied,
     /// No such endpoint, model or version.
     NotFound,
     /// The name is taken.
@@ -45,6 +55,8 @@ pub enum ErrorKind {
     Deadline,
     /// A fault of ours.
     Internal,
+    /// The API has this, and this server does not.
+    NotImplemented,
 }
 
 impl ApiError {
@@ -93,6 +105,21 @@ pub struct EntitySpec {
     /// Sized by tokens per second instead of by workload type and size.
     #[serde(default)]
     pub provisioned: Option<Provisioned>,
+    /// Requests at a time, instead of what the size stands for.
+    #[serde(default)]
+    pub concurrency: Option<ConcurrencyRange>,
+    /// Echoed to clients.
+    #[serde(default)]
+    pub instance_profile_arn: Option<String>,
+}
+
+/// Requests at a time that an entity is provisioned for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConcurrencyRange {
+    /// Echoed to clients; 0 only with scaling to zero.
+    pub min: u32,
+    /// Admitted at a time.
+    pub max: u32,
 }
 
 /// Provisioned throughput of a served entity: prompt and output tokens per second, together.
@@ -122,6 +149,8 @@ pub struct ConfigSpec {
     pub entities: Vec<EntitySpec>,
     /// One per entity that gets traffic.
     pub routes: Vec<Route>,
+    /// The older switch of the table of requests and answers.
+    pub auto_capture: Option<InferenceTable>,
 }
 
 /// An endpoint to create.
@@ -131,10 +160,8 @@ pub struct CreateEndpoint {
     pub name: String,
     /// What it shall serve.
     pub config: ConfigSpec,
-    /// Free labels, key and value.
-    pub tags: Vec<(String, String)>,
-    /// For people.
-    pub description: Option<String>,
+    /// Everything else.
+    pub settings: Settings,
 }
 
 /// An endpoint as clients see it.
@@ -160,10 +187,8 @@ pub struct EndpointView {
     pub pending: Option<ConfigView>,
     /// The models' task, when known.
     pub task: Option<String>,
-    /// Free labels.
-    pub tags: Vec<(String, String)>,
-    /// For people.
-    pub description: Option<String>,
+    /// Everything beside its configurations.
+    pub settings: Settings,
 }
 
 /// How the last change of a configuration stands.
@@ -190,6 +215,8 @@ pub struct ConfigView {
     pub entities: Vec<EntityView>,
     /// The traffic.
     pub routes: Vec<Route>,
+    /// The older switch of the table of requests and answers.
+    pub auto_capture: Option<InferenceTable>,
 }
 
 /// A served entity and how it stands.
@@ -245,6 +272,22 @@ pub trait Gateway: Send + Sync + 'static {
         config: ConfigSpec,
     ) -> BoxFuture<'_, Result<EndpointView, ApiError>>;
 
+    /// What must be known of an endpoint before anything is done with it. Asks no actor.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    fn access(&self, name: &str) -> Result<Arc<Access>, ApiError>;
+
+    /// The name of the endpoint with this id.
+    fn name_of(&self, id: &str) -> Option<String>;
+
+    /// Changes an endpoint's settings.
+    fn amend(
+        &self,
+        name: String,
+        amendment: Amendment,
+    ) -> BoxFuture<'_, Result<EndpointView, ApiError>>;
+
     /// Deletes an endpoint; requests in flight end as unavailable.
     fn delete(&self, name: String) -> BoxFuture<'_, Result<(), ApiError>>;
 
@@ -264,7 +307,7 @@ pub struct Call {
     /// The endpoint's name.
     pub endpoint: String,
     /// Who calls.
-    pub user: String,
+    pub caller: Caller,
     /// The client's id of the call, for logs.
     pub request_id: String,
     /// The prompts; one generation each.

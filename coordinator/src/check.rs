@@ -215,19 +215,21 @@ fn endpoints(cluster: &Cluster, registry: &LocalRegistry, report: &mut Report) -
     let mut places = places(cluster);
     for entry in &cluster.endpoints {
         for entity in seed::config(entry).entities {
-            let size = entity.workload_size;
             let placed = registry
                 .facts(&entity.model)
                 .map(Arc::new)
                 .map_err(|e| e.to_string())
                 .and_then(|facts: Arc<ModelFacts>| {
-                    let workload =
-                        workload::resolve(&cluster.workload_types, &entity.workload_type, size)
-                            .map_err(|e| e.message)?;
+                    let workload = workload::resolve(
+                        &cluster.workload_types,
+                        &entity.workload_type,
+                        entity.workload_size,
+                    )
+                    .map_err(|e| e.message)?;
                     let wish = Wish {
                         facts: &facts,
                         workload,
-                        concurrency: size.concurrency(),
+                        concurrency: entity.admitted(),
                     };
                     let fit = fit::fit(wish, &places, &cluster.workload_types)
                         .map_err(|e| e.to_string())?;
@@ -238,7 +240,7 @@ fn endpoints(cluster: &Cluster, registry: &LocalRegistry, report: &mut Report) -
                 entry.name,
                 entity.name,
                 entity.workload_type,
-                size.name()
+                entity.workload_size.name()
             );
             match placed {
                 Ok((Fit { devices, plan }, stand_in)) => {

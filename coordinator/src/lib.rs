@@ -101,7 +101,7 @@ pub async fn run(
         tokens: TokenTable::new(
             core.tokens
                 .iter()
-                .map(|token| (token.user.clone(), token.digest))
+                .map(|token| (token.caller.clone(), token.digest))
                 .collect(),
         ),
         limits: cluster.limits.clone(),

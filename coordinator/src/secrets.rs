@@ -11,6 +11,8 @@ use anyhow::{Context, Result, bail};
 use common::config::{AuthConfig, TokenSource};
 use sha2::{Digest, Sha256};
 
+use crate::api::Caller;
+
 /// Longest secret that is read: a file that is longer is not one.
 const SECRET_BYTES_MAX: u64 = 4096;
 
@@ -18,7 +20,7 @@ const SECRET_BYTES_MAX: u64 = 4096;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Token {
     /// Whom it stands for.
-    pub user: String,
+    pub caller: Caller,
     /// SHA-256 of the token.
     pub digest: [u8; 32],
 }
@@ -39,7 +41,11 @@ pub fn tokens(auth: &AuthConfig) -> Result<Vec<Token>> {
             }
         };
         tokens.push(Token {
-            user: entry.user.clone(),
+            caller: Caller {
+                user: entry.user.clone(),
+                admin: entry.admin,
+                groups: entry.groups.clone(),
+            },
             digest,
         });
     }
@@ -196,6 +202,8 @@ mod tests {
                 worker_secret_file: folder.path().join("w"),
                 tokens: vec![common::config::TokenEntry {
                     user: "u".into(),
+                    admin: true,
+                    groups: vec![],
                     source: TokenSource::File(file.clone()),
                 }],
             };
@@ -215,6 +223,8 @@ mod tests {
         fs::write(&file, "secret\n").unwrap();
         let entry = |source| common::config::TokenEntry {
             user: "u".into(),
+            admin: true,
+            groups: vec![],
             source,
         };
         let auth = AuthConfig {

@@ -8,7 +8,7 @@ use common::config::{Cluster, EndpointEntry};
 
 use crate::actors::gateway::now_ms;
 use crate::actors::record::{EndpointRecord, encode, endpoint_key};
-use crate::api::{ConfigSpec, EntitySpec, Route, WorkloadSize};
+use crate::api::{ConfigSpec, EntitySpec, Route, Settings, WorkloadSize};
 use crate::policy::lifecycle::Lifecycle;
 use crate::store::{Expect, SharedStore, StoreError};
 
@@ -36,8 +36,7 @@ pub async fn endpoints(cluster: &Cluster, store: &SharedStore) -> Result<()> {
             creator: CREATOR.into(),
             created_ms: now_ms,
             updated_ms: now_ms,
-            tags: Vec::new(),
-            description: None,
+            settings: Settings::default(),
             life: Lifecycle::create(config(entry), CREATOR, now_ms),
         };
         match store
@@ -68,6 +67,8 @@ pub fn config(entry: &EndpointEntry) -> ConfigSpec {
         scale_to_zero: false,
         environment_vars: Vec::new(),
         provisioned: None,
+        concurrency: None,
+        instance_profile_arn: None,
     });
     let routes = served.iter().map(|served| Route {
         entity: served.name.clone(),
@@ -76,6 +77,7 @@ pub fn config(entry: &EndpointEntry) -> ConfigSpec {
     ConfigSpec {
         entities: entities.collect(),
         routes: routes.collect(),
+        auto_capture: None,
     }
 }
 

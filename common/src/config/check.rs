@@ -1,17 +1,18 @@
 //! From what cluster.toml says to what the program uses: defaults, paths, and everything that can be wrong in a value.
 //!
-//! Endpoints are judged in `endpoints`. Whether files, models and memory are there is not asked here.
+//! Endpoints are judged in `endpoints`, callers in `auth`. Whether files, models and memory are there is not asked here.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::str::FromStr;
 
+use super::auth::tokens;
 use super::cluster::{
     AuthConfig, Cluster, CoordinatorConfig, DeviceEntry, Limits, ModelEntry, Node, TlsFiles,
-    TokenEntry, TokenSource, WorkloadType,
+    WorkloadType,
 };
 use super::endpoints::{Known, endpoint};
-use super::raw::{Raw, RawDevice, RawModel, RawNode, RawToken, RawWorkloadType};
+use super::raw::{Raw, RawDevice, RawModel, RawNode, RawWorkloadType};
 use super::reader::Reader;
 use crate::ids::WorkerId;
 use crate::model_ref::ModelRef;
@@ -112,11 +113,7 @@ pub(super) fn check(raw: Raw, root: &Path, r: &mut Reader<'_>) -> Cluster {
                 .as_deref()
                 .unwrap_or("var/worker.secret"),
         ),
-        tokens: auth
-            .tokens
-            .into_iter()
-            .filter_map(|t| token(t, root, r))
-            .collect(),
+        tokens: tokens(auth.tokens, root, r),
     };
     let tls = tls.and_then(|t| {
         Some(TlsFiles {
@@ -220,34 +217,6 @@ fn memory(bytes: Option<u64>, key: &str, r: &mut Reader<'_>) -> Option<u64> {
         r.mistake(key, "must be above 0; leave it out to take what there is");
     }
     bytes
-}
-
-fn token(raw: RawToken, root: &Path, r: &mut Reader<'_>) -> Option<TokenEntry> {
-    let source = match (raw.file, raw.sha256) {
-        (Some(file), None) => TokenSource::File(root.join(file)),
-        (None, Some(digest)) => {
-            let mut bytes = [0; 32];
-            if hex::decode_to_slice(&digest, &mut bytes).is_err() {
-                r.mistake(
-                    &format!("{}.sha256", raw.path),
-                    "must be 64 hexadecimal digits: the token's SHA-256",
-                );
-                return None;
-            }
-            TokenSource::Sha256(bytes)
-        }
-        _ => {
-            r.mistake(
-                &raw.path,
-                "needs either file (a file that holds the token) or sha256 (the token's digest)",
-            );
-            return None;
-        }
-    };
-    Some(TokenEntry {
-        user: raw.user?,
-        source,
-    })
 }
 
 /// The name of a node, device or workload type. Gives also a wrong one, so that the check can go on with it.

@@ -58,6 +58,10 @@ pub struct AuthConfig {
 pub struct TokenEntry {
     /// The user the token stands for.
     pub user: String,
+    /// May do everything with every endpoint.
+    pub admin: bool,
+    /// Groups the user belongs to, as endpoints' permissions name them.
+    pub groups: Vec<String>,
     /// Where the token comes from.
     pub source: TokenSource,
 }

@@ -4,6 +4,7 @@
 //! (scalars only). Lists replace each other whole. Unknown keys are refused, and all mistakes come in one list, each
 //! with its file and line.
 
+mod auth;
 mod check;
 mod cluster;
 mod endpoints;

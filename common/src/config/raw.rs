@@ -34,6 +34,8 @@ pub(super) struct RawToken {
     pub user: Option<String>,
     pub file: Option<String>,
     pub sha256: Option<String>,
+    pub admin: Option<bool>,
+    pub groups: Vec<String>,
 }
 
 pub(super) struct RawTls {
@@ -164,6 +166,8 @@ fn token<'a>(mut t: Table<'a>, r: &mut Reader<'a>) -> RawToken {
         user: t.need(r, "user"),
         file: t.text(r, "file"),
         sha256: t.text(r, "sha256"),
+        admin: t.flag(r, "admin"),
+        groups: t.texts(r, "groups"),
     };
     t.close(r);
     raw

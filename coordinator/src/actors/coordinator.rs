@@ -235,6 +235,7 @@ impl CoordinatorActor {
                 if let Some(endpoint) = self.endpoints.get_mut(&name) {
                     (endpoint.door, endpoint.told) = (door, None);
                 }
+                self.publish(&name);
             }
             Who::Replica(replica, generation) if !message.orderly => {
                 let served = self.is_served(replica);

@@ -3,7 +3,7 @@
 //! Actor memory can be rebuilt: a coordinator that is started anew publishes itself here again.
 
 use std::collections::HashMap;
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use actix::Addr;
 use tokio::sync::watch;
@@ -11,11 +11,21 @@ use tokio_util::sync::CancellationToken;
 
 use super::coordinator::CoordinatorActor;
 use super::endpoint::EndpointActor;
+use crate::api::Access;
+
+/// An endpoint as callers find it.
+#[derive(Debug, Clone)]
+pub struct Published {
+    /// Its door.
+    pub door: Addr<EndpointActor>,
+    /// Who may do what with it.
+    pub access: Arc<Access>,
+}
 
 /// The published addresses.
 #[derive(Debug)]
 pub struct Directory {
-    endpoints: RwLock<HashMap<String, Addr<EndpointActor>>>,
+    endpoints: RwLock<HashMap<String, Published>>,
     coordinator: RwLock<Option<(Addr<CoordinatorActor>, CancellationToken)>>,
     /// The store's revision up to which the coordinator has seen changes.
     seen: watch::Sender<u64>,
@@ -33,8 +43,8 @@ impl Default for Directory {
 }
 
 impl Directory {
-    /// An endpoint's door.
-    pub fn endpoint(&self, name: &str) -> Option<Addr<EndpointActor>> {
+    /// An endpoint.
+    pub fn endpoint(&self, name: &str) -> Option<Published> {
         self.endpoints
             .read()
             .unwrap_or_else(PoisonError::into_inner)
@@ -42,14 +52,25 @@ impl Directory {
             .cloned()
     }
 
-    /// Publishes an endpoint's door, or takes it back.
-    pub fn set_endpoint(&self, name: &str, door: Option<Addr<EndpointActor>>) {
+    /// The name of the endpoint with this id.
+    pub fn name_of(&self, id: &str) -> Option<String> {
+        let endpoints = self
+            .endpoints
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        let mut all = endpoints.values();
+        let found = all.find(|published| published.access.id == id)?;
+        Some(found.access.name.clone())
+    }
+
+    /// Publishes an endpoint, or takes it back.
+    pub fn set_endpoint(&self, name: &str, published: Option<Published>) {
         let mut endpoints = self
             .endpoints
             .write()
             .unwrap_or_else(PoisonError::into_inner);
-        match door {
-            Some(door) => endpoints.insert(name.to_owned(), door),
+        match published {
+            Some(published) => endpoints.insert(name.to_owned(), published),
             None => endpoints.remove(name),
         };
     }

@@ -299,15 +299,15 @@ impl Entity {
         }
     }
 
-    /// Requests that run at a time: what the size stands for, or what the replicas have room for.
+    /// Requests that run at a time: what is admitted, or what the replicas have room for.
     fn concurrency(&self) -> u64 {
-        let size = u64::from(self.serving.size.concurrency());
+        let admitted = u64::from(self.serving.concurrency);
         let replicas = &self.serving.replicas;
         if replicas.is_empty() {
-            return size;
+            return admitted;
         }
         let credits = |target: &Target| u64::from(target.credits.total());
-        size.min(replicas.iter().map(credits).sum())
+        admitted.min(replicas.iter().map(credits).sum())
     }
 
     fn bounds(&self, limits: &Limits) -> Bounds {

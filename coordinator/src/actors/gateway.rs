@@ -12,14 +12,15 @@ use tokio::sync::oneshot;
 use tokio::time::{timeout, timeout_at};
 
 use super::coordinator::{CoordinatorActor, Means};
+use super::directory::Published;
 use super::messages::{CheckFit, GetHealth, GetView, Invoke, ListViews, Pending};
 use super::record::{EndpointRecord, TERM, decode, encode, endpoint_key};
 use crate::api::{
-    Answer, ApiError, Call, ClusterHealth, ConfigSpec, CreateEndpoint, EndpointView, ErrorKind,
-    Gateway, Generation,
+    Access, Amendment, Answer, ApiError, Call, ClusterHealth, ConfigSpec, CreateEndpoint,
+    EndpointView, ErrorKind, Gateway, Generation,
 };
 use crate::policy::lifecycle::{Event, Lifecycle};
-use crate::policy::workload;
+use crate::policy::{settings, workload};
 use crate::registry::{ModelFacts, RegistryError};
 use crate::store::{Expect, StoreError};
 use common::request::{Generate, Prompt};
@@ -44,6 +45,16 @@ impl ActorGateway {
 
     fn coordinator(&self) -> Result<actix::Addr<CoordinatorActor>, ApiError> {
         self.means.directory.coordinator().ok_or_else(restarting)
+    }
+
+    fn published(&self, name: &str) -> Result<Published, ApiError> {
+        let directory = &self.means.directory;
+        directory
+            .endpoint(name)
+            .ok_or_else(|| match directory.coordinator() {
+                Some(_) => not_found(name),
+                None => restarting(),
+            })
     }
 
     /// Reads what every start has written.
@@ -135,8 +146,7 @@ impl ActorGateway {
             creator: user,
             created_ms: now_ms,
             updated_ms: now_ms,
-            tags: endpoint.tags.clone(),
-            description: endpoint.description.clone(),
+            settings: endpoint.settings.clone(),
         };
         let value = encode(&record).map_err(internal)?;
         let revision = match self.means.store.put(key, value, Expect::Absent).await {
@@ -153,23 +163,7 @@ impl ActorGateway {
         name: String,
         config: ConfigSpec,
     ) -> Result<EndpointView, ApiError> {
-        let key = endpoint_key(&name);
-        if self
-            .means
-            .store
-            .get(key.clone())
-            .await
-            .map_err(internal)?
-            .is_none()
-        {
-            return Err(not_found(&name));
-        }
-        self.check(&config, Some(name.clone())).await?;
-        loop {
-            let Some(entry) = self.means.store.get(key.clone()).await.map_err(internal)? else {
-                return Err(not_found(&name));
-            };
-            let mut record: EndpointRecord = decode(&key, &entry.value).map_err(internal)?;
+        let updating = |record: &mut EndpointRecord| {
             let now_ms = now_ms();
             let event = Event::Update {
                 config: config.clone(),
@@ -177,11 +171,38 @@ impl ActorGateway {
                 now_ms,
             };
             record.life.apply(event).map_err(|_| {
-                let message =
-                    format!("Endpoint '{name}' is being updated; wait until the update is done.");
+                let message = format!(
+                    "Endpoint '{}' is being updated; wait until the update is done.",
+                    record.name
+                );
                 ApiError::new(ErrorKind::Conflict, message)
             })?;
             record.updated_ms = now_ms;
+            Ok(())
+        };
+        // Refused before anything is read when it cannot be, whatever the configuration says.
+        let key = endpoint_key(&name);
+        let Some(entry) = self.means.store.get(key.clone()).await.map_err(internal)? else {
+            return Err(not_found(&name));
+        };
+        updating(&mut decode(&key, &entry.value).map_err(internal)?)?;
+        self.check(&config, Some(name.clone())).await?;
+        self.edit(name, updating).await
+    }
+
+    /// Changes an endpoint's record: reads, changes, compares and swaps, until nobody came between.
+    async fn edit(
+        &self,
+        name: String,
+        change: impl Fn(&mut EndpointRecord) -> Result<(), ApiError>,
+    ) -> Result<EndpointView, ApiError> {
+        let key = endpoint_key(&name);
+        loop {
+            let Some(entry) = self.means.store.get(key.clone()).await.map_err(internal)? else {
+                return Err(not_found(&name));
+            };
+            let mut record: EndpointRecord = decode(&key, &entry.value).map_err(internal)?;
+            change(&mut record)?;
             let value = encode(&record).map_err(internal)?;
             match self
                 .means
@@ -227,11 +248,7 @@ impl ActorGateway {
     }
 
     async fn generate(&self, call: Call) -> Result<Answer, ApiError> {
-        let door = self
-            .means
-            .directory
-            .endpoint(&call.endpoint)
-            .ok_or_else(|| not_found(&call.endpoint))?;
+        let door = self.published(&call.endpoint)?.door;
         call.prompts.iter().try_for_each(check_bytes)?;
         let deadline = call.deadline;
         let (reply, admitted) = oneshot::channel();
@@ -349,6 +366,25 @@ impl Gateway for ActorGateway {
         config: ConfigSpec,
     ) -> BoxFuture<'_, Result<EndpointView, ApiError>> {
         self.update(user, name, config).boxed()
+    }
+
+    fn access(&self, name: &str) -> Result<Arc<Access>, ApiError> {
+        Ok(self.published(name)?.access)
+    }
+
+    fn name_of(&self, id: &str) -> Option<String> {
+        self.means.directory.name_of(id)
+    }
+
+    fn amend(
+        &self,
+        name: String,
+        amendment: Amendment,
+    ) -> BoxFuture<'_, Result<EndpointView, ApiError>> {
+        let amend = move |record: &mut EndpointRecord| {
+            settings::amend(&mut record.settings, amendment.clone())
+        };
+        self.edit(name, amend).boxed()
     }
 
     fn delete(&self, name: String) -> BoxFuture<'_, Result<(), ApiError>> {

@@ -17,7 +17,6 @@ use super::replica::ReplicaActor;
 use super::ticket::Ticket;
 use crate::api::{
     ApiError, Call, CancelGuard, ClusterHealth, ConfigSpec, EndpointView, GenerationEvent,
-    WorkloadSize,
 };
 use crate::registry::{ModelFacts, RegistryError};
 use crate::store::{Change, Entry, StoreError};
@@ -220,8 +219,8 @@ pub struct Serving {
     pub name: String,
     /// Its share of the traffic.
     pub percentage: u32,
-    /// Its size.
-    pub size: WorkloadSize,
+    /// Requests admitted at a time.
+    pub concurrency: u32,
     /// Longest sequence served.
     pub context_max: u32,
     /// Its copies.

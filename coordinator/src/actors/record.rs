@@ -8,7 +8,7 @@ use common::wire::message::{KvDtype, ShardOptions};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::api::WorkloadSize;
+use crate::api::{Access, Settings};
 use crate::policy::lifecycle::Lifecycle;
 use crate::policy::memory_plan::{BLOCK_TOKENS, MemoryPlan};
 use crate::store::{Expect, Store, StoreError};
@@ -33,12 +33,30 @@ pub struct EndpointRecord {
     pub created_ms: u64,
     /// When its configuration last changed.
     pub updated_ms: u64,
-    /// Free labels.
-    pub tags: Vec<(String, String)>,
-    /// For people.
-    pub description: Option<String>,
+    /// Everything beside its configurations; flat, as tags and description once were.
+    #[serde(flatten)]
+    pub settings: Settings,
     /// Its configurations and how they stand.
     pub life: Lifecycle,
+}
+
+impl EndpointRecord {
+    /// What must be known before anything is done with it.
+    pub fn access(&self) -> Access {
+        let gateway = self.settings.ai_gateway.as_ref();
+        let table = gateway.and_then(|gateway| gateway.inference_table.as_ref());
+        let older = || {
+            let newest = self.life.active.as_ref().or(self.life.pending.as_ref());
+            newest.and_then(|deployment| deployment.auto_capture.as_ref())
+        };
+        Access {
+            name: self.name.clone(),
+            id: self.id.clone(),
+            creator: self.creator.clone(),
+            settings: self.settings.clone(),
+            inference_table: table.or_else(older).filter(|table| table.enabled).cloned(),
+        }
+    }
 }
 
 /// Where a replica's shards are, as stored.
@@ -94,15 +112,16 @@ impl StoredOptions {
         self.kv_blocks.saturating_sub(1) / sequence_blocks
     }
 
-    /// Requests that a replica of this size runs at a time: as many as its cache has room for even when each becomes as
-    /// long as it may. More would fit as long as they are short, and later put each other back, to be computed again.
-    pub fn credits(&self, size: WorkloadSize) -> u32 {
-        size.concurrency().min(self.concurrency()).max(1)
+    /// Requests that a replica runs at a time of those that are admitted: as many as its cache has room for even when
+    /// each becomes as long as it may. More would fit as long as they are short, and later put each other back, to be
+    /// computed again.
+    pub fn credits(&self, admitted: u32) -> u32 {
+        admitted.min(self.concurrency()).max(1)
     }
 
-    /// Says so when memory has room for fewer requests at a time than the size stands for.
-    pub fn shortage(&self, size: WorkloadSize) -> Option<String> {
-        let (credits, wanted) = (self.credits(size), size.concurrency());
+    /// Says so when memory has room for fewer requests at a time than are admitted.
+    pub fn shortage(&self, wanted: u32) -> Option<String> {
+        let credits = self.credits(wanted);
         (credits < wanted).then(|| {
             format!(
                 "memory has room for {credits} of {wanted} requests at a time with {} tokens each",
@@ -171,4 +190,52 @@ pub async fn next_term(store: &dyn Store) -> Result<Term, StoreError> {
     };
     store.put(TERM.into(), encode(&(term + 1))?, expect).await?;
     Ok(Term(term + 1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::{AiGateway, InferenceTable};
+
+    /// As the first version wrote it.
+    const OLDEST: &str = r#"{"name":"e","id":"08f9","creator":"ann","created_ms":1,"updated_ms":2,
+        "tags":[["team","x"]],"description":"d","life":{"version":1,"update":"InProgress","active":null,
+        "pending":{"version":1,"started_ms":1,"routes":[{"entity":"a","percentage":100}],"entities":[{
+            "spec":{"name":"a","model":{"name":"m","version":"1"},"workload_type":"CPU","workload_size":"Small",
+                    "scale_to_zero":false,"environment_vars":[]},
+            "creator":"ann","created_ms":1,"replicas":[],"state":"Creating","message":""}]}}}"#;
+
+    #[test]
+    fn the_oldest_records_are_read_and_written_back() {
+        let record: EndpointRecord = decode("k", OLDEST.as_bytes()).unwrap();
+        assert_eq!(record.settings.tags, [("team".into(), "x".into())]);
+        assert_eq!(record.settings.description.as_deref(), Some("d"));
+        let again: EndpointRecord = decode("k", &encode(&record).unwrap()).unwrap();
+        assert_eq!(again, record);
+    }
+
+    #[test]
+    fn the_gateways_inference_table_wins_over_the_older_switch() {
+        let mut record: EndpointRecord = decode("k", OLDEST.as_bytes()).unwrap();
+        let table = |enabled, name: &str| InferenceTable {
+            enabled,
+            table_name_prefix: Some(name.into()),
+            ..InferenceTable::default()
+        };
+        let pending = record.life.pending.as_mut().unwrap();
+        pending.auto_capture = Some(table(true, "older"));
+        let older = record.access().inference_table;
+        assert_eq!(older, Some(table(true, "older")));
+        let gateway = |table| {
+            Some(AiGateway {
+                inference_table: Some(table),
+                ..AiGateway::default()
+            })
+        };
+        record.settings.ai_gateway = gateway(table(true, "newer"));
+        let newer = record.access().inference_table;
+        assert_eq!(newer, Some(table(true, "newer")));
+        record.settings.ai_gateway = gateway(table(false, "newer"));
+        assert_eq!(record.access().inference_table, None);
+    }
 }

@@ -14,8 +14,8 @@ use common::wire::message::{
 
 use crate::Core;
 use crate::api::{
-    Answer, ApiError, Call, ConfigSpec, CreateEndpoint, EndpointView, EntitySpec, Gateway,
-    GenerationEvent, Route, WorkloadSize,
+    Answer, ApiError, Call, Caller, ConfigSpec, CreateEndpoint, EndpointView, EntitySpec, Gateway,
+    GenerationEvent, Route, Settings, WorkloadSize,
 };
 use crate::workers::{Doorkeeper, Met};
 
@@ -88,6 +88,8 @@ pub(crate) fn config(model: &str, workload_type: &str) -> ConfigSpec {
         scale_to_zero: false,
         environment_vars: vec![],
         provisioned: None,
+        concurrency: None,
+        instance_profile_arn: None,
     };
     ConfigSpec {
         entities: vec![entity],
@@ -95,6 +97,7 @@ pub(crate) fn config(model: &str, workload_type: &str) -> ConfigSpec {
             entity: name,
             percentage: 100,
         }],
+        auto_capture: None,
     }
 }
 
@@ -108,8 +111,7 @@ impl Core {
         let endpoint = CreateEndpoint {
             name: name.into(),
             config,
-            tags: vec![],
-            description: None,
+            settings: Settings::default(),
         };
         Gateway::create(&self.gateway, "user".into(), endpoint).await
     }
@@ -153,8 +155,8 @@ pub(crate) fn call(endpoint: &str, prompts: &[&str]) -> Call {
         .map(|prompt| Generate::new(Prompt::Text((*prompt).into())))
         .collect();
     Call {
-        user: "ann".into(),
         endpoint: endpoint.into(),
+        caller: Caller::admin("user"),
         request_id: "test".into(),
         prompts,
         deadline: Instant::now() + Duration::from_secs(60),

@@ -15,25 +15,26 @@ use subtle::ConstantTimeEq;
 
 use super::HttpState;
 use super::error::Fault;
+pub(super) use crate::api::Caller;
 
-/// The users and the SHA-256 of their tokens; the tokens themselves are not kept.
+/// The callers and the SHA-256 of their tokens; the tokens themselves are not kept.
 pub struct TokenTable {
-    entries: Vec<(String, [u8; 32])>,
+    entries: Vec<(Caller, [u8; 32])>,
 }
 
 impl TokenTable {
-    /// Takes users and the digests of their tokens. A user may have several tokens.
-    pub fn new(entries: Vec<(String, [u8; 32])>) -> Self {
+    /// Takes callers and the digests of their tokens. A user may have several tokens.
+    pub fn new(entries: Vec<(Caller, [u8; 32])>) -> Self {
         TokenTable { entries }
     }
 
-    /// The user a token stands for. Takes the same time whichever entry it is, or none.
-    fn user(&self, token: &str) -> Option<&str> {
+    /// The caller a token stands for. Takes the same time whichever entry it is, or none.
+    fn caller(&self, token: &str) -> Option<&Caller> {
         let digest = Sha256::digest(token.as_bytes());
         let mut found = None;
-        for (user, known) in &self.entries {
+        for (caller, known) in &self.entries {
             if bool::from(digest.as_slice().ct_eq(known)) {
-                found = Some(user.as_str());
+                found = Some(caller);
             }
         }
         found
@@ -43,24 +44,18 @@ impl TokenTable {
 impl fmt::Debug for TokenTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_list()
-            .entries(self.entries.iter().map(|(user, _)| user))
+            .entries(self.entries.iter().map(|(caller, _)| caller))
             .finish()
     }
 }
 
-/// The user behind a request.
-#[derive(Debug, Clone)]
-pub(super) struct Caller {
-    pub user: String,
-}
-
 impl FromRequest for Caller {
-    type Error = Fault;
-    type Future = std::future::Ready<Result<Self, Fault>>;
+    type Error = actix_web::Error;
+    type Future = std::future::Ready<Result<Self, actix_web::Error>>;
 
     fn from_request(request: &HttpRequest, _: &mut Payload) -> Self::Future {
         let caller = request.extensions().get::<Caller>().cloned();
-        std::future::ready(caller.ok_or_else(|| Fault::unauthenticated(NO_TOKEN)))
+        std::future::ready(caller.ok_or_else(|| Fault::unauthenticated(NO_TOKEN).into()))
     }
 }
 
@@ -102,14 +97,8 @@ fn caller(tokens: &TokenTable, headers: &HeaderMap) -> Result<Caller, Fault> {
         .map(|(_, token)| token.trim())
         .filter(|token| !token.is_empty())
         .ok_or_else(|| Fault::unauthenticated(NO_TOKEN))?;
-    match tokens.user(token) {
-        Some(user) => Ok(Caller {
-            user: user.to_owned(),
-        }),
-        None => Err(Fault::permission_denied(
-            "the token is not known to this server",
-        )),
-    }
+    let known = tokens.caller(token).cloned();
+    known.ok_or_else(|| Fault::permission_denied("the token is not known to this server"))
 }
 
 #[cfg(test)]
@@ -121,8 +110,8 @@ mod tests {
     fn ask(header: Option<&str>) -> Result<Caller, Fault> {
         let digest = |token: &str| Sha256::digest(token.as_bytes()).into();
         let tokens = TokenTable::new(vec![
-            ("ann".into(), digest("one")),
-            ("bob".into(), digest("two")),
+            (Caller::admin("ann"), digest("one")),
+            (Caller::user("bob", &[]), digest("two")),
         ]);
         let mut headers = HeaderMap::new();
         if let Some(header) = header {

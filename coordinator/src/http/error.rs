@@ -84,7 +84,7 @@ impl Fault {
     }
 
     pub fn permission_denied(message: impl Into<String>) -> Self {
-        Fault::new(StatusCode::FORBIDDEN, "PERMISSION_DENIED", message)
+        ApiError::new(ErrorKind::PermissionDenied, message).into()
     }
 
     pub fn too_large(bytes_max: u64) -> Self {
@@ -176,6 +176,7 @@ impl From<ApiError> for Fault {
             ErrorKind::InvalidParameter => (StatusCode::BAD_REQUEST, "INVALID_PARAMETER_VALUE"),
             ErrorKind::BadRequest => (StatusCode::BAD_REQUEST, "BAD_REQUEST"),
             ErrorKind::Malformed => (StatusCode::BAD_REQUEST, "MALFORMED_REQUEST"),
+            ErrorKind::PermissionDenied => (StatusCode::FORBIDDEN, "PERMISSION_DENIED"),
             ErrorKind::NotFound => (StatusCode::NOT_FOUND, "RESOURCE_DOES_NOT_EXIST"),
             ErrorKind::AlreadyExists => (StatusCode::BAD_REQUEST, "RESOURCE_ALREADY_EXISTS"),
             ErrorKind::Conflict => (StatusCode::CONFLICT, "RESOURCE_CONFLICT"),
@@ -183,6 +184,7 @@ impl From<ApiError> for Fault {
             ErrorKind::Unavailable => (StatusCode::SERVICE_UNAVAILABLE, "TEMPORARILY_UNAVAILABLE"),
             ErrorKind::Deadline => (StatusCode::GATEWAY_TIMEOUT, "DEADLINE_EXCEEDED"),
             ErrorKind::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "INTERNAL_ERROR"),
+            ErrorKind::NotImplemented => (StatusCode::NOT_IMPLEMENTED, "NOT_IMPLEMENTED"),
         };
         let retryable = matches!(error.kind, ErrorKind::Overloaded | ErrorKind::Unavailable);
         let retry_after_s =
@@ -290,6 +292,7 @@ mod tests {
             (ErrorKind::InvalidParameter, 400, "INVALID_PARAMETER_VALUE"),
             (ErrorKind::BadRequest, 400, "BAD_REQUEST"),
             (ErrorKind::Malformed, 400, "MALFORMED_REQUEST"),
+            (ErrorKind::PermissionDenied, 403, "PERMISSION_DENIED"),
             (ErrorKind::NotFound, 404, "RESOURCE_DOES_NOT_EXIST"),
             (ErrorKind::AlreadyExists, 400, "RESOURCE_ALREADY_EXISTS"),
             (ErrorKind::Conflict, 409, "RESOURCE_CONFLICT"),
@@ -297,6 +300,7 @@ mod tests {
             (ErrorKind::Unavailable, 503, "TEMPORARILY_UNAVAILABLE"),
             (ErrorKind::Deadline, 504, "DEADLINE_EXCEEDED"),
             (ErrorKind::Internal, 500, "INTERNAL_ERROR"),
+            (ErrorKind::NotImplemented, 501, "NOT_IMPLEMENTED"),
         ];
         for (kind, status, code) in table {
             let fault = Fault::from(ApiError::new(kind, "why"));

@@ -18,11 +18,12 @@ use super::error::Fault;
 use super::json::{FieldError, JsonBody, Object};
 use super::openai::{self, OpenAiRequest, Style};
 use super::parts::{DEADLINE_GRACE, Deadline, Parts, collect};
+use super::permissions::allowed;
 use super::replies::{Meta, OpenAiReply, Predictions};
 use super::sse::SseStream;
 use super::view::Models;
 use super::{HttpState, RequestId, inputs};
-use crate::api::{Call, CallFormat};
+use crate::api::{Call, CallFormat, Level};
 
 /// The keys by which a body says what it is.
 const INPUT_KEYS: [&str; 6] = [
@@ -61,7 +62,7 @@ type Door = (
 struct Context {
     state: Data<HttpState>,
     endpoint: String,
-    user: String,
+    caller: Caller,
     request_id: RequestId,
     deadline: Deadline,
     account: Account,
@@ -80,7 +81,8 @@ impl Context {
             format,
             &body,
         );
-        let labelled = account.label(&body).map_err(Fault::bad_request);
+        let labelled = allowed(&state, &caller, &endpoint, Level::Query)
+            .and_then(|_| account.label(&body).map_err(Fault::bad_request));
         let limit_ms = state.limits.deadline_ms;
         let deadline =
             labelled.and_then(|()| deadline(request.headers(), limit_ms, Instant::now()));
@@ -89,7 +91,7 @@ impl Context {
                 Context {
                     state,
                     endpoint,
-                    user: caller.user,
+                    caller,
                     request_id,
                     deadline,
                     account,
@@ -139,8 +141,10 @@ async fn chat(door: Door) -> Result<HttpResponse, Fault> {
     answer(context, openai::chat(&body, &mut rand::random)).await
 }
 
-async fn models(state: Data<HttpState>) -> Result<HttpResponse, Fault> {
-    let views = state.gateway.list().await?;
+/// Those that the caller may ask.
+async fn models(state: Data<HttpState>, caller: Caller) -> Result<HttpResponse, Fault> {
+    let mut views = state.gateway.list().await?;
+    views.retain(|view| view.level(&caller) >= Some(Level::Query));
     Ok(HttpResponse::Ok().json(Models::of(&views)))
 }
 
@@ -252,7 +256,7 @@ async fn start(
     let candidates: Vec<u32> = prompts.iter().map(|prompt| prompt.candidates).collect();
     let call = Call {
         endpoint: context.endpoint.clone(),
-        user: context.user.clone(),
+        caller: context.caller.clone(),
         request_id: context.request_id.0.clone(),
         prompts,
         deadline: deadline.at,

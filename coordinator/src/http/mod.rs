@@ -4,6 +4,7 @@
 //! `openai`); handlers are shims (`endpoints`, `invocations`, `ops`); status codes are in `error`.
 
 mod account;
+mod amendments;
 mod auth;
 mod endpoints;
 mod error;
@@ -14,13 +15,16 @@ mod offsets;
 mod openai;
 mod ops;
 mod parts;
+mod permissions;
 mod replies;
 mod sampling;
+mod settings;
 mod spec;
 mod sse;
 #[cfg(test)]
 mod tests;
 mod view;
+mod whoami;
 
 pub use auth::TokenTable;
 pub use ops::build_recorder;
@@ -31,6 +35,7 @@ use std::time::{Duration, Instant};
 
 use actix_web::body::{BoxBody, MessageBody};
 use actix_web::dev::{Server, ServiceFactory, ServiceRequest, ServiceResponse};
+use actix_web::http::Method;
 use actix_web::http::header::{HeaderMap, HeaderName, HeaderValue};
 use actix_web::middleware::{Next, NormalizePath, from_fn};
 use actix_web::web::{Data, PayloadConfig};
@@ -116,6 +121,9 @@ fn app(
         .app_data(PayloadConfig::new(bytes_max))
         .configure(ops::routes)
         .configure(endpoints::routes)
+        .configure(amendments::routes)
+        .configure(permissions::routes)
+        .configure(whoami::routes)
         .configure(invocations::routes)
         .wrap(from_fn(auth::require_token))
         // Clients write paths with and without a slash at the end, and follow no redirect of a POST.
@@ -146,11 +154,15 @@ impl RequestId {
 
 /// Gives each request its id, each error its body, and counts.
 async fn observe(
-    request: ServiceRequest,
+    mut request: ServiceRequest,
     next: Next<impl MessageBody + 'static>,
 ) -> Result<ServiceResponse<BoxBody>, actix_web::Error> {
     let started = Instant::now();
     let method = request.method().clone();
+    // What can be read can be asked about: the body is left out where the answer is written.
+    if method == Method::HEAD {
+        request.head_mut().method = Method::GET;
+    }
     let id = RequestId::of(request.headers());
     request.extensions_mut().insert(id.clone());
     let mut response = error::render(next.call(request).await?.map_into_boxed_body());

@@ -1,6 +1,7 @@
 //! Control-plane bodies as checked types: what an endpoint shall be called and serve.
 //!
-//! Pure: whether models, versions and memory exist is the cluster's matter. Both spellings of fields are taken
+//! Pure: whether models, versions and memory exist is the cluster's matter, and what stands beside the configuration
+//! is read in `settings`. Both spellings of fields are taken
 //! (`served_models` with `model_name`, `served_entities` with `entity_name`).
 
 use std::collections::HashSet;
@@ -11,12 +12,15 @@ use common::names::{self, NameError};
 use serde_json::Value;
 
 use super::json::{Field, FieldError, Fields, Object};
-use crate::api::{ConfigSpec, CreateEndpoint, EntitySpec, Route, WorkloadSize};
+use super::settings::{inference_table, refuse_unsupported, settings, short_text};
+use crate::api::{ConcurrencyRange, ConfigSpec, CreateEndpoint, EntitySpec, Route, WorkloadSize};
 
-/// Most tags of an endpoint and environment variables of a served entity.
-const PAIRS_MAX: usize = 64;
-/// Longest tag, environment variable or description in bytes: what the store is willing to keep.
-const TEXT_BYTES_MAX: usize = 4096;
+/// Most environment variables of a served entity.
+const VARIABLES_MAX: usize = 64;
+/// Concurrency is provisioned in units of so many requests at a time, as in the cloud.
+const CONCURRENCY_UNIT: u32 = 4;
+/// Highest provisioned concurrency; what memory has room for is the plan's matter.
+const CONCURRENCY_MAX: u32 = 1024;
 /// The vendor's own text, which notebooks show.
 const SCALE_TO_ZERO_UNDEFINED: &str =
     "scaleToZeroEnabled is undefined. Please set it to either true or false.";
@@ -28,20 +32,12 @@ pub(super) fn create(
 ) -> Result<CreateEndpoint, FieldError> {
     let fields = Fields::of("", body);
     let name = checked_name(&fields.need("name")?, names::check_endpoint)?;
-    refuse_unsupported(&fields, &["rate_limits", "ai_gateway"])?;
     let config = config(&fields.need("config")?.fields()?, workload_types)?;
-    let tags = fields
-        .get("tags")
-        .map_or(Ok(Vec::new()), |field| tags(&field))?;
-    let description = fields
-        .get("description")
-        .map(|field| short_text(&field))
-        .transpose()?;
+    let settings = settings(&fields)?;
     Ok(CreateEndpoint {
         name,
         config,
-        tags,
-        description,
+        settings,
     })
 }
 
@@ -60,7 +56,6 @@ fn checked_name(
 }
 
 fn config(fields: &Fields<'_>, workload_types: &[String]) -> Result<ConfigSpec, FieldError> {
-    refuse_unsupported(fields, &["auto_capture_config"])?;
     let (list, spelling) = match (fields.get("served_entities"), fields.get("served_models")) {
         (Some(_), Some(models)) => {
             return Err(models.refuse("and served_entities say the same thing: give one of them"));
@@ -90,7 +85,14 @@ fn config(fields: &Fields<'_>, workload_types: &[String]) -> Result<ConfigSpec, 
         entities.push(entity);
     }
     let routes = routes(fields, &entities)?;
-    Ok(ConfigSpec { entities, routes })
+    let table = fields.get("auto_capture_config");
+    let table = table.filter(|field| field.value.as_object().is_none_or(|o| !o.is_empty()));
+    let auto_capture = table.map(|field| inference_table(&field)).transpose()?;
+    Ok(ConfigSpec {
+        entities,
+        routes,
+        auto_capture,
+    })
 }
 
 /// How the fields of served entities are called.
@@ -129,8 +131,6 @@ fn entity(
             "provisioned_model_units",
             "min_provisioned_throughput",
             "max_provisioned_throughput",
-            "min_provisioned_concurrency",
-            "max_provisioned_concurrency",
         ],
     )?;
     let model = model(
@@ -144,6 +144,7 @@ fn entity(
     let workload_size = fields
         .get("workload_size")
         .map_or(Ok(WorkloadSize::Small), |field| workload_size(&field))?;
+    let range = concurrency_range(fields)?;
     let workload_type = fields
         .get("workload_type")
         .map_or(Ok("CPU"), |field| field.text())?
@@ -159,9 +160,17 @@ fn entity(
         });
     }
     let scale_to_zero = scale_to_zero(fields, &workload_type)?;
+    let least = fields.get("min_provisioned_concurrency");
+    if let (Some(range), Some(least)) = (range, least)
+        && range.min == 0
+        && !scale_to_zero
+    {
+        return Err(least.refuse("must be above 0 unless scale_to_zero_enabled is true"));
+    }
     let environment_vars = fields
         .get("environment_vars")
         .map_or(Ok(Vec::new()), |field| environment_vars(&field))?;
+    let profile = fields.get("instance_profile_arn");
     Ok(EntitySpec {
         name,
         model,
@@ -170,6 +179,8 @@ fn entity(
         scale_to_zero,
         environment_vars,
         provisioned: None,
+        concurrency: range,
+        instance_profile_arn: profile.map(|field| short_text(&field)).transpose()?,
     })
 }
 
@@ -197,6 +208,30 @@ fn workload_size(field: &Field<'_>) -> Result<WorkloadSize, FieldError> {
     }
 }
 
+/// Requests at a time in place of a size.
+fn concurrency_range(fields: &Fields<'_>) -> Result<Option<ConcurrencyRange>, FieldError> {
+    const KEYS: [&str; 2] = ["min_provisioned_concurrency", "max_provisioned_concurrency"];
+    let Some(given) = KEYS.iter().find_map(|key| fields.get(key)) else {
+        return Ok(None);
+    };
+    if fields.get("workload_size").is_some() {
+        return Err(given.refuse("and workload_size say the same thing: give one of them"));
+    }
+    let number = |key: &str, least: u32| {
+        let field = fields.need(key)?;
+        let number = field.whole(i128::from(least)..=i128::from(CONCURRENCY_MAX))? as u32;
+        if !number.is_multiple_of(CONCURRENCY_UNIT) {
+            return Err(field.wrong(&format!("a multiple of {CONCURRENCY_UNIT}")));
+        }
+        Ok(number)
+    };
+    let (min, max) = (number(KEYS[0], 0)?, number(KEYS[1], CONCURRENCY_UNIT)?);
+    if min > max {
+        return Err(given.refuse(format!("must be at most {} ({max}), got {min}", KEYS[1])));
+    }
+    Ok(Some(ConcurrencyRange { min, max }))
+}
+
 fn scale_to_zero(fields: &Fields<'_>, workload_type: &str) -> Result<bool, FieldError> {
     let Ok(field) = fields.need("scale_to_zero_enabled") else {
         return Err(FieldError::whole(SCALE_TO_ZERO_UNDEFINED));
@@ -213,9 +248,9 @@ fn scale_to_zero(fields: &Fields<'_>, workload_type: &str) -> Result<bool, Field
 
 fn environment_vars(field: &Field<'_>) -> Result<Vec<(String, String)>, FieldError> {
     let object = field.object()?;
-    if object.len() > PAIRS_MAX {
+    if object.len() > VARIABLES_MAX {
         return Err(field.refuse(format!(
-            "must have at most {PAIRS_MAX} entries, got {}",
+            "must have at most {VARIABLES_MAX} entries, got {}",
             object.len()
         )));
     }
@@ -224,35 +259,6 @@ fn environment_vars(field: &Field<'_>) -> Result<Vec<(String, String)>, FieldErr
         .keys()
         .map(|key| Ok((key.clone(), short_text(&fields.need(key)?)?)))
         .collect()
-}
-
-fn tags(field: &Field<'_>) -> Result<Vec<(String, String)>, FieldError> {
-    let list = field.list()?;
-    if list.len() > PAIRS_MAX {
-        return Err(field.refuse(format!(
-            "must have at most {PAIRS_MAX} entries, got {}",
-            list.len()
-        )));
-    }
-    let tag = |(i, value)| {
-        let fields = field.item(i, value).fields()?;
-        let value = fields
-            .get("value")
-            .map_or(Ok(String::new()), |field| short_text(&field))?;
-        Ok((short_text(&fields.need("key")?)?, value))
-    };
-    list.iter().enumerate().map(tag).collect()
-}
-
-fn short_text(field: &Field<'_>) -> Result<String, FieldError> {
-    let text = field.text()?;
-    if text.len() > TEXT_BYTES_MAX {
-        return Err(field.refuse(format!(
-            "must be at most {TEXT_BYTES_MAX} bytes long, got {}",
-            text.len()
-        )));
-    }
-    Ok(text.to_owned())
 }
 
 fn routes(fields: &Fields<'_>, entities: &[EntitySpec]) -> Result<Vec<Route>, FieldError> {
@@ -302,21 +308,6 @@ fn routes(fields: &Fields<'_>, entities: &[EntitySpec]) -> Result<Vec<Route>, Fi
         )));
     }
     Ok(routes)
-}
-
-/// What would change how an endpoint behaves is refused rather than forgotten; what is empty asks for nothing.
-fn refuse_unsupported(fields: &Fields<'_>, keys: &[&str]) -> Result<(), FieldError> {
-    for key in keys {
-        let asked = fields.get(key).filter(|field| match field.value {
-            Value::Array(values) => !values.is_empty(),
-            Value::Object(object) => !object.is_empty(),
-            _ => true,
-        });
-        if let Some(field) = asked {
-            return Err(field.refuse("is not supported by this server: leave it out"));
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 
 use self::fake::FakeGateway;
 use super::{HttpState, TokenTable, app, build_recorder};
-use crate::api::{ApiError, ErrorKind};
+use crate::api::{ApiError, Caller, ErrorKind};
 
 const BODY_BYTES_MAX: u64 = 64 << 10;
 
@@ -64,7 +64,13 @@ impl Reply {
 fn state(gateway: Arc<FakeGateway>) -> HttpState {
     HttpState {
         gateway,
-        tokens: TokenTable::new(vec![("ann".into(), Sha256::digest(b"secret").into())]),
+        tokens: TokenTable::new(vec![
+            (Caller::admin("ann"), Sha256::digest(b"secret").into()),
+            (
+                Caller::user("bob", &["team"]),
+                Sha256::digest(b"bobs").into(),
+            ),
+        ]),
         limits: Limits {
             body_bytes_max: BODY_BYTES_MAX,
             deadline_ms: 60_000,
@@ -139,7 +145,9 @@ async fn requests_without_a_known_token_are_refused_everywhere_but_where_none_is
         TestRequest::get().uri("/.well-known/databricks-config"),
     )
     .await;
-    config.refused(404, "ENDPOINT_NOT_FOUND", "/.well-known/databricks-config");
+    assert_eq!(config.ok(), json!({}));
+    let other = call(&gateway, TestRequest::get().uri("/.well-known/other")).await;
+    other.refused(404, "ENDPOINT_NOT_FOUND", "GET /.well-known/other");
 }
 
 #[actix_web::test]

@@ -1,8 +1,15 @@
 //! Endpoints as JSON: the shapes that Databricks' clients read.
 
+mod settings;
+
+pub(super) use settings::{AiGatewayJson, EmailsJson, RateLimitJson, Tag, rate_limits, tags};
+
 use serde::Serialize;
 
-use crate::api::{ConfigView, DeploymentState, EndpointView, EntityView, Route, UpdateState};
+use self::settings::TableJson;
+use crate::api::{
+    ConfigView, DeploymentState, EndpointView, EntityView, Level, Route, UpdateState,
+};
 
 /// One endpoint with everything known of it.
 #[derive(Serialize)]
@@ -17,10 +24,20 @@ pub(super) struct Detailed<'a> {
     route_optimized: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     description: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ai_gateway: Option<AiGatewayJson<'a>>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    rate_limits: Vec<RateLimitJson<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    email_notifications: Option<EmailsJson<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    budget_policy_id: Option<&'a str>,
 }
 
 impl<'a> Detailed<'a> {
-    pub fn of(view: &'a EndpointView) -> Self {
+    /// The endpoint for somebody who may do this with it.
+    pub fn of(view: &'a EndpointView, level: Level) -> Self {
+        let settings = &view.settings;
         Detailed {
             head: Head::of(view),
             config: view.active.as_ref().map(|config| Config::of(config, None)),
@@ -28,9 +45,13 @@ impl<'a> Detailed<'a> {
                 .pending
                 .as_ref()
                 .map(|config| Config::of(config, Some(config.started_ms))),
-            permission_level: "CAN_MANAGE",
-            route_optimized: false,
-            description: view.description.as_deref(),
+            permission_level: level.name(),
+            route_optimized: settings.route_optimized,
+            description: settings.description.as_deref(),
+            ai_gateway: settings.ai_gateway.as_ref().map(AiGatewayJson::of),
+            rate_limits: rate_limits(&settings.rate_limits),
+            email_notifications: settings.email_notifications.as_ref().map(EmailsJson::of),
+            budget_policy_id: settings.budget_policy_id.as_deref(),
         }
     }
 }
@@ -111,11 +132,7 @@ impl<'a> Head<'a> {
             },
             id: &view.id,
             task: view.task.as_deref(),
-            tags: view
-                .tags
-                .iter()
-                .map(|(key, value)| Tag { key, value })
-                .collect(),
+            tags: tags(&view.settings.tags),
         }
     }
 }
@@ -124,12 +141,6 @@ impl<'a> Head<'a> {
 struct State {
     ready: &'static str,
     config_update: &'static str,
-}
-
-#[derive(Serialize)]
-struct Tag<'a> {
-    key: &'a str,
-    value: &'a str,
 }
 
 /// A configuration; every served entity stands in it under its old and its new name.
@@ -141,6 +152,8 @@ pub(super) struct Config<'a> {
     served_entities: Vec<ServedEntity<'a>>,
     config_version: u64,
     traffic_config: Traffic<'a>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    auto_capture_config: Option<TableJson<'a>>,
 }
 
 impl<'a> Config<'a> {
@@ -158,6 +171,7 @@ impl<'a> Config<'a> {
             traffic_config: Traffic {
                 routes: view.routes.iter().map(route).collect(),
             },
+            auto_capture_config: view.auto_capture.as_ref().map(TableJson::of),
         }
     }
 }
@@ -220,7 +234,12 @@ impl<'a> ServedEntity<'a> {
 
 #[derive(Serialize)]
 struct ServedRest<'a> {
-    workload_size: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    workload_size: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    min_provisioned_concurrency: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_provisioned_concurrency: Option<u32>,
     workload_type: &'a str,
     scale_to_zero_enabled: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -231,6 +250,8 @@ struct ServedRest<'a> {
     provisioned_model_units: Option<u64>,
     #[serde(skip_serializing_if = "serde_json::Map::is_empty")]
     environment_vars: serde_json::Map<String, serde_json::Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    instance_profile_arn: Option<&'a str>,
     state: Deployment<'a>,
     creator: &'a str,
     creation_timestamp: u64,
@@ -240,7 +261,12 @@ impl<'a> ServedRest<'a> {
     fn of(view: &'a EntityView) -> Self {
         let spec = &view.spec;
         ServedRest {
-            workload_size: format!("{:?}", spec.workload_size),
+            workload_size: spec
+                .concurrency
+                .is_none()
+                .then(|| spec.workload_size.name()),
+            min_provisioned_concurrency: spec.concurrency.map(|range| range.min),
+            max_provisioned_concurrency: spec.concurrency.map(|range| range.max),
             workload_type: &spec.workload_type,
             scale_to_zero_enabled: spec.scale_to_zero,
             min_provisioned_throughput: spec.provisioned.map(|asked| asked.min_tokens_per_s),
@@ -251,6 +277,7 @@ impl<'a> ServedRest<'a> {
                 .iter()
                 .map(|(k, v)| (k.clone(), v.as_str().into()))
                 .collect(),
+            instance_profile_arn: spec.instance_profile_arn.as_deref(),
             state: Deployment {
                 deployment: match view.state {
                     DeploymentState::Creating => "DEPLOYMENT_CREATING",

@@ -6,7 +6,7 @@
 use common::ids::ReplicaId;
 use serde::{Deserialize, Serialize};
 
-use crate::api::{ConfigSpec, DeploymentState, EntitySpec, Route, UpdateState};
+use crate::api::{ConfigSpec, DeploymentState, EntitySpec, InferenceTable, Route, UpdateState};
 
 /// Shown while nothing more is known.
 const CREATING: &str = "Creating resources for served entity.";
@@ -35,6 +35,9 @@ pub struct Deployment {
     pub routes: Vec<Route>,
     /// What it serves.
     pub entities: Vec<Entity>,
+    /// The older switch of the table of requests and answers.
+    #[serde(default)]
+    pub auto_capture: Option<InferenceTable>,
 }
 
 /// A served entity.
@@ -317,12 +320,12 @@ impl Deployment {
                     &old.spec.name,
                     &old.spec.model,
                     &old.spec.workload_type,
-                    old.spec.workload_size,
+                    old.spec.admitted(),
                 ) == (
                     &spec.name,
                     &spec.model,
                     &spec.workload_type,
-                    spec.workload_size,
+                    spec.admitted(),
                 )
             };
             match active.and_then(|active| active.entities.iter().find(same)) {
@@ -346,6 +349,7 @@ impl Deployment {
             started_ms: now_ms,
             routes: config.routes,
             entities,
+            auto_capture: config.auto_capture,
         }
     }
 

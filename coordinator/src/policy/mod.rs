@@ -8,14 +8,18 @@
 //! * [`routing`]: which entity gets a call, which replica a request.
 //! * [`progress`]: whether a replica still gets on, in loading and in stepping.
 //! * [`lifecycle`]: an endpoint's states, event by event.
+//! * [`permissions`]: who may do what with an endpoint.
+//! * [`settings`]: changes of what an endpoint has beside its configuration.
 
 pub mod admission;
 pub mod fit;
 pub mod lifecycle;
 pub mod memory_plan;
+pub mod permissions;
 pub mod placement;
 pub mod progress;
 pub mod routing;
+pub mod settings;
 pub mod workload;
 
 /// Bytes for people: `1.5 GiB`, `12 MiB`, `512 B`.

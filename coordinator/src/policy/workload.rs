@@ -4,7 +4,7 @@
 
 use common::config::WorkloadType;
 
-use crate::api::{ApiError, ErrorKind, WorkloadSize};
+use crate::api::{ApiError, EntitySpec, ErrorKind, WorkloadSize};
 
 impl WorkloadSize {
     /// Requests admitted at a time per served entity.
@@ -34,6 +34,14 @@ impl WorkloadSize {
         ]
         .into_iter()
         .find(|size| size.name() == text)
+    }
+}
+
+impl EntitySpec {
+    /// Requests admitted at a time.
+    pub fn admitted(&self) -> u32 {
+        self.concurrency
+            .map_or(self.workload_size.concurrency(), |range| range.max)
     }
 }
 

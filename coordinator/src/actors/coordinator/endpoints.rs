@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::replicas::retire;
 use super::{CoordinatorActor, Endpoint};
+use crate::actors::directory::Published;
 use crate::actors::endpoint::{Door, EndpointActor};
 use crate::actors::messages::{Configure, Gate, Retire, Serving, Target};
 use crate::actors::meters::Meters;
@@ -49,13 +50,15 @@ impl CoordinatorActor {
         }
         if let Some(endpoint) = self.endpoints.get_mut(&record.name) {
             endpoint.record = record;
-            return;
+            let name = endpoint.record.name.clone();
+            return self.publish(&name);
         }
         let meters = Arc::new(Meters::new(&record.name));
         let over = self.incarnation.child_token();
         let door = self.open_door(&record.name, meters.clone(), over.clone(), ctx);
+        let name = record.name.clone();
         self.endpoints.insert(
-            record.name.clone(),
+            name.clone(),
             Endpoint {
                 record,
                 meters,
@@ -64,6 +67,16 @@ impl CoordinatorActor {
                 told: None,
             },
         );
+        self.publish(&name);
+    }
+
+    /// Tells callers on other threads where an endpoint's door is and what its settings are.
+    pub(super) fn publish(&self, name: &str) {
+        let published = self.endpoints.get(name).map(|endpoint| Published {
+            door: endpoint.door.clone(),
+            access: Arc::new(endpoint.record.access()),
+        });
+        self.means.directory.set_endpoint(name, published);
     }
 
     pub(super) fn open_door(
@@ -74,9 +87,7 @@ impl CoordinatorActor {
         ctx: &mut Context<Self>,
     ) -> Addr<EndpointActor> {
         let door = Door::new(name, self.means.cluster.limits.clone(), meters);
-        let door = EndpointActor::new(door, ctx.address().recipient(), over).start();
-        self.means.directory.set_endpoint(name, Some(door.clone()));
-        door
+        EndpointActor::new(door, ctx.address().recipient(), over).start()
     }
 
     pub(super) fn remove_endpoint(&mut self, name: &str) {
@@ -134,7 +145,7 @@ impl CoordinatorActor {
                     .filter(|route| route.entity == entity.spec.name)
                     .map(|route| route.percentage)
                     .sum();
-                let (name, size) = (entity.spec.name.clone(), entity.spec.workload_size);
+                let (name, concurrency) = (entity.spec.name.clone(), entity.spec.admitted());
                 let slots = entity.replicas.iter().map(|id| self.slots.get(id));
                 let waits = slots
                     .flatten()
@@ -143,7 +154,7 @@ impl CoordinatorActor {
                 entities.push(Serving {
                     name,
                     percentage,
-                    size,
+                    concurrency,
                     context_max,
                     replicas: targets,
                     waits,

@@ -36,10 +36,10 @@ impl CoordinatorActor {
         else {
             return self.forget(assignment.replica);
         };
-        let size = entity.spec.workload_size;
-        let credits = Credits::new(assignment.options.credits(size));
+        let admitted = entity.spec.admitted();
+        let credits = Credits::new(assignment.options.credits(admitted));
         let mut slot = Slot::new(assignment.replica, &assignment.endpoint, now);
-        slot.shortage = assignment.options.shortage(size);
+        slot.shortage = assignment.options.shortage(admitted);
         slot.generation = assignment.generation;
         let workload_type = self
             .means
@@ -234,7 +234,7 @@ impl CoordinatorActor {
                 let wish = Wish {
                     facts: &facts,
                     workload,
-                    concurrency: size.concurrency(),
+                    concurrency: entity.spec.admitted(),
                 };
                 let places = self.places(false, |_| false);
                 let fit = fit::fit(wish, &places, types)?;
@@ -314,9 +314,9 @@ impl CoordinatorActor {
                 .into_iter()
                 .find(|(replica, _)| *replica == message.replica)?
                 .1;
-            Some((entity.spec.workload_size, endpoint.meters.clone()))
+            Some((entity.spec.admitted(), endpoint.meters.clone()))
         });
-        let Some((size, meters)) = wish else {
+        let Some((admitted, meters)) = wish else {
             // Deleted or replaced meanwhile.
             self.slots.remove(&message.replica);
             return self.forget(message.replica);
@@ -341,8 +341,8 @@ impl CoordinatorActor {
                 now,
             );
         };
-        slot.shortage = assignment.options.shortage(size);
-        let credits = Credits::new(assignment.options.credits(size));
+        slot.shortage = assignment.options.shortage(admitted);
+        let credits = Credits::new(assignment.options.credits(admitted));
         let replica = Replica::load(assignment.clone(), &members, credits.clone(), meters, now);
         let running = self.run_replica(replica, assignment, credits, ctx);
         if let Some(slot) = self.slots.get_mut(&message.replica) {

@@ -34,8 +34,7 @@ impl CoordinatorActor {
             active: life.active.as_ref().map(|active| self.config(active)),
             pending: life.pending.as_ref().map(|pending| self.config(pending)),
             task,
-            tags: record.tags.clone(),
-            description: record.description.clone(),
+            settings: record.settings.clone(),
         }
     }
 
@@ -49,6 +48,7 @@ impl CoordinatorActor {
                 .map(|entity| self.entity(entity))
                 .collect(),
             routes: deployment.routes.clone(),
+            auto_capture: deployment.auto_capture.clone(),
         }
     }
 
@@ -82,7 +82,7 @@ impl CoordinatorActor {
             let wish = Wish {
                 facts,
                 workload,
-                concurrency: entity.workload_size.concurrency(),
+                concurrency: entity.admitted(),
             };
             match fit::fit(wish, &places, types) {
                 Ok(fit) => {

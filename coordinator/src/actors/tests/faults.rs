@@ -144,7 +144,7 @@ async fn actors_that_panic_are_started_again() {
     core.until_ready("e").await;
     let directory = core.doorkeeper.directory.clone();
 
-    directory.endpoint("e").unwrap().do_send(super::Panic);
+    directory.endpoint("e").unwrap().door.do_send(super::Panic);
     let mut patience = 0;
     let mut looks = tokio::time::interval(std::time::Duration::from_millis(5));
     let start = loop {

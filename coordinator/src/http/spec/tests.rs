@@ -94,7 +94,7 @@ fn routes_tags_and_variables_are_taken() {
         .collect();
     assert_eq!(shares, [("a", 30), ("b", 70)]);
     assert_eq!(
-        endpoint.tags,
+        endpoint.settings.tags,
         [("team".into(), "x".into()), ("bare".into(), String::new())]
     );
     let vars = &endpoint.config.entities[0].environment_vars;
@@ -108,6 +108,10 @@ fn routes_tags_and_variables_are_taken() {
 fn every_mistake_is_told_with_its_field() {
     let e = "/config/served_entities/0";
     let at = |key: &str, value: Value| with(one(), &format!("{e}/{key}"), value);
+    let range = |min: Value, max: Value| {
+        let body = at("min_provisioned_concurrency", min);
+        with(body, &format!("{e}/max_provisioned_concurrency"), max)
+    };
     let routes = |value: Value| with(two(), "/config/traffic_config", json!({"routes": value}));
     let route =
         |name: &str, share: i64| json!({"served_model_name": name, "traffic_percentage": share});
@@ -219,16 +223,52 @@ fn every_mistake_is_told_with_its_field() {
             "min_provisioned_throughput is not supported",
         ),
         (
+            at("foundation_model", json!({"name": "x"})),
+            "foundation_model is not supported",
+        ),
+        (
+            at("provisioned_model_units", json!(1)),
+            "provisioned_model_units is not supported",
+        ),
+        (
+            range(json!(4), json!(null)),
+            "max_provisioned_concurrency is missing",
+        ),
+        (
+            range(json!(null), json!(4)),
+            "min_provisioned_concurrency is missing",
+        ),
+        (
+            range(json!(4), json!(6)),
+            "max_provisioned_concurrency must be a multiple of 4, got 6",
+        ),
+        (
+            range(json!(8), json!(4)),
+            "min_provisioned_concurrency must be at most max_provisioned_concurrency (4), got 8",
+        ),
+        (
+            range(json!(4), json!(0)),
+            "max_provisioned_concurrency must be a whole number between 4 and 1024, got 0",
+        ),
+        (
+            range(json!(0), json!(4)),
+            "min_provisioned_concurrency must be above 0 unless scale_to_zero_enabled is true",
+        ),
+        (
+            with(
+                range(json!(4), json!(8)),
+                &format!("{e}/workload_size"),
+                json!("Small"),
+            ),
+            "min_provisioned_concurrency and workload_size say the same thing",
+        ),
+        (
+            with(one(), "/config/auto_capture_config", json!({"enabled": 5})),
+            "config.auto_capture_config.enabled must be true or false, got 5",
+        ),
+        (
             with(one(), "/rate_limits", json!([{"calls": 1}])),
-            "rate_limits is not supported",
-        ),
-        (
-            with(one(), "/tags", json!([{"value": "x"}])),
-            "tags[0].key is missing",
-        ),
-        (
-            with(one(), "/description", json!("x".repeat(4097))),
-            "description must be at most 4096 bytes",
+            "rate_limits[0].renewal_period is missing",
         ),
         (two(), "traffic_config.routes is missing"),
         (
@@ -268,4 +308,31 @@ fn an_update_has_no_wrapper() {
         "scale_to_zero_enabled": true}]});
     let config = update(body.as_object().unwrap(), &types()).unwrap();
     assert_eq!(config.entities[0].name, "m-2");
+}
+
+#[test]
+fn concurrency_may_stand_in_place_of_a_size() {
+    let e = "/config/served_entities/0";
+    let set = |body, key: &str, value| with(body, &format!("{e}/{key}"), value);
+    let body = set(one(), "min_provisioned_concurrency", json!(0));
+    let body = set(body, "max_provisioned_concurrency", json!(12));
+    let body = set(body, "scale_to_zero_enabled", json!(true));
+    let body = set(body, "instance_profile_arn", json!("arn:x"));
+    let entity = &parse(&body).unwrap().config.entities[0];
+    let range = ConcurrencyRange { min: 0, max: 12 };
+    assert_eq!((entity.concurrency, entity.admitted()), (Some(range), 12));
+    assert_eq!(entity.instance_profile_arn.as_deref(), Some("arn:x"));
+    let sized = set(one(), "workload_size", json!("Medium"));
+    let sized = &parse(&sized).unwrap().config.entities[0];
+    assert_eq!((sized.concurrency, sized.admitted()), (None, 16));
+}
+
+#[test]
+fn the_older_switch_of_the_inference_table_stands_in_the_configuration() {
+    let table = json!({"enabled": true, "catalog_name": "c", "schema_name": "s"});
+    let body = with(one(), "/config/auto_capture_config", table);
+    let config = parse(&body).unwrap().config;
+    assert!(config.auto_capture.is_some_and(|table| table.enabled));
+    let empty = with(one(), "/config/auto_capture_config", json!({}));
+    assert_eq!(parse(&empty).unwrap().config.auto_capture, None);
 }

@@ -11,10 +11,11 @@ use futures::future::BoxFuture;
 use tokio::sync::mpsc;
 
 use crate::api::{
-    Answer, ApiError, Call, CancelGuard, ClusterHealth, ConfigSpec, ConfigView, CreateEndpoint,
-    DeploymentState, EndpointView, EntitySpec, EntityView, ErrorKind, Gateway, Generation,
-    GenerationEvent, Route, UpdateState, WorkloadSize,
+    Access, Amendment, Answer, ApiError, Call, CancelGuard, ClusterHealth, ConfigSpec, ConfigView,
+    CreateEndpoint, DeploymentState, EndpointView, EntitySpec, EntityView, ErrorKind, Gateway,
+    Generation, GenerationEvent, Route, Settings, UpdateState, WorkloadSize,
 };
+use crate::policy::settings;
 
 /// When recorded endpoints were created.
 pub(in crate::http) const CREATED_MS: u64 = 1_710_327_769_000;
@@ -65,6 +66,8 @@ pub(in crate::http) fn endpoint_view(name: &str) -> EndpointView {
             scale_to_zero: false,
             environment_vars: vec![],
             provisioned: None,
+            concurrency: None,
+            instance_profile_arn: None,
         },
         creator: "ann".into(),
         created_ms: CREATED_MS,
@@ -79,6 +82,7 @@ pub(in crate::http) fn endpoint_view(name: &str) -> EndpointView {
             entity: "llama2-7b-1".into(),
             percentage: 100,
         }],
+        auto_capture: None,
     };
     EndpointView {
         name: name.into(),
@@ -91,8 +95,7 @@ pub(in crate::http) fn endpoint_view(name: &str) -> EndpointView {
         active: None,
         pending: Some(config),
         task: None,
-        tags: vec![],
-        description: None,
+        settings: Settings::default(),
     }
 }
 
@@ -194,6 +197,42 @@ impl Gateway for FakeGateway {
         let view = self.find(&name);
         self.updated.lock().unwrap().push((user, name, config));
         done(view)
+    }
+
+    /// Every endpoint is there for whoever asks it; those that were put here have their own settings.
+    fn access(&self, name: &str) -> Result<Arc<Access>, ApiError> {
+        let known = self.endpoints.lock().unwrap();
+        let view = known.iter().find(|view| view.name == name).cloned();
+        let view = view.unwrap_or_else(|| endpoint_view(name));
+        Ok(Arc::new(Access {
+            name: view.name,
+            id: view.id,
+            creator: view.creator,
+            settings: view.settings,
+            inference_table: None,
+        }))
+    }
+
+    fn name_of(&self, id: &str) -> Option<String> {
+        let known = self.endpoints.lock().unwrap();
+        let found = known.iter().find(|view| view.id == id)?;
+        Some(found.name.clone())
+    }
+
+    fn amend(
+        &self,
+        name: String,
+        amendment: Amendment,
+    ) -> BoxFuture<'_, Result<EndpointView, ApiError>> {
+        let amended = self.find(&name).and_then(|mut view| {
+            settings::amend(&mut view.settings, amendment)?;
+            let mut known = self.endpoints.lock().unwrap();
+            for kept in known.iter_mut().filter(|kept| kept.name == name) {
+                *kept = view.clone();
+            }
+            Ok(view)
+        });
+        done(amended)
     }
 
     fn delete(&self, name: String) -> BoxFuture<'_, Result<(), ApiError>> {

@@ -4,7 +4,7 @@ use super::super::tests::fake::{endpoint_view, with_state};
 use super::*;
 
 fn detailed(view: &EndpointView) -> Value {
-    serde_json::to_value(Detailed::of(view)).unwrap()
+    serde_json::to_value(Detailed::of(view, Level::Manage)).unwrap()
 }
 
 #[test]
@@ -42,7 +42,7 @@ fn an_endpoint_being_created_has_the_recorded_shape() {
 fn a_ready_endpoint_has_config_without_start_time_and_no_pending_config() {
     let mut view = with_state(endpoint_view("e"), DeploymentState::Ready);
     view.task = Some("llm/v1/completions".into());
-    view.tags = vec![("team".into(), "x".into())];
+    view.settings.tags = vec![("team".into(), "x".into())];
     let json = detailed(&view);
     assert_eq!(
         json["state"],

@@ -13,6 +13,8 @@ fn config(names: &[&str]) -> ConfigSpec {
         scale_to_zero: false,
         environment_vars: vec![],
         provisioned: None,
+        concurrency: None,
+        instance_profile_arn: None,
     };
     let route = |name: &&str| Route {
         entity: (*name).to_owned(),
@@ -21,6 +23,7 @@ fn config(names: &[&str]) -> ConfigSpec {
     ConfigSpec {
         entities: names.iter().map(entity).collect(),
         routes: names.iter().map(route).collect(),
+        auto_capture: None,
     }
 }
 
