@@ -12,6 +12,7 @@ pub mod device;
 pub mod doctor;
 pub mod group;
 pub mod health;
+pub mod logs;
 pub mod memory;
 pub mod open;
 pub mod outbox;

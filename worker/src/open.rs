@@ -25,6 +25,7 @@ use crate::answering::{self, Work};
 use crate::artifacts::ModelFolder;
 use crate::device::Device;
 use crate::group;
+use crate::logs::ShardLog;
 use crate::memory::{Lease, show};
 use crate::outbox::Outbox;
 use crate::text::TextModel;
@@ -55,6 +56,8 @@ pub struct Opening {
     pub lease: Arc<Lease>,
     /// Where a leader's answers go.
     pub outbox: Arc<Outbox>,
+    /// The shard's log.
+    pub log: ShardLog,
     /// Hears of each stage.
     pub progress: Progress,
     /// Told when the engine is over, after its memory is given back.
@@ -130,6 +133,7 @@ pub fn open(opening: Opening) -> Result<Opened, Failure> {
         device,
         lease,
         outbox,
+        log,
         progress,
         on_end,
     } = opening;
@@ -140,6 +144,19 @@ pub fn open(opening: Opening) -> Result<Opened, Failure> {
     let folder = ModelFolder::find(Path::new(folder)).map_err(|e| bad(e.to_string()))?;
     let text = (spec.rank == 0).then(|| open_text(&folder)).transpose()?;
     let checkpoint = Checkpoint::open(&folder.weights).map_err(|e| bad(e.to_string()))?;
+    let model = &checkpoint.spec;
+    log.build(format!(
+        "files checked in {}: {:?}, {} layers of width {}, {} query and {} KV heads, vocabulary {}, context {}, task {}",
+        ms(started),
+        model.family,
+        model.layers,
+        model.hidden,
+        model.heads,
+        model.kv_heads,
+        model.vocab,
+        model.context_max,
+        folder.task.as_deref().unwrap_or("not said")
+    ));
     let options = runner_options(&spec);
     let footprint = Footprint::of::<CpuBackend>(
         &checkpoint.spec,
@@ -149,7 +166,19 @@ pub fn open(opening: Opening) -> Result<Opened, Failure> {
     )
     .map_err(|e| bad(e.to_string()))?;
     let bytes = check_memory(&footprint, &spec.options)?;
+    let asked = Instant::now();
     lease.take(bytes, MEMORY_WAIT_MAX)?;
+    log.build(format!(
+        "memory taken in {}: {} of {} allowed: weights {}, {} KV blocks {} ({:?}), workspace {}",
+        ms(asked),
+        show(bytes),
+        show(spec.options.memory_bytes),
+        show(footprint.weights),
+        spec.options.kv_blocks,
+        show(footprint.kv_block.saturating_mul(u64::from(spec.options.kv_blocks))),
+        spec.options.kv_dtype,
+        show(footprint.workspace)
+    ));
     let backend = CpuBackend::new(device.pool.clone()).map_err(|e| internal(e.to_string()))?;
     let limits = Limits {
         context_max: spec
@@ -170,6 +199,7 @@ pub fn open(opening: Opening) -> Result<Opened, Failure> {
         text,
         limits,
         outbox,
+        log: &log,
         on_end,
         progress: &progress,
         weight_bytes: footprint.weights,
@@ -178,7 +208,13 @@ pub fn open(opening: Opening) -> Result<Opened, Failure> {
         loading.load(Solo::new())?
     } else {
         progress("joining the shard group", 0, 0);
+        let begun = Instant::now();
         let group = group::form(&spec, &device.groups)?;
+        log.build(format!(
+            "shard group of {} ranks formed in {}",
+            spec.members.len(),
+            ms(begun)
+        ));
         loading.load(group)?
     };
     let ready = ReadyShard {
@@ -191,6 +227,13 @@ pub fn open(opening: Opening) -> Result<Opened, Failure> {
         weight_bytes: footprint.weights,
         load_ms: started.elapsed().as_millis() as u64,
     };
+    log.build(format!(
+        "ready in {} ms: numerics id {numerics_id:016x}, context {} tokens, {} KV blocks, chat template {}",
+        ready.load_ms,
+        ready.context_max,
+        ready.kv_blocks,
+        if chat { "found" } else { "none" }
+    ));
     Ok(Opened { ready, running })
 }
 
@@ -251,6 +294,7 @@ struct Loading<'a> {
     text: Option<Arc<TextModel>>,
     limits: Limits,
     outbox: Arc<Outbox>,
+    log: &'a ShardLog,
     on_end: OnEnd,
     progress: &'a Progress,
     /// Bytes of weights there are to read.
@@ -270,6 +314,7 @@ impl Loading<'_> {
             text,
             limits,
             outbox,
+            log,
             on_end,
             progress,
             weight_bytes,
@@ -283,11 +328,17 @@ impl Loading<'_> {
             }
         };
         progress(0);
+        let begun = Instant::now();
         let runner = ModelRunner::load(checkpoint, &options, backend, collective, &mut progress)
             .map_err(|e| match e {
                 LoadError::Device(error) => Failure::new(FailureKind::TooLarge, error.to_string()),
                 error => bad(error.to_string()),
             })?;
+        log.build(format!(
+            "weights read in {}: {}",
+            ms(begun),
+            show(weight_bytes)
+        ));
         let numerics_id = u64::from_str_radix(runner.numerics_id(), 16).map_err(|_| {
             internal(format!(
                 "numerics id {} is not 16 hexadecimal digits",
@@ -337,6 +388,11 @@ impl Loading<'_> {
             chat,
         ))
     }
+}
+
+/// The time since a moment, for people.
+fn ms(since: Instant) -> String {
+    format!("{} ms", since.elapsed().as_millis())
 }
 
 fn bad(message: String) -> Failure {

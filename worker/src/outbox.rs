@@ -1,16 +1,19 @@
 //! What this worker has to tell: reports on their way to the coordinator, and the state of its shards.
 //!
-//! Owns the queue of the current link and the last known state of every shard, which a new link begins with. Anyone may
-//! send at any time without waiting. The queue is bounded; when it is full the coordinator does not read, and the link
-//! is given up: what was queued is lost with it, and the next link starts from the shards' states.
+//! Owns the queue of the current link, the last known state of every shard, which a new link begins with, and the log
+//! lines that wait. Anyone may send at any time without waiting. The queue is bounded; when it is full the coordinator
+//! does not read, and the link is given up: what was queued is lost with it, and the next link starts from the shards'
+//! states. Log lines never fill it: they take at most half, and wait for their turn.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use common::ids::{Generation, ReplicaId};
-use common::wire::message::{HeldShard, Report};
+use common::wire::message::{HeldShard, LogLine, Report};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+
+use crate::logs::LogBook;
 
 /// Reports that may wait for the socket: some seconds of steps.
 const QUEUE_REPORTS_MAX: usize = 1024;
@@ -25,6 +28,7 @@ pub struct Outbox {
 struct State {
     link: Option<Link>,
     shards: BTreeMap<(ReplicaId, Generation), HeldShard>,
+    logs: LogBook,
 }
 
 struct Link {
@@ -85,6 +89,19 @@ impl Outbox {
         state.report(shard);
     }
 
+    /// Notes a line of a shard's log; it goes out with the shard's next state, or with the next answer to a ping.
+    pub fn log(&self, replica: ReplicaId, generation: Generation, rank: u32, line: LogLine) {
+        self.lock().logs.add(replica, generation, rank, line);
+    }
+
+    /// Sends all log lines that wait, as far as there is room.
+    pub fn flush_logs(&self) {
+        let mut state = self.lock();
+        for (replica, generation) in state.logs.shards() {
+            state.send_log(replica, generation);
+        }
+    }
+
     /// The last known state of a replica's shards up to a generation.
     pub fn held(&self, replica: ReplicaId, up_to: Generation) -> Vec<HeldShard> {
         self.lock()
@@ -107,12 +124,23 @@ impl State {
             rank,
             state,
         } = shard;
+        // What led to the state is read before it.
+        self.send_log(replica, generation);
         self.send(Report::Shard {
             replica,
             generation,
             rank,
             state,
         });
+    }
+
+    fn send_log(&mut self, replica: ReplicaId, generation: Generation) {
+        let has_room = |link: &Link| link.reports.capacity() > QUEUE_REPORTS_MAX / 2;
+        if self.link.as_ref().is_some_and(has_room)
+            && let Some(report) = self.logs.take(replica, generation)
+        {
+            self.send(report);
+        }
     }
 
     fn send(&mut self, report: Report) {
@@ -169,6 +197,34 @@ mod tests {
             })
         ));
         assert!(outbox.held(ReplicaId(1), Generation(9)).is_empty());
+    }
+
+    #[test]
+    fn log_lines_wait_for_a_link_with_room_and_go_before_the_shards_state() {
+        use common::wire::message::LogPhase;
+        let outbox = Outbox::default();
+        let line = |text: &str| LogLine {
+            at_ms: 1,
+            phase: LogPhase::Build,
+            text: text.into(),
+        };
+        outbox.log(ReplicaId(1), Generation(1), 0, line("early"));
+        outbox.flush_logs();
+        let mut queue = outbox.attach();
+        outbox.send_shard(shard(1, ShardState::Unloaded));
+        assert!(matches!(queue.reports.try_recv(), Ok(Report::Log { .. })));
+        assert!(matches!(queue.reports.try_recv(), Ok(Report::Shard { .. })));
+        for nonce in 0..QUEUE_REPORTS_MAX as u64 / 2 {
+            outbox.send(Report::Pong { nonce });
+        }
+        outbox.log(ReplicaId(1), Generation(1), 0, line("late"));
+        outbox.flush_logs();
+        let mut next = || queue.reports.try_recv();
+        while let Ok(report) = next() {
+            assert!(matches!(report, Report::Pong { .. }), "{report:?}");
+        }
+        outbox.flush_logs();
+        assert!(matches!(next(), Ok(Report::Log { .. })));
     }
 
     #[test]

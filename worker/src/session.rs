@@ -262,7 +262,10 @@ impl Session {
                     let _ = shard.send(CancelRequest(request)).await;
                 }
             }
-            Command::Ping { nonce } => self.outbox.send(Report::Pong { nonce }),
+            Command::Ping { nonce } => {
+                self.outbox.send(Report::Pong { nonce });
+                self.outbox.flush_logs();
+            }
             Command::Welcome { term, .. } => self.term = self.term.max(term),
             // Ends the link before it gets here.
             Command::Refused { .. } => {}

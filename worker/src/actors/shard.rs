@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use actix::{
     Actor, ActorContext, ActorFutureExt, Addr, AsyncContext, Context, Handler, WrapFuture,
@@ -24,6 +24,7 @@ use super::messages::{
 use crate::answering::Work;
 use crate::device::Device;
 use crate::health::HealthReporter;
+use crate::logs::{RunLog, ShardLog};
 use crate::memory::Lease;
 use crate::open::{Leader, Opening, Running, open};
 use crate::outbox::Outbox;
@@ -54,6 +55,8 @@ impl ShardActor {
     pub fn load(spec: ShardSpec, device: Arc<Device>, outbox: Arc<Outbox>) -> Addr<ShardActor> {
         let lease = Arc::new(device.memory.lease());
         let shard = Shard {
+            log: ShardLog::new(&spec, outbox.clone()),
+            run_log: RunLog::new(Instant::now()),
             spec,
             device,
             outbox,
@@ -158,6 +161,8 @@ impl ShardActor {
 
 struct Shard {
     spec: ShardSpec,
+    log: ShardLog,
+    run_log: RunLog,
     device: Arc<Device>,
     outbox: Arc<Outbox>,
     lease: Arc<Lease>,
@@ -196,6 +201,12 @@ enum Wanted {
 impl Shard {
     /// Starts the opening thread.
     fn begin_opening(&self, actor: Addr<ShardActor>) {
+        self.log.build(format!(
+            "load begins: rank {} of {} on {}",
+            self.spec.rank,
+            self.spec.members.len(),
+            self.device.facts.name
+        ));
         let progress = {
             let (outbox, held) = (self.outbox.clone(), self.held(ShardState::Unloaded));
             move |stage: &str, done_bytes: u64, total_bytes: u64| {
@@ -216,6 +227,7 @@ impl Shard {
             device: self.device.clone(),
             lease: self.lease.clone(),
             outbox: self.outbox.clone(),
+            log: self.log.clone(),
             progress: Box::new(progress),
             // The two ends of a shard's life are single messages: they may pass a full mailbox, and must not be lost.
             on_end: Box::new(move |end| ended.do_send(EngineEnded(end))),
@@ -241,6 +253,8 @@ impl Shard {
             Ok(opened) => {
                 tracing::info!(replica = %self.spec.replica, generation = %self.spec.generation, rank = self.spec.rank,
                     load_ms = opened.ready.load_ms, weight_bytes = opened.ready.weight_bytes, "shard ready");
+                self.log.run("ready to serve");
+                self.run_log = RunLog::new(Instant::now());
                 let health = HealthReporter::new(&opened.running);
                 self.phase = Phase::Running(opened.running, health);
                 self.tell(ShardState::Ready(Box::new(opened.ready)));
@@ -279,6 +293,7 @@ impl Shard {
             return None;
         }
         if self.preparing.len() >= PREPARING_MAX {
+            self.run_log.refused();
             refuse(
                 FailureKind::Overloaded,
                 "too many prompts wait to be tokenized; try again later",
@@ -317,6 +332,7 @@ impl Shard {
         let failure = match (wanted, prepared) {
             (Wanted::ByNobody, _) => return None,
             (Wanted::Yes, Ok(prepared)) if self.work().is_some() => {
+                self.run_log.accepted();
                 let prepared = Box::new(prepared);
                 return Some(Work::Begin { prepared, attempt });
             }
@@ -326,6 +342,7 @@ impl Shard {
             (Wanted::Yes, Err(failure)) => failure,
             (Wanted::Cancelled, _) => cancelled(),
         };
+        self.run_log.refused();
         self.outbox.send(Report::Rejected {
             request,
             attempt,
@@ -361,7 +378,10 @@ impl Shard {
                 self.phase = Phase::Leaving(running);
                 true
             }
-            Phase::Opening | Phase::Over => {
+            before @ (Phase::Opening | Phase::Over) => {
+                if matches!(before, Phase::Opening) {
+                    self.log.build("let go of before it was ready");
+                }
                 self.outbox.send_last(self.held(ShardState::Unloaded));
                 false
             }
@@ -377,7 +397,10 @@ impl Shard {
     /// The engine is over: as it was told, or not.
     fn end(&mut self, end: EngineEnd) {
         match std::mem::replace(&mut self.phase, Phase::Over) {
-            Phase::Leaving(_) => self.outbox.send_last(self.held(ShardState::Unloaded)),
+            Phase::Leaving(_) => {
+                self.log.run("let go of as told");
+                self.outbox.send_last(self.held(ShardState::Unloaded));
+            }
             Phase::Over => {}
             Phase::Opening | Phase::Running(..) => {
                 let reason = match end {
@@ -394,6 +417,11 @@ impl Shard {
     fn fail(&mut self, failure: Failure) {
         tracing::error!(replica = %self.spec.replica, generation = %self.spec.generation, rank = self.spec.rank,
             kind = ?failure.kind, reason = failure.message, "shard failed");
+        let text = format!("failed: {}", failure.message);
+        match self.phase {
+            Phase::Opening => self.log.build(text),
+            _ => self.log.run(text),
+        }
         self.lease.leave();
         self.phase = Phase::Over;
         self.tell(ShardState::Failed(failure));
@@ -404,6 +432,9 @@ impl Shard {
             return;
         };
         if let Some(health) = health.take() {
+            for line in self.run_log.lines(&health, Instant::now()) {
+                self.log.run(line);
+            }
             let ShardSpec {
                 replica,
                 generation,
