@@ -5,9 +5,11 @@
 
 pub mod actors;
 pub mod api;
+pub mod calendar;
 pub mod check;
 pub mod facts;
 pub mod http;
+pub mod logs;
 pub mod policy;
 pub mod registry;
 pub mod secrets;
@@ -34,6 +36,7 @@ use actors::gateway::ActorGateway;
 use actors::messages::{Died, Who};
 use actors::record;
 use http::{HttpState, TokenTable};
+use logs::Logs;
 use registry::LocalRegistry;
 use store::{EmbeddedStore, SharedStore, Store};
 use workers::Doorkeeper;
@@ -107,6 +110,7 @@ pub async fn run(
         limits: cluster.limits.clone(),
         metrics,
         observer: Arc::new(()),
+        logs: core.logs.clone(),
     };
     let server = http::serve(listeners.http, state, shutdown)?;
     tracing::info!(workers = cluster.workers().count(), "coordinator is up");
@@ -129,6 +133,8 @@ pub struct Core {
     pub doorkeeper: Arc<Doorkeeper>,
     /// The callers' tokens.
     pub tokens: Vec<secrets::Token>,
+    /// The served entities' logs.
+    pub logs: Arc<Logs>,
     /// Ends all links and the actors.
     pub links: CancellationToken,
     coordinator: actix_rt::task::JoinHandle<Result<()>>,
@@ -156,7 +162,9 @@ impl Core {
         let opened = Arc::downgrade(&store);
         let registry = Arc::new(LocalRegistry::new(cluster.models.clone()));
         let directory = Arc::new(Directory::default());
+        let logs = Logs::open(&cluster.coordinator.data_dir).context("logs")?;
         let means = Means {
+            logs: logs.clone(),
             cluster: cluster.clone(),
             registry,
             store,
@@ -166,11 +174,18 @@ impl Core {
         let links = CancellationToken::new();
         let died = start_coordinator(&means, Restored::read(&means.store).await?, &links);
         let coordinator = actix_rt::spawn(keep_coordinator(means.clone(), died, links.clone()));
-        let doorkeeper = Arc::new(Doorkeeper::new(cluster, secret, term, directory)?);
+        let doorkeeper = Arc::new(Doorkeeper::new(
+            cluster,
+            secret,
+            term,
+            directory,
+            logs.clone(),
+        )?);
         Ok(Core {
             gateway: ActorGateway::new(means),
             doorkeeper,
             tokens,
+            logs,
             links,
             coordinator,
             store: opened,

@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use crate::actors::directory::Directory;
 use crate::actors::link::Link;
 use crate::actors::messages::{Joined, Left, ShardNews, ShardReport};
+use crate::logs::Logs;
 use crate::strangers::Strangers;
 use common::request::{Failure, FailureKind};
 
@@ -46,6 +47,8 @@ pub struct Doorkeeper {
     pub term: Term,
     /// Where the coordinator is.
     pub directory: Arc<Directory>,
+    /// Where shards' lines go.
+    logs: Arc<Logs>,
     /// Between machines.
     tls: Option<TlsAcceptor>,
     strangers: Arc<Strangers>,
@@ -61,6 +64,7 @@ impl Doorkeeper {
         secret: String,
         term: Term,
         directory: Arc<Directory>,
+        logs: Arc<Logs>,
     ) -> Result<Self> {
         let tls = match &cluster.tls {
             Some(files) => Some(TlsAcceptor::from(
@@ -73,6 +77,7 @@ impl Doorkeeper {
             secret,
             term,
             directory,
+            logs,
             tls,
             strangers: Strangers::new(STRANGERS_MAX),
         })
@@ -168,7 +173,7 @@ impl Doorkeeper {
         }
         let idle = Duration::from_millis(self.cluster.limits.idle_stream_ms);
         let reason = tokio::select! {
-            reason = read(&link, receiver, &coordinator) => reason,
+            reason = read(&link, receiver, &coordinator, &self.logs) => reason,
             reason = write(&link, sender, commands, idle) => reason,
             () = link.cut_token().cancelled() => "the link was cut".to_owned(),
         };
@@ -240,6 +245,7 @@ async fn read(
     link: &Arc<Link>,
     mut receiver: Receiver<Report>,
     coordinator: &actix::Addr<crate::actors::coordinator::CoordinatorActor>,
+    logs: &Logs,
 ) -> String {
     loop {
         let report = match tokio::time::timeout(SILENCE_MAX, receiver.receive()).await {
@@ -273,7 +279,17 @@ async fn read(
                 link.flights.rejected(request, attempt, failure);
                 continue;
             }
-            Report::Pong { .. } | Report::Log { .. } => continue,
+            Report::Pong { .. } => continue,
+            // Read before the state that it led to.
+            Report::Log {
+                replica,
+                generation,
+                rank,
+                lines,
+            } => {
+                logs.take(&link.worker, (replica, generation), rank, &lines);
+                continue;
+            }
             Report::Hello(_) => return "the worker said Hello twice".into(),
             Report::Shard {
                 replica,

@@ -8,6 +8,7 @@ mod fake_replica;
 mod golden_text;
 mod lifecycle;
 mod load;
+mod logs;
 mod openai;
 mod recovery;
 mod startup;

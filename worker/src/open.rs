@@ -175,7 +175,11 @@ pub fn open(opening: Opening) -> Result<Opened, Failure> {
         show(spec.options.memory_bytes),
         show(footprint.weights),
         spec.options.kv_blocks,
-        show(footprint.kv_block.saturating_mul(u64::from(spec.options.kv_blocks))),
+        show(
+            footprint
+                .kv_block
+                .saturating_mul(u64::from(spec.options.kv_blocks))
+        ),
         spec.options.kv_dtype,
         show(footprint.workspace)
     ));

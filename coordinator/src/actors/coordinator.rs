@@ -36,6 +36,7 @@ use super::record::{
 };
 use super::slot::{Slot, Stage};
 use crate::api::{ApiError, EndpointView};
+use crate::logs::Logs;
 use crate::policy::lifecycle::{Entity, Event};
 use crate::registry::LocalRegistry;
 use crate::store::{Entry, Expect, SharedStore, StoreError};
@@ -60,6 +61,8 @@ pub struct Means {
     pub store: SharedStore,
     /// Where it publishes addresses.
     pub directory: Arc<Directory>,
+    /// What clients may read of deployments and replicas.
+    pub logs: Arc<Logs>,
     /// This start's number.
     pub term: Term,
 }
@@ -204,9 +207,10 @@ impl CoordinatorActor {
             self.forget(replica);
         }
         for (replica, endpoint, entity) in &wanted {
-            self.slots
-                .entry(*replica)
-                .or_insert_with(|| Slot::new(*replica, endpoint, now));
+            self.slots.entry(*replica).or_insert_with(|| {
+                self.means.logs.place(*replica, endpoint, &entity.spec.name);
+                Slot::new(*replica, endpoint, now)
+            });
             self.advance(*replica, entity, now, ctx);
             if let Some(event) = self.slots.get(replica).and_then(|slot| slot.event(entity)) {
                 self.keeper.hand_in(endpoint, event);

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use actix::Addr;
 use common::ids::{Generation, ReplicaId, WorkerId};
+use common::wire::message::LogPhase;
 
 use super::messages::Status;
 use super::permit::Credits;
@@ -74,6 +75,8 @@ pub struct Running {
     pub status: Status,
     /// It was told to go.
     pub retiring: bool,
+    /// This formation has taken requests.
+    pub has_served: bool,
 }
 
 impl Slot {
@@ -146,6 +149,22 @@ impl Slot {
         } else {
             Stage::Idle(now + pause)
         };
+    }
+
+    /// Which of its logs news of it belong to.
+    pub fn phase(&self) -> LogPhase {
+        match &self.stage {
+            Stage::Running(running) if running.has_served => LogPhase::Run,
+            _ => LogPhase::Build,
+        }
+    }
+
+    /// What is done next after an end, for its log.
+    pub fn next_words(&self) -> &'static str {
+        match &self.stage {
+            Stage::Failed => "the deployment has failed; it is not tried again",
+            _ => "it is formed again",
+        }
     }
 
     /// There may be more room than before: a pause because of room is over.

@@ -11,6 +11,7 @@ mod error;
 mod inputs;
 mod invocations;
 mod json;
+mod logs;
 mod offsets;
 mod openai;
 mod ops;
@@ -46,6 +47,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::api::{CallObserver, Gateway};
+use crate::logs::Logs;
 
 /// Threads that parse and write; they leave the machine to the engines.
 const THREADS: usize = 2;
@@ -74,6 +76,8 @@ pub struct HttpState {
     pub metrics: PrometheusHandle,
     /// Who hears what each call came to.
     pub observer: Arc<dyn CallObserver>,
+    /// The served entities' logs.
+    pub logs: Arc<Logs>,
 }
 
 /// Serves the API on a listener until `shutdown`, then lets requests in flight finish for a short time. The returned
@@ -120,6 +124,8 @@ fn app(
         .app_data(state)
         .app_data(PayloadConfig::new(bytes_max))
         .configure(ops::routes)
+        // Before the scope of all that is one level below.
+        .configure(logs::routes)
         .configure(endpoints::routes)
         .configure(amendments::routes)
         .configure(permissions::routes)

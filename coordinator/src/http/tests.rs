@@ -5,8 +5,10 @@ mod control;
 pub(super) mod fake;
 mod fuzz;
 mod invoke;
+mod logs;
 mod server;
 
+use std::path::Path;
 use std::sync::Arc;
 
 use actix_web::http::header::{AUTHORIZATION, HeaderMap};
@@ -19,6 +21,7 @@ use sha2::{Digest, Sha256};
 use self::fake::FakeGateway;
 use super::{HttpState, TokenTable, app, build_recorder};
 use crate::api::{ApiError, Caller, ErrorKind};
+use crate::logs::Logs;
 
 const BODY_BYTES_MAX: u64 = 64 << 10;
 
@@ -80,6 +83,8 @@ fn state(gateway: Arc<FakeGateway>) -> HttpState {
         },
         metrics: build_recorder().unwrap().handle(),
         observer: Arc::new(()),
+        // A place where nothing can be written; nothing is.
+        logs: Logs::open(Path::new("/dev/null")).unwrap(),
     }
 }
 

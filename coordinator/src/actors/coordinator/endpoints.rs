@@ -95,6 +95,7 @@ impl CoordinatorActor {
             return;
         };
         self.means.directory.set_endpoint(name, None);
+        self.means.logs.forget(name);
         endpoint.over.cancel();
         // Deleted: what runs on its replicas ends now.
         for slot in self.slots.values_mut().filter(|slot| slot.endpoint == name) {

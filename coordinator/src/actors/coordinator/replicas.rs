@@ -6,6 +6,7 @@ use std::time::Instant;
 use actix::fut::ActorFutureExt;
 use actix::{Actor, AsyncContext, Context, WrapFuture};
 use common::ids::{Generation, ReplicaId, WorkerId};
+use common::wire::message::LogPhase;
 
 use super::CoordinatorActor;
 use crate::actors::messages::{Assigned, FactsRead, ReplicaStatus, Retire, Status};
@@ -15,7 +16,7 @@ use crate::actors::replica::{Member, Replica, ReplicaActor};
 use crate::actors::slot::{ROOM_PAUSE, Running, Slot, Stage};
 use crate::policy::fit::{self, NoFit, Wish};
 use crate::policy::lifecycle::Entity;
-use crate::policy::workload;
+use crate::policy::{bytes_text, workload};
 use crate::registry::{ModelFacts, RegistryError};
 use crate::store::Expect;
 
@@ -36,6 +37,11 @@ impl CoordinatorActor {
         else {
             return self.forget(assignment.replica);
         };
+        let logs = &self.means.logs;
+        logs.place(assignment.replica, &assignment.endpoint, &entity.spec.name);
+        let members = names(&assignment.members);
+        let text = format!("the coordinator was started again; asking {members} for the shards");
+        logs.note(assignment.replica, LogPhase::Run, &text);
         let admitted = entity.spec.admitted();
         let credits = Credits::new(assignment.options.credits(admitted));
         let mut slot = Slot::new(assignment.replica, &assignment.endpoint, now);
@@ -79,6 +85,7 @@ impl CoordinatorActor {
             credits,
             status: Status::Starting("asking the workers".into()),
             retiring: false,
+            has_served: false,
         }
     }
 
@@ -100,24 +107,26 @@ impl CoordinatorActor {
         let Some(running) = slot.running(message.generation) else {
             return;
         };
-        let members = running
-            .assignment
-            .members
-            .iter()
-            .map(|worker| worker.0.as_str())
-            .collect::<Vec<_>>()
-            .join(", ");
+        let members = names(&running.assignment.members);
+        let logs = &self.means.logs;
         match &message.status {
-            Status::Starting(words) | Status::Waiting(words) => {
-                slot.message = format!("{words} ({members})")
+            Status::Starting(words) => slot.message = format!("{words} ({members})"),
+            Status::Waiting(words) => {
+                slot.message = format!("{words} ({members})");
+                logs.note(slot.replica, slot.phase(), words);
             }
             Status::Ready { task, numerics_id } => {
+                running.has_served = true;
                 slot.attempts = 0;
                 slot.task.clone_from(task);
                 slot.message = format!("Served by {members}");
+                let text = format!("serves on {members}, numerics id {numerics_id:016x}");
+                logs.note(slot.replica, LogPhase::Run, &text);
                 tracing::info!(endpoint = slot.endpoint, replica = %slot.replica, generation = %slot.generation, numerics_id, "replica is ready");
             }
             Status::Stalled => {
+                let text = "makes no progress: it gets no new requests until it goes on";
+                logs.note(slot.replica, LogPhase::Run, text);
                 tracing::warn!(endpoint = slot.endpoint, replica = %slot.replica, "replica makes no progress")
             }
             Status::Over {
@@ -145,12 +154,25 @@ impl CoordinatorActor {
             return;
         };
         if slot.is_retiring() {
+            let text = "let go: not wanted any more";
+            self.means.logs.note(replica, LogPhase::Run, text);
             self.slots.remove(&replica);
             self.forget(replica);
         } else {
-            slot.over(fatal, served, why, Instant::now());
+            self.formation_over(replica, fatal, served, why);
         }
         self.room_was_made();
+    }
+
+    /// A formation of a replica is over, or did not come about.
+    fn formation_over(&mut self, replica: ReplicaId, fatal: bool, served: bool, why: String) {
+        let Some(slot) = self.slots.get_mut(&replica) else {
+            return;
+        };
+        let logs = &self.means.logs;
+        logs.note(replica, slot.phase(), &format!("over: {why}"));
+        slot.over(fatal, served, why, Instant::now());
+        logs.note(replica, LogPhase::Build, slot.next_words());
     }
 
     /// The replica belongs to a configuration in force.
@@ -178,6 +200,12 @@ impl CoordinatorActor {
         match &slot.stage {
             Stage::Idle(at) if *at <= now => {
                 slot.stage = Stage::Reading;
+                let model = &entity.spec.model;
+                let text = format!(
+                    "reads the headers of model {} version {}",
+                    model.name, model.version
+                );
+                self.means.logs.note(replica, LogPhase::Build, &text);
                 let (registry, model) = (self.means.registry.clone(), entity.spec.model.clone());
                 let read = async move {
                     let facts =
@@ -210,9 +238,14 @@ impl CoordinatorActor {
         match message.facts {
             Ok(facts) => {
                 slot.task.clone_from(&facts.task);
+                self.means
+                    .logs
+                    .note(slot.replica, LogPhase::Build, &facts_words(&facts));
                 slot.stage = Stage::Waiting(facts, Instant::now());
             }
-            Err(error) => slot.over(true, served, error.to_string(), Instant::now()),
+            Err(error) => {
+                self.formation_over(message.replica, true, served, error.to_string());
+            }
         }
     }
 
@@ -253,9 +286,13 @@ impl CoordinatorActor {
             Ok(found) => found,
             // What leaves makes room in a moment.
             Err(NoFit::Never(why)) if !served && !leaving => {
-                return slot.over(true, served, why, now);
+                return self.formation_over(replica, true, served, why);
             }
             Err(NoFit::Waiting(why) | NoFit::Never(why)) => {
+                // It looks again every other second; that is said once.
+                if slot.message != why {
+                    self.means.logs.note(replica, LogPhase::Build, &why);
+                }
                 slot.message = why;
                 slot.stage = Stage::Waiting(facts, now + ROOM_PAUSE);
                 return;
@@ -272,6 +309,16 @@ impl CoordinatorActor {
             folder: facts.folder.display().to_string(),
             options: StoredOptions::of(&plan, facts.kv_dtype),
         };
+        let text = format!(
+            "placed on {} as generation {}: {} on each: {}; {} KV blocks, room for {} sequences at full length",
+            names(&assignment.members),
+            assignment.generation,
+            bytes_text(plan.bytes()),
+            plan.need.text(),
+            plan.kv_blocks,
+            plan.concurrency()
+        );
+        self.means.logs.note(replica, LogPhase::Build, &text);
         slot.stage = Stage::Placing(assignment.clone());
         let (store, generation) = (self.means.store.clone(), assignment.generation);
         let write = async move {
@@ -303,7 +350,7 @@ impl CoordinatorActor {
         }
         let now = Instant::now();
         if let Err(error) = message.stored {
-            return slot.over(false, served, error.to_string(), now);
+            return self.formation_over(message.replica, false, served, error.to_string());
         }
         let assignment = assignment.clone();
         let wish = self.endpoints.get(&slot.endpoint).and_then(|endpoint| {
@@ -334,12 +381,8 @@ impl CoordinatorActor {
             .map(member)
             .collect::<Option<Vec<Member>>>()
         else {
-            return slot.over(
-                false,
-                served,
-                "a worker left before it could load".to_owned(),
-                now,
-            );
+            let why = "a worker left before it could load".to_owned();
+            return self.formation_over(message.replica, false, served, why);
         };
         slot.shortage = assignment.options.shortage(admitted);
         let credits = Credits::new(assignment.options.credits(admitted));
@@ -349,6 +392,26 @@ impl CoordinatorActor {
             slot.stage = Stage::Running(running);
         }
     }
+}
+
+/// Workers for people.
+fn names(members: &[WorkerId]) -> String {
+    let names: Vec<&str> = members.iter().map(|worker| worker.0.as_str()).collect();
+    names.join(", ")
+}
+
+/// What a model's headers say, for people.
+fn facts_words(facts: &ModelFacts) -> String {
+    let shape = &facts.shape;
+    format!(
+        "headers read: {}, {} layers of width {}, {} tensors, context {} tokens, task {}",
+        shape.architecture,
+        shape.layers,
+        shape.hidden,
+        facts.tensors.len(),
+        facts.context_max,
+        facts.task.as_deref().unwrap_or("not said")
+    )
 }
 
 /// Tells a replica that is not wanted any more to go, once.
