@@ -29,10 +29,11 @@ const DO_SEND: [(&str, &str); 4] = [
 ];
 
 /// Where JSON may stand in the coordinator.
-const JSON: [(&str, &str); 4] = [
+const JSON: [(&str, &str); 5] = [
     ("coordinator/src/http/", "bodies"),
     ("coordinator/src/store/", "what is stored"),
     ("coordinator/src/registry/", "models' files"),
+    ("coordinator/src/tables/", "rows in files"),
     (
         "coordinator/src/actors/record.rs",
         "the records that actors put into the store",
