@@ -107,7 +107,7 @@ impl WorkerLink {
                 .unwrap()
                 .expect("the link is open")
             {
-                Report::Pong { nonce: PULSE } => {}
+                Report::Pong { nonce: PULSE } | Report::Log { .. } => {}
                 report => return report,
             }
         }
