@@ -3,6 +3,7 @@
 mod bad_input;
 mod bad_models;
 mod cancellation;
+mod control;
 mod determinism;
 mod fake_replica;
 mod golden_text;

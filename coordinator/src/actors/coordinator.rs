@@ -21,6 +21,7 @@ use common::wire::message::{Command, Device};
 use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 
+use super::allowance::Allowance;
 use super::death::DeathNotice;
 use super::directory::Directory;
 use super::endpoint::EndpointActor;
@@ -140,6 +141,7 @@ struct Worker {
 struct Endpoint {
     record: EndpointRecord,
     meters: Arc<Meters>,
+    allowance: Arc<Allowance>,
     door: Addr<EndpointActor>,
     over: CancellationToken,
     /// What the door was last told, in short.

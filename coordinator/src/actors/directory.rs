@@ -9,8 +9,10 @@ use actix::Addr;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::allowance::Allowance;
 use super::coordinator::CoordinatorActor;
 use super::endpoint::EndpointActor;
+use super::meters::Meters;
 use crate::api::Access;
 
 /// An endpoint as callers find it.
@@ -20,6 +22,10 @@ pub struct Published {
     pub door: Addr<EndpointActor>,
     /// Who may do what with it.
     pub access: Arc<Access>,
+    /// What its callers have used of their limits.
+    pub allowance: Arc<Allowance>,
+    /// Its meters.
+    pub meters: Arc<Meters>,
 }
 
 /// The published addresses.

@@ -15,15 +15,17 @@ use common::request::{Generate, Prompt};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
+use super::allowance::Charge;
 use super::death::DeathNotice;
 use super::messages::{
-    Admitted, Configure, Died, Dispatch, Gate, Invoke, Pending, Serving, Target, Who,
+    Admitted, Configure, Died, Dispatch, Gate, Invoke, Pending, Refusal, Serving, Target, Who,
 };
 use super::meters::Meters;
 use super::permit::{Booking, EntityShared, Permit};
 use super::ticket::{Reading, Ticket, Whereabouts};
 use crate::api::{ApiError, Call, CancelGuard, ErrorKind};
 use crate::policy::admission::{self, Ask, Bounds, DrainRate, Load, Verdict};
+use crate::policy::fallback;
 use crate::policy::routing::{self, Split};
 
 /// Calls on their way to the door; beyond, callers are sent away.
@@ -98,6 +100,8 @@ impl Door {
         if weights != self.split.weights() {
             self.split = Split::new(weights);
         }
+        let concurrency = self.entities.iter().map(Entity::concurrency).sum();
+        self.meters.concurrency(concurrency);
         // What waited for an entity that is gone goes where new calls go.
         for mut gone in before {
             gone.queue.extend(gone.shared.close());
@@ -121,17 +125,26 @@ impl Door {
         .retry_after(1)
     }
 
-    fn invoke(
-        &mut self,
-        call: Call,
-        reply: oneshot::Sender<Result<Admitted, ApiError>>,
-        now: Instant,
-    ) {
+    fn invoke(&mut self, invoke: Invoke, now: Instant) {
+        let Invoke {
+            call,
+            charge,
+            tried,
+            reply,
+        } = invoke;
+        let admitted = self.choose(&tried).map_err(Refusal::from).and_then(|at| {
+            let entity = self.entities[at].serving.name.clone();
+            self.admit(at, call, charge, now).map_err(|error| Refusal {
+                entity: Some(entity),
+                error,
+            })
+        });
         // A caller that has left drops what it is given, which cancels it.
-        let _ = reply.send(self.admit(call, now));
+        let _ = reply.send(admitted);
     }
 
-    fn admit(&mut self, call: Call, now: Instant) -> Result<Admitted, ApiError> {
+    /// The served entity that takes the next call; another than those that were tried.
+    fn choose(&mut self, tried: &[String]) -> Result<usize, ApiError> {
         match &self.gate {
             Gate::Open => {}
             Gate::NotReady(why) => {
@@ -146,13 +159,28 @@ impl Door {
                 return Err(ApiError::new(ErrorKind::BadRequest, message));
             }
         }
-        let Some(at) = self.split.take() else {
+        let names = self.entities.iter().map(|e| e.serving.name.as_str());
+        let chosen = if tried.is_empty() {
+            self.split.take()
+        } else {
+            fallback::next(names, tried)
+        };
+        chosen.ok_or_else(|| {
             let message = format!(
                 "Endpoint '{}' routes no traffic to any served entity.",
                 self.name
             );
-            return Err(ApiError::new(ErrorKind::BadRequest, message));
-        };
+            ApiError::new(ErrorKind::BadRequest, message)
+        })
+    }
+
+    fn admit(
+        &mut self,
+        at: usize,
+        call: Call,
+        charge: Option<Charge>,
+        now: Instant,
+    ) -> Result<Admitted, ApiError> {
         let entity = &mut self.entities[at];
         if !entity
             .serving
@@ -218,6 +246,7 @@ impl Door {
                 whereabouts,
                 reading: reading.clone(),
                 meters: self.meters.clone(),
+                charge: charge.clone(),
                 prompt_delivered: false,
             });
             pending.push(Pending {
@@ -455,7 +484,6 @@ impl Handler<Configure> for EndpointActor {
 impl Handler<Invoke> for EndpointActor {
     type Result = ();
     fn handle(&mut self, message: Invoke, _: &mut Self::Context) {
-        self.door
-            .invoke(message.call, message.reply, Instant::now());
+        self.door.invoke(message, Instant::now());
     }
 }

@@ -183,6 +183,7 @@ impl Flight {
                     self.ticket.booking.settle(0);
                 }
                 self.ticket.meters.output(delta.ids.len(), waited, first);
+                self.ticket.used(delta.ids.len() as u64, now);
                 self.last_output = now;
                 GenerationEvent::Delta(delta)
             }
@@ -214,7 +215,8 @@ impl Flight {
                 // The client cannot be handed to another replica any more.
                 self.first = false;
                 if self.open == 0 {
-                    self.ticket.meters.ended(outcome(&end));
+                    let took = now.saturating_duration_since(self.ticket.arrived);
+                    self.ticket.meters.answered(outcome(&end), took);
                 }
                 GenerationEvent::End {
                     candidate,
@@ -421,6 +423,7 @@ impl Flights {
         flight.ticket.booking.settle(u64::from(prompt_tokens));
         if let Some(accepted) = flight.ticket.accepted.take() {
             flight.ticket.meters.accepted(prompt_tokens);
+            flight.ticket.used(u64::from(prompt_tokens), Instant::now());
             // A caller that has left cancels by its guard.
             let _ = accepted.send(Ok(prompt_tokens));
         }

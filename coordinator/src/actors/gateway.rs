@@ -11,16 +11,18 @@ use futures::future::{BoxFuture, try_join_all};
 use tokio::sync::oneshot;
 use tokio::time::{timeout, timeout_at};
 
+use super::allowance::Charge;
 use super::coordinator::{CoordinatorActor, Means};
 use super::directory::Published;
-use super::messages::{CheckFit, GetHealth, GetView, Invoke, ListViews, Pending};
+use super::endpoint::EndpointActor;
+use super::messages::{CheckFit, GetHealth, GetView, Invoke, ListViews, Pending, Refusal};
 use super::record::{EndpointRecord, TERM, decode, encode, endpoint_key};
 use crate::api::{
     Access, Amendment, Answer, ApiError, Call, ClusterHealth, ConfigSpec, CreateEndpoint,
     EndpointView, ErrorKind, Gateway, Generation,
 };
 use crate::policy::lifecycle::{Event, Lifecycle};
-use crate::policy::{settings, workload};
+use crate::policy::{fallback, settings, workload};
 use crate::registry::{ModelFacts, RegistryError};
 use crate::store::{Expect, StoreError};
 use common::request::{Generate, Prompt};
@@ -247,38 +249,84 @@ impl ActorGateway {
         }
     }
 
-    async fn generate(&self, call: Call) -> Result<Answer, ApiError> {
-        let door = self.published(&call.endpoint)?.door;
+    async fn generate(&self, mut call: Call) -> Result<Answer, ApiError> {
+        let Published {
+            door,
+            access,
+            allowance,
+            meters,
+        } = self.published(&call.endpoint)?;
         call.prompts.iter().try_for_each(check_bytes)?;
-        let deadline = call.deadline;
-        let (reply, admitted) = oneshot::channel();
-        door.try_send(Invoke { call, reply })
-            .map_err(|error| match error {
-                actix::dev::SendError::Full(_) => ApiError::new(
-                    ErrorKind::Overloaded,
-                    "too many calls at once; try again in 1 s",
-                )
-                .retry_after(1),
-                actix::dev::SendError::Closed(_) => restarting(),
-            })?;
-        let answers = async {
-            let admitted = admitted.await.map_err(|_| restarting())??;
-            let generations = try_join_all(admitted.pending.into_iter().map(accepted)).await?;
-            admitted.reading.hand_out(Instant::now());
-            Ok(Answer {
-                served_entity: admitted.served_entity,
-                generations,
-            })
-        };
-        // Dropping what is not accepted by then cancels it.
-        let late = |_| {
-            ApiError::new(
-                ErrorKind::Deadline,
-                "the request's time was up before a replica could take it",
-            )
-        };
-        timeout_at(deadline.into(), answers).await.map_err(late)?
+        let charge = allowance
+            .admit(&access, &call.caller, Instant::now())
+            .inspect_err(|_| meters.ended("limited"))?;
+        let mut tried: Vec<String> = Vec::new();
+        let mut first = None;
+        loop {
+            let again = access.settings.falls_back().then(|| call.clone());
+            let (charge, others) = (charge.clone(), tried.clone());
+            let refusal = match attempt(&door, call, charge, others).await {
+                Ok(answer) => return Ok(answer),
+                Err(refusal) => refusal,
+            };
+            match (again, refusal.entity) {
+                (Some(again), Some(entity)) if fallback::helps(refusal.error.kind) => {
+                    tracing::info!(endpoint = access.name, entity, error = %refusal.error, "a call falls back to another served entity");
+                    tried.push(entity);
+                    first.get_or_insert(refusal.error);
+                    call = again;
+                }
+                // None is left: the one that the traffic split meant has the word.
+                _ => return Err(first.unwrap_or(refusal.error)),
+            }
+        }
     }
+}
+
+/// Gives a call to a served entity that was not tried, and waits until a worker has accepted it.
+async fn attempt(
+    door: &actix::Addr<EndpointActor>,
+    call: Call,
+    charge: Option<Charge>,
+    tried: Vec<String>,
+) -> Result<Answer, Refusal> {
+    let deadline = call.deadline;
+    let (reply, admitted) = oneshot::channel();
+    let invoke = Invoke {
+        call,
+        charge,
+        tried,
+        reply,
+    };
+    door.try_send(invoke).map_err(|error| match error {
+        actix::dev::SendError::Full(_) => ApiError::new(
+            ErrorKind::Overloaded,
+            "too many calls at once; try again in 1 s",
+        )
+        .retry_after(1),
+        actix::dev::SendError::Closed(_) => restarting(),
+    })?;
+    let answers = async {
+        let admitted = admitted.await.map_err(|_| restarting())??;
+        let accepted = try_join_all(admitted.pending.into_iter().map(accepted)).await;
+        let generations = accepted.map_err(|error| Refusal {
+            entity: Some(admitted.served_entity.clone()),
+            error,
+        })?;
+        admitted.reading.hand_out(Instant::now());
+        Ok(Answer {
+            served_entity: admitted.served_entity,
+            generations,
+        })
+    };
+    // Dropping what is not accepted by then cancels it.
+    let late = |_| {
+        ApiError::new(
+            ErrorKind::Deadline,
+            "the request's time was up before a replica could take it",
+        )
+    };
+    timeout_at(deadline.into(), answers).await.map_err(late)?
 }
 
 /// Waits for a worker's word on a prompt.

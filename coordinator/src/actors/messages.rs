@@ -11,6 +11,7 @@ use common::ids::{Generation, ReplicaId};
 use common::wire::message::{Health, HeldShard, Hello, ShardState};
 use tokio::sync::{mpsc, oneshot};
 
+use super::allowance::Charge;
 use super::link::Link;
 use super::permit::{Credits, Permit};
 use super::replica::ReplicaActor;
@@ -246,8 +247,30 @@ pub struct Target {
 pub struct Invoke {
     /// What is asked.
     pub call: Call,
+    /// Counts its tokens.
+    pub charge: Option<Charge>,
+    /// Served entities that could not take it; empty the first time.
+    pub tried: Vec<String>,
     /// Told at once: admitted or not.
-    pub reply: oneshot::Sender<Result<Admitted, ApiError>>,
+    pub reply: oneshot::Sender<Result<Admitted, Refusal>>,
+}
+
+/// A call that is not taken.
+#[derive(Debug)]
+pub struct Refusal {
+    /// The served entity that could not; `None` when it is about none of them.
+    pub entity: Option<String>,
+    /// Why.
+    pub error: ApiError,
+}
+
+impl From<ApiError> for Refusal {
+    fn from(error: ApiError) -> Self {
+        Refusal {
+            entity: None,
+            error,
+        }
+    }
 }
 
 /// Prompts in an endpoint's queue. Dropping them cancels.

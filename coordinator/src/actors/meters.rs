@@ -27,6 +27,15 @@ pub fn describe() {
         "prompts waiting in the coordinator"
     );
     gauges!("tandem_requests_running", "prompts given to replicas");
+    gauges!(
+        "tandem_requests_concurrency",
+        "prompts that may run at a time, over all served entities"
+    );
+    times!(
+        "tandem_request_duration_seconds",
+        Unit::Seconds,
+        "from a prompt's arrival to the end of its answer"
+    );
     times!(
         "tandem_time_to_first_token_seconds",
         Unit::Seconds,
@@ -70,6 +79,7 @@ pub struct Meters {
     generation_tokens: metrics::Counter,
     first_token: metrics::Histogram,
     inter_token: metrics::Histogram,
+    duration: metrics::Histogram,
 }
 
 impl Meters {
@@ -81,8 +91,15 @@ impl Meters {
             generation_tokens: counter!("tandem_generation_tokens_total", "endpoint" => endpoint.clone()),
             first_token: histogram!("tandem_time_to_first_token_seconds", "endpoint" => endpoint.clone()),
             inter_token: histogram!("tandem_inter_token_latency_seconds", "endpoint" => endpoint.clone()),
+            duration: histogram!("tandem_request_duration_seconds", "endpoint" => endpoint.clone()),
             endpoint,
         }
+    }
+
+    /// A prompt's answer is complete, so long after its arrival.
+    pub fn answered(&self, outcome: &'static str, took: Duration) {
+        self.duration.record(took.as_secs_f64());
+        self.ended(outcome);
     }
 
     /// A prompt is over.
@@ -104,6 +121,11 @@ impl Meters {
             self.inter_token
                 .record(waited.as_secs_f64() / tokens as f64);
         }
+    }
+
+    /// How many may run at a time.
+    pub fn concurrency(&self, most: u64) {
+        gauge!("tandem_requests_concurrency", "endpoint" => self.endpoint.clone()).set(most as f64);
     }
 
     /// What waits and runs now.

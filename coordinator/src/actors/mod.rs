@@ -7,8 +7,10 @@
 //!   an actor is gone.
 //! * [`ticket`], [`flight`], [`link`], [`permit`]: the path of tokens. One token costs no mailbox: a link's reader puts it into the
 //!   request's own bounded channel.
+//! * [`allowance`]: what an endpoint's callers have used of their limits.
 //! * [`keeper`]: writes lifecycle events to the store.
 
+pub mod allowance;
 pub mod coordinator;
 pub mod death;
 pub mod directory;

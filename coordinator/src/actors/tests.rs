@@ -2,6 +2,7 @@
 
 mod deploy;
 mod faults;
+mod limits;
 mod requests;
 
 /// Makes the actor that gets it panic.

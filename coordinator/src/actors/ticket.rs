@@ -10,6 +10,7 @@ use common::ids::RequestId;
 use common::request::{End, Failure, FailureKind, Generate};
 use tokio::sync::{Notify, mpsc, oneshot};
 
+use super::allowance::Charge;
 use super::link::Link;
 use super::meters::Meters;
 use super::permit::Booking;
@@ -40,6 +41,8 @@ pub struct Ticket {
     pub reading: Arc<Reading>,
     /// Its endpoint's meters.
     pub meters: Arc<Meters>,
+    /// Counts its tokens where they are limited.
+    pub charge: Option<Charge>,
     /// The prompt's own event was delivered by an earlier attempt.
     pub prompt_delivered: bool,
 }
@@ -80,6 +83,13 @@ impl Ticket {
                     );
                 }
             }
+        }
+    }
+
+    /// So many tokens were read or given.
+    pub(super) fn used(&self, tokens: u64, now: Instant) {
+        if let Some(charge) = &self.charge {
+            charge.tokens(tokens, now);
         }
     }
 

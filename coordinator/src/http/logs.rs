@@ -6,8 +6,10 @@ use common::wire::message::LogPhase;
 use serde::Serialize;
 
 use super::HttpState;
+use super::auth::Caller;
 use super::error::Fault;
-use crate::api::{ApiError, ErrorKind};
+use super::permissions::allowed;
+use crate::api::{ApiError, ErrorKind, Level};
 use crate::logs::Place;
 
 pub(super) fn routes(config: &mut ServiceConfig) {
@@ -25,22 +27,29 @@ struct Text {
     logs: String,
 }
 
-async fn run(state: Data<HttpState>, path: Path<(String, String)>) -> Result<HttpResponse, Fault> {
-    show(&state, path.into_inner(), LogPhase::Run).await
+async fn run(
+    state: Data<HttpState>,
+    caller: Caller,
+    path: Path<(String, String)>,
+) -> Result<HttpResponse, Fault> {
+    show(&state, &caller, path.into_inner(), LogPhase::Run).await
 }
 
 async fn build(
     state: Data<HttpState>,
+    caller: Caller,
     path: Path<(String, String)>,
 ) -> Result<HttpResponse, Fault> {
-    show(&state, path.into_inner(), LogPhase::Build).await
+    show(&state, &caller, path.into_inner(), LogPhase::Build).await
 }
 
 async fn show(
     state: &HttpState,
+    caller: &Caller,
     (endpoint, entity): (String, String),
     phase: LogPhase,
 ) -> Result<HttpResponse, Fault> {
+    allowed(state, caller, &endpoint, Level::View)?;
     let view = state.gateway.get(endpoint.clone()).await?;
     let configs = || view.active.iter().chain(&view.pending);
     let mut names = configs().flat_map(|config| config.entities.iter().map(|e| &e.spec.name));

@@ -12,6 +12,7 @@ mod inputs;
 mod invocations;
 mod json;
 mod logs;
+mod metrics;
 mod offsets;
 mod openai;
 mod ops;
@@ -36,11 +37,11 @@ use std::time::{Duration, Instant};
 
 use actix_web::body::{BoxBody, MessageBody};
 use actix_web::dev::{Server, ServiceFactory, ServiceRequest, ServiceResponse};
-use actix_web::http::Method;
-use actix_web::http::header::{HeaderMap, HeaderName, HeaderValue};
+use actix_web::http::header::{ALLOW, HeaderMap, HeaderName, HeaderValue};
+use actix_web::http::{Method, StatusCode};
 use actix_web::middleware::{Next, NormalizePath, from_fn};
 use actix_web::web::{Data, PayloadConfig};
-use actix_web::{App, HttpMessage, HttpServer};
+use actix_web::{App, HttpMessage, HttpResponse, HttpServer};
 use common::config::Limits;
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio_util::sync::CancellationToken;
@@ -124,10 +125,10 @@ fn app(
         .app_data(state)
         .app_data(PayloadConfig::new(bytes_max))
         .configure(ops::routes)
-        // Before the scope of all that is one level below.
         .configure(logs::routes)
         .configure(endpoints::routes)
         .configure(amendments::routes)
+        .configure(metrics::routes)
         .configure(permissions::routes)
         .configure(whoami::routes)
         .configure(invocations::routes)
@@ -175,6 +176,28 @@ async fn observe(
     if let Ok(value) = HeaderValue::from_str(&id.0) {
         response.headers_mut().insert(ID_HEADER, value);
     }
+    if method == Method::OPTIONS && response.status() == StatusCode::METHOD_NOT_ALLOWED {
+        response = options(response);
+    }
     ops::count(&method, started, &response);
     Ok(response)
+}
+
+/// What a path answers to, for whoever asks before it calls.
+fn options(refused: ServiceResponse<BoxBody>) -> ServiceResponse<BoxBody> {
+    let allow = refused.headers().get(ALLOW);
+    let mut allowed = allow
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default()
+        .to_owned();
+    if allowed.split(", ").any(|method| method == "GET") {
+        allowed.push_str(", HEAD");
+    }
+    allowed.push_str(", OPTIONS");
+    let mut answer = HttpResponse::NoContent();
+    answer.insert_header((ALLOW, allowed));
+    for id in refused.headers().get_all(ID_HEADER) {
+        answer.insert_header((ID_HEADER, id.clone()));
+    }
+    refused.into_response(answer.finish())
 }

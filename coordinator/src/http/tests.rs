@@ -1,11 +1,13 @@
 //! The HTTP layer as its clients see it, before a cluster that plays a script.
 
 mod accounts;
+mod amendments;
 mod control;
 pub(super) mod fake;
 mod fuzz;
 mod invoke;
 mod logs;
+mod permissions;
 mod server;
 
 use std::path::Path;

@@ -3,8 +3,10 @@
 //! * [`workload`]: a workload type's name -> devices and memory.
 //! * [`memory_plan`]: a model's headers -> bytes per rank and the largest concurrency.
 //! * [`placement`]: a roster with free memory -> the devices of a shard group.
+//! * [`fallback`]: whether another served entity may take what one could not.
 //! * [`fit`]: both of these together, and what would help when a model does not fit.
 //! * [`admission`]: what an entity takes now, what waits, what is refused and when to come again.
+//! * [`rate_limit`]: whether a call may come in now, and when else.
 //! * [`routing`]: which entity gets a call, which replica a request.
 //! * [`progress`]: whether a replica still gets on, in loading and in stepping.
 //! * [`lifecycle`]: an endpoint's states, event by event.
@@ -12,12 +14,14 @@
 //! * [`settings`]: changes of what an endpoint has beside its configuration.
 
 pub mod admission;
+pub mod fallback;
 pub mod fit;
 pub mod lifecycle;
 pub mod memory_plan;
 pub mod permissions;
 pub mod placement;
 pub mod progress;
+pub mod rate_limit;
 pub mod routing;
 pub mod settings;
 pub mod workload;

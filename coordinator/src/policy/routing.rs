@@ -89,6 +89,25 @@ mod tests {
         }
 
         #[test]
+        fn any_hundred_calls_in_a_row_are_split_exactly(
+            cuts in proptest::collection::vec(0u32..=100, 1..9), before in 0usize..300,
+        ) {
+            let mut cuts = cuts;
+            cuts.extend([0, 100]);
+            cuts.sort_unstable();
+            let weights: Vec<u32> = cuts.windows(2).map(|pair| pair[1] - pair[0]).collect();
+            let mut split = Split::new(weights.clone());
+            for _ in 0..before {
+                split.take();
+            }
+            let mut counts = vec![0u32; weights.len()];
+            for _ in 0..100 {
+                counts[split.take().unwrap()] += 1;
+            }
+            prop_assert_eq!(counts, weights);
+        }
+
+        #[test]
         fn the_chosen_replica_is_free_and_none_is_less_loaded(
             loads in proptest::collection::vec((1u32..8, 0u32..8, any::<bool>()), 0..6),
         ) {

@@ -1,6 +1,7 @@
 //! Endpoints as the store has them, and what their doors are told.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use actix::{Actor, Addr, AsyncContext, Context};
 use common::ids::{Generation, ReplicaId};
@@ -8,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::replicas::retire;
 use super::{CoordinatorActor, Endpoint};
+use crate::actors::allowance::Allowance;
 use crate::actors::directory::Published;
 use crate::actors::endpoint::{Door, EndpointActor};
 use crate::actors::messages::{Configure, Gate, Retire, Serving, Target};
@@ -62,6 +64,7 @@ impl CoordinatorActor {
             Endpoint {
                 record,
                 meters,
+                allowance: Allowance::new(Instant::now()),
                 door,
                 over,
                 told: None,
@@ -75,6 +78,8 @@ impl CoordinatorActor {
         let published = self.endpoints.get(name).map(|endpoint| Published {
             door: endpoint.door.clone(),
             access: Arc::new(endpoint.record.access()),
+            allowance: endpoint.allowance.clone(),
+            meters: endpoint.meters.clone(),
         });
         self.means.directory.set_endpoint(name, published);
     }

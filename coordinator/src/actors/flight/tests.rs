@@ -42,6 +42,7 @@ fn request(entity: &Arc<EntityShared>, candidates: u32) -> Request {
         booking: Booking::new(entity.clone(), 10),
         reading: Reading::new(now),
         meters: Arc::new(Meters::new("e")),
+        charge: None,
         prompt_delivered: false,
     };
     Request {
