@@ -102,10 +102,11 @@ async fn ignore_eos_goes_on_to_max_tokens() {
 }
 
 #[tokio::test]
-async fn logprobs_name_the_greedy_token_first_and_join_to_the_text() {
+async fn logprobs_name_the_greedy_token_first_and_join_to_the_text_and_its_end() {
     let cluster = llama().await;
     let golden = golden::named("tiny-llama", "sum");
-    let body = json!({"prompt": golden.prompt, "max_tokens": 8, "temperature": 0, "logprobs": 3});
+    let body =
+        json!({"prompt": golden.prompt, "max_tokens": TOKENS_MAX, "temperature": 0, "logprobs": 3});
     let answer = cluster.client.invoke("llama", &body).await.ok();
     let (choice, logprobs) = (&answer["choices"][0], &answer["choices"][0]["logprobs"]);
     let tokens: Vec<&str> = logprobs["tokens"]
@@ -114,7 +115,9 @@ async fn logprobs_name_the_greedy_token_first_and_join_to_the_text() {
         .iter()
         .map(|t| t.as_str().unwrap())
         .collect();
-    assert_eq!(tokens.concat(), text(choice));
+    assert_eq!(tokens.concat(), format!("{}</s>", text(choice)));
+    let offsets = logprobs["text_offset"].as_array().unwrap();
+    assert_eq!(offsets.last(), Some(&json!(text(choice).chars().count())));
     for (i, token) in tokens.iter().enumerate() {
         let chosen = logprobs["token_logprobs"][i].as_f64().unwrap();
         let top = logprobs["top_logprobs"][i].as_object().unwrap();

@@ -316,6 +316,7 @@ impl Answer {
         outputs: &mut Vec<Output>,
     ) {
         let request = self.request;
+        let vocabulary = self.text.tokenizer.vocabulary();
         let Some(candidate) = self.candidates.get_mut(index as usize) else {
             return;
         };
@@ -323,8 +324,12 @@ impl Answer {
         if candidate.ended {
             return;
         }
+        let mut stop_token = None;
         let end = match reason {
-            EndReason::StopToken(_) => End::Stop,
+            EndReason::StopToken { logprob, .. } => {
+                stop_token = logprob;
+                End::Stop
+            }
             EndReason::Length => End::Length,
             EndReason::Deadline => End::Deadline,
             EndReason::Cancelled => End::Cancelled,
@@ -332,7 +337,12 @@ impl Answer {
         };
         // What is held back belongs to the answer, unless it goes on elsewhere and will be made there again.
         if matches!(end, End::Stop | End::Length | End::Deadline) {
-            let (text, logprobs) = candidate.flush();
+            let (text, mut logprobs) = candidate.flush();
+            // The token that ended the answer has no text and is no output, but its log-probability is a part of the
+            // answer's: clients that score texts count on one more entry than the text has tokens.
+            if !candidate.stopped {
+                logprobs.extend(stop_token.map(|token| logprob_of(vocabulary, token)));
+            }
             if !text.is_empty() || !logprobs.is_empty() {
                 let delta = Delta {
                     candidate: index,

@@ -96,8 +96,13 @@ pub struct TokenLogprob {
 /// Why a candidate ended.
 #[derive(Debug, Clone, PartialEq)]
 pub enum EndReason {
-    /// One of the request's stop ids came; which.
-    StopToken(u32),
+    /// One of the request's stop ids came. It is no output.
+    StopToken {
+        /// Which.
+        id: u32,
+        /// Present when asked for.
+        logprob: Option<TokenLogprob>,
+    },
     /// The most output tokens asked for, or the end of the context.
     Length,
     /// The request's deadline passed.

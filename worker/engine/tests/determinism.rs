@@ -251,7 +251,10 @@ impl Running {
                         cached_tokens,
                     } => {
                         assert!(
-                            matches!(reason, EndReason::Length | EndReason::StopToken(2)),
+                            matches!(
+                                reason,
+                                EndReason::Length | EndReason::StopToken { id: 2, .. }
+                            ),
                             "{reason:?}"
                         );
                         answers.entry((key, candidate)).or_default().end = Some(reason);

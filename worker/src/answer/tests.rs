@@ -54,6 +54,10 @@ fn ended(reason: EndReason) -> Event {
     }
 }
 
+fn stop_token(logprob: Option<engine::request::TokenLogprob>) -> EndReason {
+    EndReason::StopToken { id: 2, logprob }
+}
+
 /// Feeds tokens one step each and gives text, ids, log-probabilities' bytes, end and cancels.
 fn run(
     answers: &mut Answers,
@@ -100,8 +104,7 @@ fn text_ids_and_logprobs_come_in_step_and_end_once() {
     let (mut answers, opening) = answers(&[], PromptPart::default(), &[], 0);
     assert_eq!(opening, []);
     let tokens = ids("naïve 한국");
-    let (text, id_count, bytes, end, cancels) =
-        run(&mut answers, &tokens, Some(EndReason::StopToken(2)));
+    let (text, id_count, bytes, end, cancels) = run(&mut answers, &tokens, Some(stop_token(None)));
     assert_eq!(
         (text.as_str(), id_count, end, cancels),
         (" naïve 한국", tokens.len(), Some(End::Stop), 0)
@@ -112,6 +115,18 @@ fn text_ids_and_logprobs_come_in_step_and_end_once() {
         Step::default(),
         "the request is forgotten"
     );
+}
+
+#[test]
+fn the_token_that_ends_an_answer_has_a_log_probability_and_no_text() {
+    let (mut answers, _) = answers(&["never"], PromptPart::default(), &[], 0);
+    let tokens = ids("hello");
+    let Event::Token { logprob, .. } = token(0, 2, true) else {
+        unreachable!("a token is a token");
+    };
+    let (text, id_count, bytes, ..) = run(&mut answers, &tokens, Some(stop_token(logprob)));
+    assert_eq!((text.as_str(), id_count), (" hello", tokens.len()));
+    assert_eq!(bytes, b" hello</s>");
 }
 
 #[test]

@@ -194,7 +194,8 @@ pub(crate) fn expected(request: &Request, candidate: &Candidate, geometry: &Geom
         match sampler::sample(&mut logits(prefix, geometry.vocab), &row) {
             Err(error) => reason = EndReason::Error(error),
             Ok(sampled) if request.stop_ids.contains(&sampled.id) => {
-                reason = EndReason::StopToken(sampled.id)
+                let Sampled { id, logprob } = sampled;
+                reason = EndReason::StopToken { id, logprob }
             }
             Ok(sampled) => {
                 outputs.push(sampled.id);

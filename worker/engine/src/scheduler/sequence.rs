@@ -185,7 +185,7 @@ impl Sequence {
 
     fn take_sample(&mut self, Sampled { id, logprob }: Sampled, events: &mut Vec<Event>) {
         if self.shared.stop_ids.contains(&id) {
-            self.ended = Some(EndReason::StopToken(id));
+            self.ended = Some(EndReason::StopToken { id, logprob });
             return;
         }
         let index = self.outputs().len() as u32;
