@@ -94,9 +94,9 @@ pub struct EntitySpec {
     pub name: String,
     /// The model.
     pub model: ModelRef,
-    /// Its workload type's name.
+    /// Its workload type's name; empty until the cluster has chosen, where throughput sizes it.
     pub workload_type: String,
-    /// Its size.
+    /// Its size; the cluster's choice where throughput sizes it.
     pub workload_size: WorkloadSize,
     /// Only CPU types may.
     pub scale_to_zero: bool,
@@ -131,6 +131,20 @@ pub struct Provisioned {
     pub max_tokens_per_s: u64,
     /// The same in chunks, when it was asked for so; both rates follow from it.
     pub model_units: Option<u64>,
+}
+
+/// What throughput a model gives on this cluster.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum OptimizationInfo {
+    /// None: its files are of a kind that is not served, or it fits no workload type.
+    NotServable,
+    /// It can be served.
+    Servable {
+        /// Its family: `llama`, `mistral` or `mpt`.
+        model_type: String,
+        /// Tokens per second of one chunk.
+        chunk_tokens_per_s: u64,
+    },
 }
 
 /// A share of the traffic.
@@ -293,6 +307,12 @@ pub trait Gateway: Send + Sync + 'static {
 
     /// Gives prompts to one served entity of the endpoint. Answers when a worker has accepted all of them.
     fn generate(&self, call: Call) -> BoxFuture<'_, Result<Answer, ApiError>>;
+
+    /// What throughput a model gives here.
+    fn optimization_info(
+        &self,
+        model: ModelRef,
+    ) -> BoxFuture<'_, Result<OptimizationInfo, ApiError>>;
 
     /// The workload types that are mapped, for messages.
     fn workload_types(&self) -> Vec<String>;

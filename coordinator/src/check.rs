@@ -18,6 +18,7 @@ use crate::policy::placement::Place;
 use crate::policy::workload;
 use crate::registry::{LocalRegistry, ModelFacts};
 use crate::seed;
+use crate::table;
 
 /// The report, and whether everything in it is well.
 #[derive(Debug)]
@@ -45,7 +46,8 @@ pub fn report(cluster: &Cluster) -> Result<Report> {
     Ok(report)
 }
 
-fn places(cluster: &Cluster) -> Vec<Place> {
+/// The devices of cluster.toml, all there and with nothing on them.
+pub(crate) fn places(cluster: &Cluster) -> Vec<Place> {
     let mut places = Vec::new();
     for node in &cluster.nodes {
         for device in &node.devices {
@@ -174,31 +176,11 @@ fn models(cluster: &Cluster, registry: &LocalRegistry, report: &mut Report) -> R
             ]);
         }
     }
-    table(&rows, &mut report.text)?;
+    table::write(&rows, &mut report.text)?;
     for note in notes {
         writeln!(report.text, "{note}")?;
     }
     writeln!(report.text)?;
-    Ok(())
-}
-
-fn table(rows: &[[String; 9]], text: &mut String) -> Result<()> {
-    let widths: Vec<usize> = (0..9)
-        .map(|i| {
-            rows.iter()
-                .map(|row| row[i].chars().count())
-                .max()
-                .unwrap_or(0)
-        })
-        .collect();
-    for row in rows {
-        let cells: Vec<String> = row
-            .iter()
-            .zip(&widths)
-            .map(|(cell, &width)| format!("{cell:<width$}"))
-            .collect();
-        writeln!(text, "  {}", cells.join("  ").trim_end())?;
-    }
     Ok(())
 }
 

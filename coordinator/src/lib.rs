@@ -10,12 +10,14 @@ pub mod check;
 pub mod facts;
 pub mod http;
 pub mod logs;
+pub mod plan;
 pub mod policy;
 pub mod registry;
 pub mod secrets;
 pub mod seed;
 pub mod store;
 pub mod strangers;
+mod table;
 pub mod workers;
 
 use std::net::{SocketAddr, TcpListener};

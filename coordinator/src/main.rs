@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
 use common::config::{self, Cluster};
+use coordinator::plan::{self, Question};
 use coordinator::{Listeners, check, facts, http};
 
 /// Exit status for mistakes in arguments or configuration.
@@ -38,15 +39,37 @@ enum Verb {
         /// The configuration; that of --config unless given.
         file: Option<PathBuf>,
     },
+    /// Says how much memory a model takes on each rank, by workload type, and which is the smallest that it fits.
+    Plan(PlanArguments),
     /// Prints addresses, tokens' files and workers of a configuration, tab-separated: for scripts.
     Facts,
+}
+
+#[derive(Debug, clap::Args)]
+struct PlanArguments {
+    /// A registered name, or the path of a model's folder or of its config.json alone.
+    model: String,
+    /// The registered version; the newest of cluster.toml unless given.
+    version: Option<String>,
+    /// Of this workload type alone.
+    #[arg(long)]
+    workload_type: Option<String>,
+    /// Requests at a time.
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    concurrency: u32,
+    /// Longest sequence in tokens; the model's own unless given.
+    #[arg(long)]
+    context: Option<u32>,
+    /// These numbers of shards instead of cluster.toml's workload types: 1,2,4.
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=64))]
+    ranks: Vec<u32>,
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let checked = match &arguments.command {
         Some(Verb::Check { file }) => file.clone().unwrap_or_else(|| arguments.config.clone()),
-        Some(Verb::Facts) | None => arguments.config.clone(),
+        Some(Verb::Facts | Verb::Plan(_)) | None => arguments.config.clone(),
     };
     let cluster = match config::load(&checked) {
         Ok(cluster) => cluster,
@@ -57,6 +80,7 @@ fn main() -> ExitCode {
     };
     let outcome = match arguments.command {
         Some(Verb::Check { .. }) => print_check(&cluster),
+        Some(Verb::Plan(asked)) => print_plan(&cluster, asked),
         Some(Verb::Facts) => {
             print!("{}", facts::lines(&cluster));
             Ok(ExitCode::SUCCESS)
@@ -80,6 +104,23 @@ fn print_check(cluster: &Cluster) -> anyhow::Result<ExitCode> {
         ExitCode::SUCCESS
     } else {
         ExitCode::from(BAD_CONFIGURATION)
+    })
+}
+
+fn print_plan(cluster: &Cluster, asked: PlanArguments) -> anyhow::Result<ExitCode> {
+    let question = Question {
+        workload_type: asked.workload_type,
+        ranks: asked.ranks,
+        concurrency: asked.concurrency,
+        context: asked.context,
+    };
+    let facts = plan::facts(cluster, &asked.model, asked.version.as_deref())?;
+    let (text, fits) = plan::report(cluster, facts, &question)?;
+    print!("{text}");
+    Ok(if fits {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
     })
 }
 

@@ -101,6 +101,9 @@ impl Reply {
 impl Client {
     /// A caller of the API at `address`.
     pub fn new(address: &str, token: Option<&str>) -> Client {
+        // Built together with the cluster's own clients of registries, this one knows TLS too, and wants a provider for
+        // it. An error says that there is one already.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let http = reqwest::Client::builder()
             .timeout(Duration::from_secs(300))
             .build();

@@ -15,6 +15,7 @@ pub mod fault;
 pub mod golden;
 pub mod metrics;
 pub mod process;
+pub mod random_model;
 pub mod settings;
 pub mod source;
 pub mod until;

@@ -150,20 +150,32 @@ impl Process {
     /// # Panics
     /// When it has ended.
     pub fn resident_bytes(&self) -> u64 {
-        let status =
-            fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("it is running");
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:"))
-            .expect("a live process has VmRSS");
-        let kib: u64 = line
-            .trim()
-            .trim_end_matches(" kB")
-            .trim()
-            .parse()
-            .expect("VmRSS is a number of kB");
-        kib << 10
+        status_bytes(self.child.id(), "VmRSS:")
     }
+
+    /// Resident memory that is its own or its children's, in bytes: without the pages of files.
+    ///
+    /// # Panics
+    /// When it has ended.
+    pub fn own_bytes(&self) -> u64 {
+        let own = |pid: u32| status_bytes(pid, "RssAnon:") + status_bytes(pid, "RssShmem:");
+        let mut pids = vec![self.child.id()];
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).expect("it is running");
+        for task in tasks.flatten() {
+            let children = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+            pids.extend(children.split_whitespace().flat_map(str::parse::<u32>));
+        }
+        pids.into_iter().map(own).sum()
+    }
+}
+
+/// A size of a live process, as the kernel counts it.
+fn status_bytes(pid: u32, key: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it is running");
+    let line = status.lines().find_map(|line| line.strip_prefix(key));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
+    let kib = kib.and_then(|kib| kib.trim().parse::<u64>().ok());
+    kib.unwrap_or_else(|| panic!("{key} of process {pid} is a number of kB")) << 10
 }
 
 impl Drop for Process {

@@ -17,7 +17,7 @@ use actix::fut::ActorFutureExt;
 use actix::{Actor, ActorContext, Addr, AsyncContext, Context, Handler, MessageResult, WrapFuture};
 use common::config::Cluster;
 use common::ids::{BootId, ReplicaId, Term, WorkerId};
-use common::wire::message::{Command, Device};
+use common::wire::message::{Command, Device, DeviceKind, DeviceRates};
 use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 
@@ -28,8 +28,8 @@ use super::endpoint::EndpointActor;
 use super::keeper::Keeper;
 use super::link::Link;
 use super::messages::{
-    Assigned, Changed, CheckFit, Died, FactsRead, GetHealth, GetView, Joined, Left, ListViews,
-    Relisted, ReplicaStatus, Retire, ShardReport, Who,
+    Assigned, Changed, CheckFit, Died, FactsRead, GetHealth, GetOffer, GetView, Joined, Left,
+    ListViews, Offer, Relisted, ReplicaStatus, Retire, ShardReport, Who,
 };
 use super::meters::Meters;
 use super::record::{
@@ -125,6 +125,8 @@ pub struct CoordinatorActor {
     workers: BTreeMap<WorkerId, Worker>,
     endpoints: BTreeMap<String, Endpoint>,
     slots: HashMap<ReplicaId, Slot>,
+    /// How fast devices are, of workers that are away too.
+    rates: BTreeMap<WorkerId, (DeviceKind, DeviceRates)>,
     revision: u64,
     /// Ends with this life of the actor, and with it its children, its watch and its links.
     incarnation: CancellationToken,
@@ -164,6 +166,7 @@ impl CoordinatorActor {
             workers: BTreeMap::new(),
             endpoints: BTreeMap::new(),
             slots: HashMap::new(),
+            rates: BTreeMap::new(),
             revision: restored.revision,
             incarnation,
             _death: death,
@@ -432,6 +435,13 @@ impl Handler<CheckFit> for CoordinatorActor {
     type Result = Result<(), ApiError>;
     fn handle(&mut self, message: CheckFit, _: &mut Self::Context) -> Self::Result {
         self.check_fit(&message)
+    }
+}
+
+impl Handler<GetOffer> for CoordinatorActor {
+    type Result = Result<Option<Offer>, ApiError>;
+    fn handle(&mut self, GetOffer(facts): GetOffer, _: &mut Self::Context) -> Self::Result {
+        self.offer(&facts)
     }
 }
 

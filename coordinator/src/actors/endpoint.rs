@@ -27,6 +27,7 @@ use crate::api::{ApiError, Call, CancelGuard, ErrorKind};
 use crate::policy::admission::{self, Ask, Bounds, DrainRate, Load, Verdict};
 use crate::policy::fallback;
 use crate::policy::routing::{self, Split};
+use crate::policy::throughput::Bucket;
 
 /// Calls on their way to the door; beyond, callers are sent away.
 const MAILBOX: usize = 1024;
@@ -51,6 +52,8 @@ struct Entity {
     shared: Arc<EntityShared>,
     queue: VecDeque<Ticket>,
     drain: DrainRate,
+    /// Keeps to the rate that was asked for, where throughput sizes the entity.
+    bucket: Option<Bucket>,
     /// Since when no replica is up.
     down_since: Option<Instant>,
 }
@@ -71,7 +74,7 @@ impl Door {
         }
     }
 
-    fn configure(&mut self, configure: Configure) {
+    fn configure(&mut self, configure: Configure, now: Instant) {
         self.gate = configure.gate;
         let mut before = std::mem::take(&mut self.entities);
         for serving in configure.entities {
@@ -88,9 +91,13 @@ impl Door {
                     shared: EntityShared::new(self.wake.clone()),
                     queue: VecDeque::new(),
                     drain: DrainRate::default(),
+                    bucket: None,
                     down_since: None,
                 },
             });
+        }
+        for entity in &mut self.entities {
+            entity.keep_rate(now);
         }
         let weights: Vec<u32> = self
             .entities
@@ -271,7 +278,10 @@ impl Door {
                 entity.queue.push_front(ticket);
             }
             entity.clean(&self.name, now);
-            while entity.shared.running() < entity.concurrency() && entity.dispatch_one(now) {}
+            while entity.shared.running() < entity.concurrency()
+                && entity.is_within_rate(now)
+                && entity.dispatch_one(now)
+            {}
         }
         let (waiting, running) = self
             .entities
@@ -337,6 +347,27 @@ impl Entity {
         }
         let credits = |target: &Target| u64::from(target.credits.total());
         admitted.min(replicas.iter().map(credits).sum())
+    }
+
+    /// Takes over the rate that it is told to keep to.
+    fn keep_rate(&mut self, now: Instant) {
+        match (self.serving.tokens_per_s_max, &mut self.bucket) {
+            (Some(rate), Some(bucket)) => bucket.set_rate(rate, now),
+            (Some(rate), None) => {
+                self.shared.take_spent();
+                self.bucket = Some(Bucket::new(rate, now));
+            }
+            (None, _) => self.bucket = None,
+        }
+    }
+
+    /// Another request may begin: what earlier ones took has been waited for.
+    fn is_within_rate(&mut self, now: Instant) -> bool {
+        let Some(bucket) = &mut self.bucket else {
+            return true;
+        };
+        bucket.spend(self.shared.take_spent(), now);
+        bucket.is_open(now)
     }
 
     fn bounds(&self, limits: &Limits) -> Bounds {
@@ -476,8 +507,9 @@ fn wake_on(wake: Arc<Notify>, ctx: &mut Context<EndpointActor>) {
 impl Handler<Configure> for EndpointActor {
     type Result = ();
     fn handle(&mut self, message: Configure, _: &mut Self::Context) {
-        self.door.configure(message);
-        self.door.dispatch(Instant::now());
+        let now = Instant::now();
+        self.door.configure(message, now);
+        self.door.dispatch(now);
     }
 }
 

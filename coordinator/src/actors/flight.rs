@@ -184,6 +184,7 @@ impl Flight {
                 }
                 self.ticket.meters.output(delta.ids.len(), waited, first);
                 self.ticket.used(delta.ids.len() as u64, now);
+                self.permit.entity().spend(delta.ids.len() as u64);
                 self.last_output = now;
                 GenerationEvent::Delta(delta)
             }
@@ -424,6 +425,7 @@ impl Flights {
         if let Some(accepted) = flight.ticket.accepted.take() {
             flight.ticket.meters.accepted(prompt_tokens);
             flight.ticket.used(u64::from(prompt_tokens), Instant::now());
+            flight.permit.entity().spend(u64::from(prompt_tokens));
             // A caller that has left cancels by its guard.
             let _ = accepted.send(Ok(prompt_tokens));
         }

@@ -15,16 +15,19 @@ use super::allowance::Charge;
 use super::coordinator::{CoordinatorActor, Means};
 use super::directory::Published;
 use super::endpoint::EndpointActor;
-use super::messages::{CheckFit, GetHealth, GetView, Invoke, ListViews, Pending, Refusal};
+use super::messages::{
+    CheckFit, GetHealth, GetOffer, GetView, Invoke, ListViews, Offer, Pending, Refusal,
+};
 use super::record::{EndpointRecord, TERM, decode, encode, endpoint_key};
 use crate::api::{
     Access, Amendment, Answer, ApiError, Call, ClusterHealth, ConfigSpec, CreateEndpoint,
-    EndpointView, ErrorKind, Gateway, Generation,
+    EndpointView, ErrorKind, Gateway, Generation, OptimizationInfo,
 };
 use crate::policy::lifecycle::{Event, Lifecycle};
-use crate::policy::{fallback, settings, workload};
+use crate::policy::{fallback, settings, throughput, workload};
 use crate::registry::{ModelFacts, RegistryError};
 use crate::store::{Expect, StoreError};
+use common::model_ref::ModelRef;
 use common::request::{Generate, Prompt};
 
 /// Longest prompt that a frame to a worker carries, in bytes; longer than any context served.
@@ -74,7 +77,7 @@ impl ActorGateway {
         found.ok_or_else(|| not_found(&name))
     }
 
-    /// Reads the models' headers on the blocking pool.
+    /// Reads the models' headers.
     async fn facts(&self, config: &ConfigSpec) -> Result<Vec<Arc<ModelFacts>>, ApiError> {
         for entity in &config.entities {
             workload::resolve(
@@ -83,25 +86,72 @@ impl ActorGateway {
                 entity.workload_size,
             )?;
         }
-        let models: Vec<_> = config
-            .entities
-            .iter()
-            .map(|entity| entity.model.clone())
-            .collect();
-        let registry = self.means.registry.clone();
-        let read = move || {
-            models
-                .iter()
-                .map(|model| registry.facts(model).map(Arc::new))
-                .collect::<Result<Vec<_>, _>>()
-        };
-        let facts = tokio::task::spawn_blocking(read)
+        let models = config.entities.iter().map(|entity| &entity.model);
+        try_join_all(models.map(|model| self.facts_of(model)))
             .await
-            .map_err(|e| ApiError::new(ErrorKind::Internal, e.to_string()))?;
-        facts.map_err(|error| match error {
-            RegistryError::Unknown(message) => ApiError::new(ErrorKind::NotFound, message),
-            RegistryError::Broken(message) => ApiError::new(ErrorKind::InvalidParameter, message),
+            .map_err(no_model)
+    }
+
+    /// Reads a model's headers on the blocking pool.
+    async fn facts_of(&self, model: &ModelRef) -> Result<Arc<ModelFacts>, RegistryError> {
+        let (registry, model) = (self.means.registry.clone(), model.clone());
+        let facts = tokio::task::spawn_blocking(move || registry.facts(&model).map(Arc::new)).await;
+        facts.unwrap_or_else(|e| {
+            Err(RegistryError::Broken(format!(
+                "reading the model failed: {e}"
+            )))
         })
+    }
+
+    async fn offer(&self, facts: Arc<ModelFacts>) -> Result<Option<Offer>, ApiError> {
+        self.coordinator()?
+            .send(GetOffer(facts))
+            .await
+            .map_err(|_| restarting())?
+    }
+
+    async fn optimization_info(&self, model: ModelRef) -> Result<OptimizationInfo, ApiError> {
+        let facts = match self.facts_of(&model).await {
+            Ok(facts) => facts,
+            Err(RegistryError::Broken(why)) => {
+                tracing::info!(%model, why, "a model cannot be served");
+                return Ok(OptimizationInfo::NotServable);
+            }
+            Err(error) => return Err(no_model(error)),
+        };
+        let offer = self.offer(facts.clone()).await?;
+        Ok(offer.map_or(OptimizationInfo::NotServable, |offer| {
+            OptimizationInfo::Servable {
+                model_type: facts.shape.model_type().to_owned(),
+                chunk_tokens_per_s: offer.forecast.chunk(),
+            }
+        }))
+    }
+
+    /// Chooses type and size of what is sized by throughput, and fills in its rates.
+    async fn provision(&self, mut config: ConfigSpec) -> Result<ConfigSpec, ApiError> {
+        for entity in &mut config.entities {
+            let Some(asked) = entity.provisioned else {
+                continue;
+            };
+            let refuse = |message: String| ApiError::new(ErrorKind::InvalidParameter, message);
+            let facts = self.facts_of(&entity.model).await.map_err(no_model)?;
+            let Some(offer) = self.offer(facts).await? else {
+                return Err(refuse(format!(
+                    "{model} fits no workload type of this cluster; `coordinator plan {name} {version}` says what would do",
+                    model = entity.model,
+                    name = entity.model.name,
+                    version = entity.model.version,
+                )));
+            };
+            let settled = throughput::settle(asked, offer.forecast.chunk()).map_err(refuse)?;
+            entity.workload_size = offer.forecast.size(settled.max_tokens_per_s);
+            entity.provisioned = Some(settled);
+            if entity.workload_type.is_empty() {
+                entity.workload_type = offer.workload_type;
+            }
+        }
+        Ok(config)
     }
 
     async fn check(&self, config: &ConfigSpec, instead_of: Option<String>) -> Result<(), ApiError> {
@@ -120,7 +170,7 @@ impl ActorGateway {
     async fn create(
         &self,
         user: String,
-        endpoint: CreateEndpoint,
+        mut endpoint: CreateEndpoint,
     ) -> Result<EndpointView, ApiError> {
         let key = endpoint_key(&endpoint.name);
         let taken = || {
@@ -139,6 +189,7 @@ impl ActorGateway {
         {
             return Err(taken());
         }
+        endpoint.config = self.provision(endpoint.config).await?;
         self.check(&endpoint.config, None).await?;
         let now_ms = now_ms();
         let record = EndpointRecord {
@@ -165,7 +216,7 @@ impl ActorGateway {
         name: String,
         config: ConfigSpec,
     ) -> Result<EndpointView, ApiError> {
-        let updating = |record: &mut EndpointRecord| {
+        let updating = |record: &mut EndpointRecord, config: &ConfigSpec| {
             let now_ms = now_ms();
             let event = Event::Update {
                 config: config.clone(),
@@ -187,9 +238,10 @@ impl ActorGateway {
         let Some(entry) = self.means.store.get(key.clone()).await.map_err(internal)? else {
             return Err(not_found(&name));
         };
-        updating(&mut decode(&key, &entry.value).map_err(internal)?)?;
+        updating(&mut decode(&key, &entry.value).map_err(internal)?, &config)?;
+        let config = self.provision(config).await?;
         self.check(&config, Some(name.clone())).await?;
-        self.edit(name, updating).await
+        self.edit(name, |record| updating(record, &config)).await
     }
 
     /// Changes an endpoint's record: reads, changes, compares and swaps, until nobody came between.
@@ -358,6 +410,13 @@ fn check_bytes(generate: &Generate) -> Result<(), ApiError> {
     Ok(())
 }
 
+fn no_model(error: RegistryError) -> ApiError {
+    match error {
+        RegistryError::Unknown(message) => ApiError::new(ErrorKind::NotFound, message),
+        RegistryError::Broken(message) => ApiError::new(ErrorKind::InvalidParameter, message),
+    }
+}
+
 fn not_found(name: &str) -> ApiError {
     ApiError::new(
         ErrorKind::NotFound,
@@ -441,6 +500,13 @@ impl Gateway for ActorGateway {
 
     fn generate(&self, call: Call) -> BoxFuture<'_, Result<Answer, ApiError>> {
         self.generate(call).boxed()
+    }
+
+    fn optimization_info(
+        &self,
+        model: ModelRef,
+    ) -> BoxFuture<'_, Result<OptimizationInfo, ApiError>> {
+        self.optimization_info(model).boxed()
     }
 
     fn workload_types(&self) -> Vec<String> {

@@ -19,6 +19,7 @@ use super::ticket::Ticket;
 use crate::api::{
     ApiError, Call, CancelGuard, ClusterHealth, ConfigSpec, EndpointView, GenerationEvent,
 };
+use crate::policy::throughput::Forecast;
 use crate::registry::{ModelFacts, RegistryError};
 use crate::store::{Change, Entry, StoreError};
 
@@ -185,6 +186,20 @@ pub struct CheckFit {
     pub instead_of: Option<String>,
 }
 
+/// What throughput a model gets here, with all workers there and nothing else deployed; `None` when it does not fit.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<Option<Offer>, ApiError>")]
+pub struct GetOffer(pub Arc<ModelFacts>);
+
+/// A workload type and what it gives.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Offer {
+    /// The smallest type that the model fits.
+    pub workload_type: String,
+    /// What a replica on it gives.
+    pub forecast: Forecast,
+}
+
 /// What `/health` shows.
 #[derive(Debug, Message)]
 #[rtype(result = "ClusterHealth")]
@@ -222,6 +237,8 @@ pub struct Serving {
     pub percentage: u32,
     /// Requests admitted at a time.
     pub concurrency: u32,
+    /// Tokens per second that it keeps to, where throughput sizes it.
+    pub tokens_per_s_max: Option<u64>,
     /// Longest sequence served.
     pub context_max: u32,
     /// Its copies.

@@ -18,6 +18,7 @@ pub struct EntityShared {
     running: AtomicU64,
     tokens: AtomicU64,
     ended: AtomicU64,
+    spent: AtomicU64,
     /// Requests whose replica died before their first token; `None` once the entity is gone. Never more than run.
     returned: Mutex<Option<Vec<Ticket>>>,
     wake: Arc<Notify>,
@@ -30,6 +31,7 @@ impl EntityShared {
             running: AtomicU64::new(0),
             tokens: AtomicU64::new(0),
             ended: AtomicU64::new(0),
+            spent: AtomicU64::new(0),
             returned: Mutex::new(Some(Vec::new())),
             wake,
         })
@@ -48,6 +50,16 @@ impl EntityShared {
     /// Requests that ended since the last call.
     pub fn take_ended(&self) -> u64 {
         self.ended.swap(0, Ordering::AcqRel)
+    }
+
+    /// Prompt or output tokens of its requests were computed.
+    pub fn spend(&self, tokens: u64) {
+        self.spent.fetch_add(tokens, Ordering::AcqRel);
+    }
+
+    /// Tokens spent since the last call.
+    pub fn take_spent(&self) -> u64 {
+        self.spent.swap(0, Ordering::AcqRel)
     }
 
     /// Something may be to do.

@@ -9,6 +9,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::api::{Access, Settings};
+use crate::policy::bytes_text;
 use crate::policy::lifecycle::Lifecycle;
 use crate::policy::memory_plan::{BLOCK_TOKENS, MemoryPlan};
 use crate::store::{Expect, Store, StoreError};
@@ -91,6 +92,9 @@ pub struct StoredOptions {
     pub context_max: u32,
     /// Bytes per rank.
     pub memory_bytes: u64,
+    /// Bytes of them that are K and V; 0 in records of before this was kept.
+    #[serde(default)]
+    pub kv_bytes: u64,
 }
 
 impl StoredOptions {
@@ -103,6 +107,7 @@ impl StoredOptions {
             sequences_max: plan.need.sequences_max,
             context_max: plan.need.context_max,
             memory_bytes: plan.bytes(),
+            kv_bytes: plan.kv_bytes(),
         }
     }
 
@@ -124,8 +129,10 @@ impl StoredOptions {
         let credits = self.credits(wanted);
         (credits < wanted).then(|| {
             format!(
-                "memory has room for {credits} of {wanted} requests at a time with {} tokens each",
-                self.context_max
+                "memory has room for {credits} of {wanted} requests at a time with {} tokens each: {} of it are left for \
+                 their keys and values",
+                self.context_max,
+                bytes_text(self.kv_bytes)
             )
         })
     }

@@ -3,6 +3,7 @@
 mod deploy;
 mod faults;
 mod limits;
+mod provisioned;
 mod requests;
 
 /// Makes the actor that gets it panic.

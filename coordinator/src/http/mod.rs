@@ -18,6 +18,7 @@ mod openai;
 mod ops;
 mod parts;
 mod permissions;
+mod provisioned;
 mod replies;
 mod sampling;
 mod settings;
@@ -25,6 +26,7 @@ mod spec;
 mod sse;
 #[cfg(test)]
 mod tests;
+mod throughput;
 mod view;
 mod whoami;
 
@@ -126,6 +128,7 @@ fn app(
         .app_data(PayloadConfig::new(bytes_max))
         .configure(ops::routes)
         .configure(logs::routes)
+        .configure(provisioned::routes)
         .configure(endpoints::routes)
         .configure(amendments::routes)
         .configure(metrics::routes)

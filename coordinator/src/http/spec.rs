@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use super::json::{Field, FieldError, Fields, Object};
 use super::settings::{inference_table, refuse_unsupported, settings, short_text};
+use super::throughput;
 use crate::api::{ConcurrencyRange, ConfigSpec, CreateEndpoint, EntitySpec, Route, WorkloadSize};
 
 /// Most environment variables of a served entity.
@@ -55,7 +56,11 @@ fn checked_name(
     Ok(name.to_owned())
 }
 
-fn config(fields: &Fields<'_>, workload_types: &[String]) -> Result<ConfigSpec, FieldError> {
+/// What an endpoint shall serve.
+pub(super) fn config(
+    fields: &Fields<'_>,
+    workload_types: &[String],
+) -> Result<ConfigSpec, FieldError> {
     let (list, spelling) = match (fields.get("served_entities"), fields.get("served_models")) {
         (Some(_), Some(models)) => {
             return Err(models.refuse("and served_entities say the same thing: give one of them"));
@@ -123,16 +128,7 @@ fn entity(
     spelling: Spelling,
     workload_types: &[String],
 ) -> Result<EntitySpec, FieldError> {
-    refuse_unsupported(
-        fields,
-        &[
-            "external_model",
-            "foundation_model",
-            "provisioned_model_units",
-            "min_provisioned_throughput",
-            "max_provisioned_throughput",
-        ],
-    )?;
+    refuse_unsupported(fields, &["external_model", "foundation_model"])?;
     let model = model(
         &fields.need_any(spelling.name_keys())?,
         &fields.need_any(spelling.version_keys())?,
@@ -144,12 +140,16 @@ fn entity(
     let workload_size = fields
         .get("workload_size")
         .map_or(Ok(WorkloadSize::Small), |field| workload_size(&field))?;
+    let provisioned = throughput::of(fields)?;
     let range = concurrency_range(fields)?;
+    // The cluster chooses the type of what is sized by throughput.
+    let default_type = if provisioned.is_some() { "" } else { "CPU" };
     let workload_type = fields
         .get("workload_type")
-        .map_or(Ok("CPU"), |field| field.text())?
+        .map_or(Ok(default_type), |field| field.text())?
         .to_owned();
-    if !workload_types.contains(&workload_type) {
+    let chosen = provisioned.is_some() && fields.get("workload_type").is_none();
+    if !chosen && !workload_types.contains(&workload_type) {
         return Err(FieldError {
             field: fields.get("workload_type").map(|field| field.path),
             message: format!(
@@ -159,7 +159,7 @@ fn entity(
             ),
         });
     }
-    let scale_to_zero = scale_to_zero(fields, &workload_type)?;
+    let scale_to_zero = provisioned.is_none() && scale_to_zero(fields, &workload_type)?;
     let least = fields.get("min_provisioned_concurrency");
     if let (Some(range), Some(least)) = (range, least)
         && range.min == 0
@@ -178,7 +178,7 @@ fn entity(
         workload_size,
         scale_to_zero,
         environment_vars,
-        provisioned: None,
+        provisioned,
         concurrency: range,
         instance_profile_arn: profile.map(|field| short_text(&field)).transpose()?,
     })

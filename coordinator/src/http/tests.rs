@@ -8,6 +8,7 @@ mod fuzz;
 mod invoke;
 mod logs;
 mod permissions;
+mod provisioned;
 mod server;
 
 use std::path::Path;

@@ -1,11 +1,15 @@
 //! Whether and where a served entity fits: memory plan and placement together, and what would help when it does not.
 
 use common::config::WorkloadType;
+use common::wire::message::DeviceKind;
 
 use super::memory_plan::{self, MemoryPlan, RankNeed};
 use super::placement::{self, NoPlace, Place};
 use super::{bytes_text, placement::Need};
 use crate::registry::ModelFacts;
+
+/// Most shards that cluster.toml lets a workload type have.
+const SHARDS_MAX: u32 = 64;
 
 /// A replica to place.
 #[derive(Debug, Clone, Copy)]
@@ -43,7 +47,13 @@ pub enum NoFit {
 /// # Errors
 /// [`NoFit`].
 pub fn fit(wish: Wish<'_>, places: &[Place], types: &[WorkloadType]) -> Result<Fit, NoFit> {
-    let need = rank_need(wish).map_err(|e| NoFit::Never(format!("{}: {e}", wish.facts.model)))?;
+    let need = rank_need(wish).map_err(|e| {
+        let mut message = format!("{}: {e}", wish.facts.model);
+        if let Some((other, _)) = smallest(wish.facts, wish.concurrency, places, types) {
+            message.push_str(&format!("; workload type {} would do", other.name));
+        }
+        NoFit::Never(message)
+    })?;
     if wish
         .workload
         .memory_bytes
@@ -53,24 +63,68 @@ pub fn fit(wish: Wish<'_>, places: &[Place], types: &[WorkloadType]) -> Result<F
         let reason = format!("workload type {} gives {given} on each", wish.workload.name);
         return Err(NoFit::Never(never(wish, &need, &reason, places, types)));
     }
-    let devices =
-        placement::place(device_need(wish.workload, &need), places).map_err(|e| match e {
-            NoPlace::Waiting { .. } => NoFit::Waiting(e.to_string()),
-            NoPlace::NoRoom(reason) => NoFit::Never(never(wish, &need, &reason, places, types)),
-        })?;
-    let free = devices
-        .iter()
-        .filter_map(|&device| places[device].free_bytes)
-        .min();
-    let budget = [free, wish.workload.memory_bytes]
-        .into_iter()
-        .flatten()
-        .min()
-        .unwrap_or(u64::MAX);
+    let (devices, budget) = devices_for(wish.workload, &need, places).map_err(|e| match e {
+        NoPlace::Waiting { .. } => NoFit::Waiting(e.to_string()),
+        NoPlace::NoRoom(reason) => NoFit::Never(never(wish, &need, &reason, places, types)),
+    })?;
     let plan = need.fit(budget, wish.concurrency);
     debug_assert!(plan.is_some(), "placement looked at the least bytes");
     plan.map(|plan| Fit { devices, plan })
         .ok_or_else(|| NoFit::Never(never(wish, &need, "no room", places, types)))
+}
+
+/// The smallest workload type that the model fits: the fewest devices, then the least memory, then the first in
+/// cluster.toml. Takes every worker to be there.
+pub fn smallest<'a>(
+    facts: &ModelFacts,
+    concurrency: u32,
+    places: &[Place],
+    types: &'a [WorkloadType],
+) -> Option<(&'a WorkloadType, Fit)> {
+    let linked = all_linked(places);
+    let mut by_size: Vec<&WorkloadType> = types.iter().collect();
+    by_size.sort_by_key(|entry| (entry.shards, entry.memory_bytes.unwrap_or(u64::MAX)));
+    by_size.into_iter().find_map(|workload| {
+        let wish = Wish {
+            facts,
+            workload,
+            concurrency,
+        };
+        let need = rank_need(wish).ok()?;
+        let (devices, budget) = devices_for(workload, &need, &linked).ok()?;
+        let plan = need.fit(budget, concurrency)?;
+        Some((workload, Fit { devices, plan }))
+    })
+}
+
+/// The fewest shards on devices of `budget` bytes each with which the model fits, if any number does.
+pub fn shards_within(facts: &ModelFacts, kind: DeviceKind, budget: u64) -> Option<u32> {
+    (1..=SHARDS_MAX).find(|&shards| {
+        memory_plan::need(facts, kind, shards, 1).is_ok_and(|need| need.least_bytes() <= budget)
+    })
+}
+
+/// The devices of a replica, and the bytes that each of them has for it.
+fn devices_for(
+    workload: &WorkloadType,
+    need: &RankNeed,
+    places: &[Place],
+) -> Result<(Vec<usize>, u64), NoPlace> {
+    let devices = placement::place(device_need(workload, need), places)?;
+    let free = devices
+        .iter()
+        .filter_map(|&device| places[device].free_bytes)
+        .min();
+    let budget = [free, workload.memory_bytes].into_iter().flatten().min();
+    Ok((devices, budget.unwrap_or(u64::MAX)))
+}
+
+fn all_linked(places: &[Place]) -> Vec<Place> {
+    let linked = |place: &Place| Place {
+        linked: true,
+        ..place.clone()
+    };
+    places.iter().map(linked).collect()
 }
 
 fn rank_need(wish: Wish<'_>) -> Result<RankNeed, memory_plan::Indivisible> {
@@ -98,34 +152,9 @@ fn never(
     places: &[Place],
     types: &[WorkloadType],
 ) -> String {
-    let linked: Vec<Place> = places
-        .iter()
-        .map(|place| Place {
-            linked: true,
-            ..place.clone()
-        })
-        .collect();
-    let would = |other: &&WorkloadType| {
-        other.name != wish.workload.name
-            && rank_need(Wish {
-                workload: other,
-                ..wish
-            })
-            .is_ok_and(|need| {
-                other
-                    .memory_bytes
-                    .is_none_or(|memory| need.least_bytes() <= memory)
-                    && placement::place(device_need(other, &need), &linked).is_ok()
-            })
-    };
-    let others: Vec<&str> = types
-        .iter()
-        .filter(would)
-        .map(|other| other.name.as_str())
-        .collect();
     let mut help = Vec::new();
-    if !others.is_empty() {
-        help.push(format!("workload type {}", others.join(" or ")));
+    if let Some((other, _)) = smallest(wish.facts, wish.concurrency, places, types) {
+        help.push(format!("workload type {}", other.name));
     }
     // The ranks must all fit: the device that is last among the best decides.
     let mut free: Vec<u64> = places
@@ -138,7 +167,13 @@ fn never(
         .get(wish.workload.shards as usize - 1)
         .copied()
         .unwrap_or(0);
-    let context = need.context_within(budget.min(wish.workload.memory_bytes.unwrap_or(u64::MAX)));
+    let budget = budget.min(wish.workload.memory_bytes.unwrap_or(u64::MAX));
+    if help.is_empty()
+        && let Some(shards) = shards_within(wish.facts, wish.workload.device, budget)
+    {
+        help.push(format!("a workload type with {shards} shards"));
+    }
+    let context = need.context_within(budget);
     if context > 0 && context < u64::from(need.context_max) {
         help.push(format!(
             "context_max = {context} for this model in cluster.toml"
@@ -170,7 +205,7 @@ mod tests {
     use std::path::Path;
 
     use common::model_ref::ModelRef;
-    use common::wire::message::{DeviceKind, KvDtype};
+    use common::wire::message::KvDtype;
 
     use super::*;
 
@@ -252,6 +287,31 @@ mod tests {
             message.contains("What would do: devices of this kind"),
             "{message}"
         );
+    }
+
+    #[test]
+    fn the_smallest_type_has_the_fewest_devices_then_the_least_memory() {
+        let facts = tiny_llama();
+        let types = [
+            workload("PAIR", 2, None),
+            workload("BIG", 1, None),
+            workload("SMALL", 1, Some(64 << 20)),
+            workload("TINY", 1, Some(1 << 20)),
+        ];
+        let chosen = |places: &[Place]| {
+            smallest(&facts, 4, places, &types).map(|(workload, _)| workload.name.clone())
+        };
+        assert_eq!(chosen(&cpus(&[1 << 30, 1 << 30])).unwrap(), "SMALL");
+        let one = memory_plan::need(&facts, DeviceKind::Cpu, 1, 4).unwrap();
+        let tight = one.least_bytes() - 1;
+        assert_eq!(chosen(&cpus(&[tight, tight])).unwrap(), "PAIR");
+        assert_eq!(chosen(&cpus(&[tight])), None);
+        // As if all workers were there.
+        let mut away = cpus(&[1 << 30]);
+        away[0].linked = false;
+        assert_eq!(chosen(&away).unwrap(), "SMALL");
+        assert_eq!(shards_within(&facts, DeviceKind::Cpu, tight), Some(2));
+        assert_eq!(shards_within(&facts, DeviceKind::Cpu, 1 << 20), None);
     }
 
     #[test]

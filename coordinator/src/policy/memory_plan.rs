@@ -1,13 +1,15 @@
 //! How much memory a replica needs on each rank, and how many sequences then fit: from headers alone.
 //!
-//! Follows the engine: query heads, the MLP's middle and the vocabulary are cut among ranks, KV heads too, or repeated
-//! when there are fewer than ranks; norms are whole on each rank. Figures are for the rank that has most.
+//! Follows the engine byte for byte (`tests/it/footprint.rs` holds one against the other): query heads, the MLP's middle
+//! and the vocabulary are cut among ranks, KV heads too, or repeated when there are fewer than ranks; norms are whole on
+//! each rank. Figures are for the rank that has most.
 
 use common::wire::message::DeviceKind;
 
 use super::bytes_text;
-use crate::registry::ModelFacts;
+use crate::registry::shape::Family;
 use crate::registry::tensors::{Slice, WeightTensor};
+use crate::registry::{ModelFacts, Shape};
 
 /// Tokens per KV block.
 pub const BLOCK_TOKENS: u64 = 16;
@@ -18,11 +20,17 @@ const STEP_TOKENS_CPU: u32 = 512;
 /// Tokens in one step on a GPU.
 const STEP_TOKENS_CUDA: u32 = 2048;
 /// Tokenizer, tables and allocator slack of a shard.
-const OVERHEAD_BYTES: u64 = 32 << 20;
+const TABLES_BYTES: u64 = 32 << 20;
+/// The process that renders a model's chat template; rank 0 starts it with the first conversation.
+const CHAT_HELPER_BYTES: u64 = 12 << 20;
+/// Query vectors that a thread of a CPU attends with at a time, or as many as share a KV head.
+const ATTENTION_VECTORS: u64 = 24;
+/// Threads of a CPU that attend at a time: more are rare, and take what the tables leave.
+const ATTENTION_THREADS: u64 = 16;
 /// Rows of a weight matrix, and numbers of a head's values, are padded to whole panels of so many.
 const PANEL: u64 = 16;
 /// Weights are kept as bf16, whatever the file has.
-const WEIGHT_BYTES: u64 = 2;
+pub const WEIGHT_BYTES: u64 = 2;
 /// Rows whose logits are computed at a time.
 const LOGITS_ROWS: u64 = 32;
 
@@ -116,20 +124,14 @@ pub fn need(
         DeviceKind::Cuda => STEP_TOKENS_CUDA,
     };
     let sequences_max = concurrency.max(SEQUENCES_MIN);
-    // Residual and its norm; qkv, attention's output, queries before their norm; the MLP's gate, up and middle; cosines.
-    let per_token =
-        3 * shape.hidden + 2 * part.q + 2 * part.kv + 3 * part.middle + shape.head_width;
-    // The last hidden states, a rank's logits, all ranks' logits on device and host.
-    let per_row = shape.hidden + part.vocab + 2 * shape.vocab;
-    let workspace_bytes = 4 * (u64::from(step_tokens_max) * per_token + LOGITS_ROWS * per_row);
     let kv_heads = part.kv / shape.head_width;
     let token_numbers =
         shape.head_width.next_multiple_of(2) + shape.head_width.next_multiple_of(PANEL);
     Ok(RankNeed {
         ranks,
         weight_bytes,
-        workspace_bytes,
-        overhead_bytes: OVERHEAD_BYTES,
+        workspace_bytes: part.workspace_bytes(shape, kind, u64::from(step_tokens_max), r),
+        overhead_bytes: overhead_bytes(shape, kind, u64::from(facts.context_max)),
         block_bytes: BLOCK_TOKENS
             * shape.layers
             * kv_heads
@@ -141,6 +143,19 @@ pub fn need(
     })
 }
 
+/// What a shard takes beside weights, workspace and KV.
+fn overhead_bytes(shape: &Shape, kind: DeviceKind, context: u64) -> u64 {
+    let scores = match kind {
+        // One row of scores per query vector and thread.
+        DeviceKind::Cpu => {
+            let vectors = ATTENTION_VECTORS.max(shape.heads / shape.kv_heads);
+            4 * ATTENTION_THREADS * vectors * context
+        }
+        DeviceKind::Cuda => 0,
+    };
+    TABLES_BYTES + CHAT_HELPER_BYTES + scores
+}
+
 /// One rank's widths.
 struct Part {
     q: u64,
@@ -150,14 +165,38 @@ struct Part {
 }
 
 impl Part {
-    fn bytes(&self, tensor: &WeightTensor, shape: &crate::registry::Shape) -> u64 {
-        let [rows, columns] = match tensor.dims[..] {
-            [rows, columns] => [rows, columns],
-            // Norms and biases are kept whole, as f32.
-            _ => return tensor.dims.iter().product::<u64>().next_multiple_of(PANEL) * 4,
+    /// The buffers of the largest step, as f32.
+    fn workspace_bytes(&self, shape: &Shape, kind: DeviceKind, tokens: u64, ranks: u64) -> u64 {
+        let qkv = self.q + 2 * self.kv;
+        let (gated, rope) = match shape.family {
+            Family::Llama => (true, true),
+            Family::Mpt => (false, false),
         };
-        let whole = if tensor.by_columns { columns } else { rows };
-        let cut = match tensor.slice {
+        // The residual stream and what goes through attention and MLP; qkv; attention's output; gate, up and middle.
+        let middles = if gated { 3 } else { 1 };
+        let mut per_token = 2 * shape.hidden + qkv + self.q + middles * self.middle;
+        if shape.qk_norm {
+            per_token += shape.hidden;
+        }
+        if rope {
+            // Angles, on the device and on the host.
+            per_token += 2 * shape.head_width;
+        }
+        if kind == DeviceKind::Cpu {
+            // A product of many rows copies its input.
+            per_token += shape.hidden.max(self.q).max(self.middle);
+        }
+        // The last hidden states, a rank's logits, all ranks' logits on rank 0, the same on its host.
+        let mut per_row = shape.hidden + self.vocab + shape.vocab;
+        if ranks > 1 {
+            per_row += shape.vocab;
+        }
+        let slopes = if rope { 0 } else { self.q / shape.head_width };
+        4 * (tokens * per_token + LOGITS_ROWS * per_row + slopes)
+    }
+
+    fn bytes(&self, tensor: &WeightTensor, shape: &Shape) -> u64 {
+        let cut = |whole: u64| match tensor.slice {
             Slice::Whole => whole,
             Slice::Heads => self.q,
             Slice::KvHeads => self.kv,
@@ -165,12 +204,20 @@ impl Part {
             Slice::Middle => self.middle,
             Slice::Vocabulary => self.vocab,
         };
-        debug_assert!(cut <= whole, "{} of {shape:?}", tensor.name);
-        let [rows, columns] = if tensor.by_columns {
-            [rows, cut]
-        } else {
-            [cut, columns]
+        let [rows, columns] = match (&tensor.dims[..], tensor.by_columns) {
+            (&[rows, columns], true) => [rows, cut(columns)],
+            (&[rows, columns], false) => [cut(rows), columns],
+            // Norms and biases, as f32. The bias of a product that is summed over ranks is rank 0's, whole.
+            (dims, by_columns) => {
+                let whole = dims.iter().product::<u64>();
+                return 4 * if by_columns { whole } else { cut(whole) };
+            }
         };
+        debug_assert!(
+            rows * columns <= tensor.dims.iter().product::<u64>(),
+            "{} of {shape:?}",
+            tensor.name
+        );
         rows.next_multiple_of(PANEL) * columns.next_multiple_of(2) * WEIGHT_BYTES
     }
 }
@@ -196,6 +243,11 @@ impl RankNeed {
         self.bytes_for(1)
     }
 
+    /// Bytes of K and V of one token, all layers.
+    pub fn token_bytes(&self) -> u64 {
+        self.block_bytes / BLOCK_TOKENS
+    }
+
     /// The longest context of which one sequence fits into `budget`, in whole blocks; 0 when the weights alone do not.
     pub fn context_within(&self, budget: u64) -> u64 {
         let blocks = budget.saturating_sub(self.fixed_bytes()) / self.block_bytes;
@@ -215,6 +267,17 @@ impl RankNeed {
             need: self,
             kv_blocks,
         })
+    }
+
+    /// Bytes that a device of `budget` bytes has left for K and V.
+    pub fn kv_left(&self, budget: u64) -> u64 {
+        budget.saturating_sub(self.fixed_bytes())
+    }
+
+    /// Sequences at the longest context that fit into `budget` at a time.
+    pub fn sequences_within(&self, budget: u64) -> u64 {
+        let blocks = self.kv_left(budget) / self.block_bytes;
+        blocks.saturating_sub(1) / self.sequence_blocks()
     }
 
     /// The parts in words.

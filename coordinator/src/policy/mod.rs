@@ -5,6 +5,7 @@
 //! * [`placement`]: a roster with free memory -> the devices of a shard group.
 //! * [`fallback`]: whether another served entity may take what one could not.
 //! * [`fit`]: both of these together, and what would help when a model does not fit.
+//! * [`throughput`]: how many tokens per second a replica will give, and how an endpoint keeps to a rate.
 //! * [`admission`]: what an entity takes now, what waits, what is refused and when to come again.
 //! * [`rate_limit`]: whether a call may come in now, and when else.
 //! * [`routing`]: which entity gets a call, which replica a request.
@@ -24,6 +25,7 @@ pub mod progress;
 pub mod rate_limit;
 pub mod routing;
 pub mod settings;
+pub mod throughput;
 pub mod workload;
 
 /// Bytes for people: `1.5 GiB`, `12 MiB`, `512 B`.

@@ -86,6 +86,27 @@ pub fn read_facts(
     })
 }
 
+/// The facts that a `config.json` alone tells: the tensors are those that its family has.
+///
+/// # Errors
+/// [`RegistryError::Broken`] names the file and what is wrong with it.
+pub fn read_config_facts(
+    model: &ModelRef,
+    file: &Path,
+    kv_dtype: KvDtype,
+) -> Result<ModelFacts, RegistryError> {
+    let shape = Shape::read(file)?;
+    Ok(ModelFacts {
+        model: model.clone(),
+        folder: file.parent().unwrap_or(Path::new(".")).to_owned(),
+        task: None,
+        tensors: tensors::of_shape(&shape),
+        kv_dtype,
+        context_max: shape.context_max,
+        shape,
+    })
+}
+
 /// A small file's bytes.
 fn read_bounded(path: &Path, bytes_max: u64) -> Result<Vec<u8>, RegistryError> {
     let broken = |reason: String| RegistryError::Broken(format!("{}: {reason}", path.display()));

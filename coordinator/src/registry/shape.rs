@@ -70,6 +70,17 @@ pub struct Shape {
 }
 
 impl Shape {
+    /// The family as clients call it.
+    pub fn model_type(&self) -> &'static str {
+        match self.architecture.as_str() {
+            "MistralForCausalLM" => "mistral",
+            _ => match self.family {
+                Family::Llama => "llama",
+                Family::Mpt => "mpt",
+            },
+        }
+    }
+
     /// Reads the file.
     ///
     /// # Errors

@@ -49,7 +49,7 @@ pub struct WeightTensor {
     pub dims: Vec<u64>,
     /// How ranks share it.
     pub slice: Slice,
-    /// Ranks share the columns, not the rows: products whose results are summed over ranks.
+    /// Ranks share the columns, not the rows: products whose results are summed over ranks. Their biases have it too.
     pub by_columns: bool,
 }
 
@@ -89,17 +89,37 @@ pub fn read(folder: &Path, shape: &Shape) -> Result<Vec<WeightTensor>, RegistryE
                 "tensor {name} has the dtype {dtype}; supported are BF16, F16 and F32"
             )));
         }
-        let by_columns = ["o_proj.weight", "out_proj.weight", "down_proj.weight"]
-            .iter()
-            .any(|end| name.ends_with(end));
-        tensors.push(WeightTensor {
-            name,
-            dims,
-            slice,
-            by_columns,
-        });
+        tensors.push(weight_tensor((name, dims, slice)));
     }
     Ok(tensors)
+}
+
+/// The tensors that `shape` needs, where no file can be looked at.
+pub fn of_shape(shape: &Shape) -> Vec<WeightTensor> {
+    let root = roots(shape.family).0[0];
+    expected(shape, root)
+        .into_iter()
+        .map(weight_tensor)
+        .collect()
+}
+
+fn weight_tensor((name, dims, slice): Expected) -> WeightTensor {
+    let by_columns = ["o_proj.", "out_proj.", "down_proj."]
+        .iter()
+        .any(|part| name.contains(part));
+    WeightTensor {
+        name,
+        dims,
+        slice,
+        by_columns,
+    }
+}
+
+/// Whether there are weights in `folder`, right or wrong.
+pub fn has_weights(folder: &Path) -> bool {
+    [SINGLE, INDEX]
+        .iter()
+        .any(|name| folder.join(name).is_file())
 }
 
 #[derive(Debug, Deserialize)]

@@ -161,6 +161,7 @@ impl CoordinatorActor {
                     name,
                     percentage,
                     concurrency,
+                    tokens_per_s_max: entity.spec.provisioned.map(|p| p.max_tokens_per_s),
                     context_max,
                     replicas: targets,
                     waits,

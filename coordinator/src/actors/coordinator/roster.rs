@@ -56,6 +56,9 @@ impl CoordinatorActor {
                 });
             }
         }
+        if let Some(rates) = hello.device.rates {
+            self.rates.insert(id.clone(), (hello.device.kind, rates));
+        }
         let worker = Worker {
             boot: hello.boot,
             link,

@@ -1,15 +1,20 @@
 //! What the gateway asks: endpoints as clients see them (the stored record, with live words over it), whether a
 //! configuration fits, how the cluster is.
 
+use common::wire::message::DeviceRates;
+
 use super::{CoordinatorActor, Endpoint};
-use crate::actors::messages::{CheckFit, Status};
+use crate::actors::messages::{CheckFit, Offer, Status};
 use crate::actors::slot::{Running, Slot, Stage};
 use crate::api::{
     ApiError, ClusterHealth, ConfigView, DeploymentState, EndpointView, EntityView, ErrorKind,
+    WorkloadSize,
 };
 use crate::policy::fit::{self, NoFit, Wish};
 use crate::policy::lifecycle::{Deployment, Entity};
+use crate::policy::throughput::Forecast;
 use crate::policy::workload;
+use crate::registry::ModelFacts;
 
 impl CoordinatorActor {
     pub(super) fn view(&self, endpoint: &Endpoint) -> EndpointView {
@@ -99,6 +104,37 @@ impl CoordinatorActor {
             }
         }
         Ok(())
+    }
+
+    /// The smallest workload type that a model fits, and what a replica on it gives: by the slowest device of its kind,
+    /// which the replica may get.
+    pub(super) fn offer(&self, facts: &ModelFacts) -> Result<Option<Offer>, ApiError> {
+        let places = self.places(true, |_| true);
+        let types = &self.means.cluster.workload_types;
+        let concurrency = WorkloadSize::Large.concurrency();
+        let Some((workload, fit)) = fit::smallest(facts, concurrency, &places, types) else {
+            return Ok(None);
+        };
+        let slowest = self
+            .rates
+            .values()
+            .filter(|(kind, _)| *kind == workload.device)
+            .map(|(_, rates)| *rates)
+            .reduce(|a, b| DeviceRates {
+                bytes_per_s: a.bytes_per_s.min(b.bytes_per_s),
+                flops_per_s: a.flops_per_s.min(b.flops_per_s),
+            });
+        let Some(rates) = slowest else {
+            let message = format!(
+                "no worker has told yet how fast the devices of workload type {} are: start workers",
+                workload.name
+            );
+            return Err(ApiError::new(ErrorKind::Unavailable, message).retry_after(2));
+        };
+        Ok(Some(Offer {
+            workload_type: workload.name.clone(),
+            forecast: Forecast::of(&fit.plan, rates),
+        }))
     }
 
     pub(super) fn health(&self) -> ClusterHealth {

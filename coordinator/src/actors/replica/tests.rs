@@ -27,6 +27,7 @@ fn pair(members: &[Member], now: Instant) -> Replica {
         sequences_max: 8,
         context_max: 1024,
         memory_bytes: 1 << 20,
+        kv_bytes: 0,
     };
     let assignment = Assignment {
         replica: ReplicaId(1),

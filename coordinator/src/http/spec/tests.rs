@@ -220,15 +220,15 @@ fn every_mistake_is_told_with_its_field() {
         ),
         (
             at("min_provisioned_throughput", json!(0)),
-            "min_provisioned_throughput is not supported",
+            "min_provisioned_throughput must be a whole number between 1",
         ),
         (
             at("foundation_model", json!({"name": "x"})),
             "foundation_model is not supported",
         ),
         (
-            at("provisioned_model_units", json!(1)),
-            "provisioned_model_units is not supported",
+            at("provisioned_model_units", json!(1.5)),
+            "provisioned_model_units must be a whole number",
         ),
         (
             range(json!(4), json!(null)),

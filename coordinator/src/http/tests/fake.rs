@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use crate::api::{
     Access, Amendment, Answer, ApiError, Call, CancelGuard, ClusterHealth, ConfigSpec, ConfigView,
     CreateEndpoint, DeploymentState, EndpointView, EntitySpec, EntityView, ErrorKind, Gateway,
-    Generation, GenerationEvent, Route, Settings, UpdateState, WorkloadSize,
+    Generation, GenerationEvent, OptimizationInfo, Route, Settings, UpdateState, WorkloadSize,
 };
 use crate::policy::settings;
 
@@ -272,6 +272,23 @@ impl Gateway for FakeGateway {
             served_entity: "llama2-7b-1".into(),
             generations,
         }))
+    }
+
+    fn optimization_info(
+        &self,
+        model: ModelRef,
+    ) -> BoxFuture<'_, Result<OptimizationInfo, ApiError>> {
+        done(match model.name.as_str() {
+            "gone" => Err(ApiError::new(
+                ErrorKind::NotFound,
+                "Registered model 'gone' does not exist.",
+            )),
+            "odd" => Ok(OptimizationInfo::NotServable),
+            _ => Ok(OptimizationInfo::Servable {
+                model_type: "llama".into(),
+                chunk_tokens_per_s: 970,
+            }),
+        })
     }
 
     fn workload_types(&self) -> Vec<String> {

@@ -78,6 +78,17 @@ pub trait Backend: Send + 'static {
     /// [`DeviceError::OutOfMemory`].
     fn alloc_kv(&mut self, shape: KvShape) -> Result<Self::Kv, DeviceError>;
 
+    /// Bytes of one KV block over all layers.
+    fn kv_block_bytes(shape: KvShape) -> u64 {
+        shape.block_bytes()
+    }
+
+    /// Bytes of its own that the ops of a step take: of up to `rows` rows, of which the widest that is multiplied has
+    /// `width` numbers.
+    fn scratch_bytes(_rows: usize, _width: usize) -> u64 {
+        0
+    }
+
     /// Called once per step, before its first op: a device may upload the batch here.
     fn begin_step(&mut self, _batch: &Batch) {}
 

@@ -79,18 +79,21 @@ impl<B: Backend> Layer<B> {
     }
 }
 
-/// Bytes of one rank's weights: matrices as packed, norms as f32, biases left out (they are small).
+/// Bytes of one rank's weights: matrices as packed, norms and biases as f32.
 pub(crate) fn weight_bytes<B: Backend>(
     spec: &ModelSpec,
     partition: &Partition,
     dtype: WeightDtype,
 ) -> u64 {
     let bytes = |(n, k): (usize, usize)| B::linear_bytes(LinearShape { n, k, dtype });
-    let layer: u64 = attention::shapes(spec, partition)
-        .into_iter()
-        .chain(mlp::shapes(spec, partition))
-        .map(bytes)
-        .sum();
+    // The second matrix is summed over ranks: its bias is rank 0's.
+    let part = |shapes: [(usize, usize); 2], bias: bool| {
+        let [(n, _), (sums, _)] = shapes;
+        let biases = n + if partition.rank == 0 { sums } else { 0 };
+        shapes.into_iter().map(bytes).sum::<u64>() + if bias { 4 * biases as u64 } else { 0 }
+    };
+    let layer = part(attention::shapes(spec, partition), spec.bias.attention)
+        + part(mlp::shapes(spec, partition), spec.bias.mlp);
     let ends: u64 = embedding::shapes(spec, partition)
         .into_iter()
         .map(bytes)

@@ -98,6 +98,8 @@ pub(crate) struct WorkspaceSizes {
     logits_part: usize,
     logits: usize,
     position: usize,
+    /// On the host: logits of rank 0, angles.
+    host: usize,
 }
 
 impl WorkspaceSizes {
@@ -132,10 +134,22 @@ impl WorkspaceSizes {
                 Positions::Rope { .. } => tokens * heads.width,
                 Positions::Alibi { .. } => heads.q,
             },
+            host: {
+                let angles = match spec.positions {
+                    Positions::Rope { .. } => tokens * heads.width,
+                    Positions::Alibi { .. } => 0,
+                };
+                let logits = if partition.rank == 0 {
+                    rows * spec.vocab
+                } else {
+                    0
+                };
+                angles + logits
+            },
         }
     }
 
-    /// Bytes of all buffers.
+    /// Bytes of all buffers, those on the host too.
     pub fn bytes(&self) -> u64 {
         let WorkspaceSizes {
             hidden,
@@ -148,6 +162,7 @@ impl WorkspaceSizes {
             logits_part,
             logits,
             position,
+            host,
         } = *self;
         let numbers = [
             2 * hidden,
@@ -160,6 +175,7 @@ impl WorkspaceSizes {
             logits_part,
             logits,
             position,
+            host,
         ];
         4 * numbers.iter().map(|&numbers| numbers as u64).sum::<u64>()
     }

@@ -35,7 +35,7 @@ pub struct Footprint {
     pub weights: u64,
     /// One KV block over all layers.
     pub kv_block: u64,
-    /// Activations of the largest step.
+    /// Activations of the largest step, with what the backend takes to compute it and what the host keeps of it.
     pub workspace: u64,
 }
 
@@ -53,8 +53,9 @@ impl Footprint {
         let partition = Partition::new(spec, rank, ranks)?;
         Ok(Footprint {
             weights: weight_bytes::<B>(spec, &partition, options.weight_dtype),
-            kv_block: kv_shape(spec, &partition, options).block_bytes(),
-            workspace: workspace_sizes(spec, &partition, options).bytes(),
+            kv_block: B::kv_block_bytes(kv_shape(spec, &partition, options)),
+            workspace: workspace_sizes(spec, &partition, options).bytes()
+                + B::scratch_bytes(options.step_tokens_max as usize, widest(spec, &partition)),
         })
     }
 }
@@ -102,6 +103,12 @@ pub(super) fn kv_shape(
         head_width: spec.head_width,
         dtype: options.kv_dtype,
     }
+}
+
+/// Numbers in the widest row that a matrix of this rank is multiplied with.
+fn widest(spec: &ModelSpec, partition: &Partition) -> usize {
+    let middle = partition.intermediate.len();
+    spec.hidden.max(partition.heads.q_width()).max(middle)
 }
 
 pub(super) fn workspace_sizes(

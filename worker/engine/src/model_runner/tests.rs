@@ -45,10 +45,13 @@ fn the_announced_workspace_is_the_allocated_one() {
             logits,
             position,
         } = runner.work;
-        let position = match position {
-            Position::Rope { cos_sin, .. } => cos_sin,
-            Position::Alibi { slopes } => slopes,
+        let (position, angles) = match position {
+            Position::Rope {
+                cos_sin, angles, ..
+            } => (cos_sin, angles.capacity()),
+            Position::Alibi { slopes } => (slopes, 0),
         };
+        let host = runner.logits.len() + angles;
         let bufs = [
             x,
             y,
@@ -64,7 +67,7 @@ fn the_announced_workspace_is_the_allocated_one() {
         ];
         assert_eq!(
             footprint.workspace,
-            4 * bufs.iter().map(Vec::len).sum::<usize>() as u64,
+            4 * (host + bufs.iter().map(Vec::len).sum::<usize>()) as u64,
             "{name}"
         );
     }

@@ -104,6 +104,15 @@ pub(super) fn value_width(head_width: usize) -> usize {
     head_width.next_multiple_of(PANEL)
 }
 
+/// Bytes of one block over all layers, filled up to whole panels.
+pub(super) fn block_bytes(shape: KvShape) -> u64 {
+    let numbers = match shape.dtype {
+        KvDtype::F32 => place_len::<f32>(shape.head_width),
+        KvDtype::Bf16 => place_len::<u16>(shape.head_width),
+    };
+    (shape.layers * shape.heads * numbers * shape.dtype.bytes()) as u64
+}
+
 /// Numbers of one block of one head.
 fn place_len<E: Element>(head_width: usize) -> usize {
     E::panel_len(head_width) + value_width(head_width) / PANEL * E::panel_len(BLOCK_TOKENS)

@@ -181,6 +181,12 @@ fn padded(values: &[f32], n: usize) -> Result<Memory<f32>, DeviceError> {
     Ok(memory)
 }
 
+/// Bytes that copies of `m` rows of `k` activations take.
+pub(super) fn scratch_bytes(m: usize, k: usize) -> u64 {
+    let numbers = if m > TILE_ROWS_MAX { m * k } else { 0 };
+    (numbers * size_of::<f32>()) as u64
+}
+
 /// Copies `x [m, k]` to `[k blocks][m][K_BLOCK]` (the last block narrower): rows that lie a power of two apart would
 /// chase each other out of the caches.
 fn copy_blocked(

@@ -138,6 +138,14 @@ impl Backend for CpuBackend {
         CpuKv::new(shape)
     }
 
+    fn kv_block_bytes(shape: KvShape) -> u64 {
+        kv::block_bytes(shape)
+    }
+
+    fn scratch_bytes(rows: usize, width: usize) -> u64 {
+        linear::scratch_bytes(rows, width)
+    }
+
     /// The first step finds the engine's own thread: it computes beside the pool's helpers.
     fn begin_step(&mut self, _batch: &Batch) {
         if !self.pinned {

@@ -1,0 +1,355 @@
+//! `coordinator plan`: what a model takes of each rank, by workload type, and which is the smallest that it fits.
+//!
+//! Looks at the cluster as cluster.toml describes it, every worker there and nothing deployed. Starts nothing, writes
+//! nothing and reads no weight.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use common::config::{Cluster, WorkloadType};
+use common::model_ref::ModelRef;
+use common::wire::message::{DeviceKind, KvDtype};
+
+use crate::check::places;
+use crate::policy::bytes_text;
+use crate::policy::fit::{self, NoFit, Wish};
+use crate::policy::memory_plan::{self, RankNeed};
+use crate::policy::placement::Place;
+use crate::registry::{self, LocalRegistry, ModelFacts, RegistryError};
+use crate::table;
+
+/// What is asked beside the model.
+#[derive(Debug, Clone, Default)]
+pub struct Question {
+    /// Of this workload type alone.
+    pub workload_type: Option<String>,
+    /// These numbers of shards, on devices of the first workload type's kind, instead of cluster.toml's types.
+    pub ranks: Vec<u32>,
+    /// Requests at a time.
+    pub concurrency: u32,
+    /// A shorter context than the model's own.
+    pub context: Option<u32>,
+}
+
+/// The facts of a model: registered under a name, or at a path. Blocks: reads headers.
+///
+/// # Errors
+/// [`RegistryError`].
+pub fn facts(
+    cluster: &Cluster,
+    model: &str,
+    version: Option<&str>,
+) -> Result<ModelFacts, RegistryError> {
+    let path = Path::new(model);
+    if version.is_none() && path.exists() {
+        return facts_at(path);
+    }
+    let newest = || {
+        let entries = cluster.models.iter().map(|entry| &entry.model);
+        let versions = entries.filter(|known| known.name == model);
+        versions
+            .filter_map(|known| known.version.parse::<u32>().ok())
+            .max()
+            .map_or_else(|| "1".to_owned(), |version| version.to_string())
+    };
+    let version = version.map_or_else(newest, str::to_owned);
+    let model =
+        ModelRef::new(model, &version).map_err(|e| RegistryError::Unknown(e.to_string()))?;
+    LocalRegistry::new(cluster.models.clone()).facts(&model)
+}
+
+/// The facts of a model that lies at a path: a folder, of which the weights may be missing, or a `config.json` alone.
+///
+/// # Errors
+/// [`RegistryError::Broken`].
+fn facts_at(path: &Path) -> Result<ModelFacts, RegistryError> {
+    let named = if path.is_file() {
+        path.file_stem()
+    } else {
+        path.file_name()
+    };
+    let stem = named.unwrap_or_default().to_string_lossy().into_owned();
+    let plain = stem.replace(|c: char| !c.is_ascii_alphanumeric() && c != '-', "-");
+    let model = ModelRef::new(&plain, "1")
+        .map_err(|e| RegistryError::Broken(format!("{}: {e}", path.display())))?;
+    if path.is_file() {
+        return registry::read_config_facts(&model, path, KvDtype::default());
+    }
+    match registry::mlmodel::layout(path) {
+        // Weights may come later; their headers, when they are there, must be right.
+        Ok(layout) if !registry::tensors::has_weights(&layout.weights) => {
+            let file = layout.weights.join("config.json");
+            registry::read_config_facts(&model, &file, KvDtype::default())
+        }
+        _ => registry::read_facts(&model, path, KvDtype::default(), None),
+    }
+}
+
+/// The report, and whether the model fits what was asked for.
+///
+/// # Errors
+/// A question that has no answer: an unknown workload type, a context beyond the model's own.
+pub fn report(
+    cluster: &Cluster,
+    mut facts: ModelFacts,
+    question: &Question,
+) -> Result<(String, bool)> {
+    if let Some(context) = question.context {
+        let own = facts.shape.context_max;
+        if context == 0 || context > own {
+            bail!("--context {context} must be 1 to the model's own {own}");
+        }
+        facts.context_max = context;
+    }
+    let types = types(cluster, question)?;
+    let places = places(cluster);
+    let mut text = String::new();
+    head(&facts, &mut text)?;
+    let fits = rows(&facts, &types, &places, question, &mut text)?;
+    if question.ranks.is_empty() {
+        smallest(cluster, &facts, &places, question, &mut text)?;
+    }
+    Ok((text, fits))
+}
+
+fn types(cluster: &Cluster, question: &Question) -> Result<Vec<WorkloadType>> {
+    let known = || -> Vec<&str> {
+        let types = cluster.workload_types.iter();
+        types.map(|entry| entry.name.as_str()).collect()
+    };
+    let asked = question.workload_type.as_ref();
+    let chosen: Vec<WorkloadType> = cluster
+        .workload_types
+        .iter()
+        .filter(|entry| asked.is_none_or(|name| entry.name == *name))
+        .cloned()
+        .collect();
+    let Some(first) = chosen.first() else {
+        match asked {
+            Some(name) => bail!(
+                "workload type '{name}' is not in cluster.toml, which has {}",
+                known().join(", ")
+            ),
+            None => bail!("cluster.toml has no [[workload_types]]"),
+        }
+    };
+    if question.ranks.is_empty() {
+        return Ok(chosen);
+    }
+    let of_ranks = |&shards: &u32| WorkloadType {
+        name: format!("{} x {shards}", first.name),
+        shards,
+        ..first.clone()
+    };
+    Ok(question.ranks.iter().map(of_ranks).collect())
+}
+
+fn head(facts: &ModelFacts, text: &mut String) -> Result<()> {
+    let shape = &facts.shape;
+    let parameters: u64 = facts
+        .tensors
+        .iter()
+        .map(|tensor| tensor.dims.iter().product::<u64>())
+        .sum();
+    writeln!(
+        text,
+        "{}: {}, {:.2} billion parameters in bf16; {} layers, {} query and {} KV heads of {}; context {}, KV in {}",
+        facts.model,
+        shape.architecture,
+        parameters as f64 / 1e9,
+        shape.layers,
+        shape.heads,
+        shape.kv_heads,
+        shape.head_width,
+        facts.context_max,
+        match facts.kv_dtype {
+            KvDtype::Bf16 => "bf16",
+            KvDtype::F32 => "f32",
+        }
+    )?;
+    Ok(())
+}
+
+/// One row per type. Says whether the model fits one of them.
+fn rows(
+    facts: &ModelFacts,
+    types: &[WorkloadType],
+    places: &[Place],
+    question: &Question,
+    text: &mut String,
+) -> Result<bool> {
+    let head = [
+        "type",
+        "ranks",
+        "weights",
+        "workspace",
+        "overhead",
+        "sum",
+        "KV/token",
+        "KV/block",
+        "KV/sequence",
+        "device",
+        "left for KV",
+        "sequences",
+        "fits",
+    ];
+    let mut table = vec![head.map(str::to_owned)];
+    let mut notes = Vec::new();
+    let mut any = false;
+    for workload in types {
+        let need = memory_plan::need(
+            facts,
+            workload.device,
+            workload.shards,
+            question.concurrency,
+        );
+        let need = match need {
+            Ok(need) => need,
+            Err(error) => {
+                notes.push(format!("{}: {error}", workload.name));
+                continue;
+            }
+        };
+        let wish = Wish {
+            facts,
+            workload,
+            concurrency: question.concurrency,
+        };
+        let fit = fit::fit(wish, places, types);
+        any |= fit.is_ok();
+        let budget = device_bytes(workload, places);
+        table.push(row(workload, &need, budget, fit.is_ok()));
+        match (fit, budget) {
+            (Err(NoFit::Never(why) | NoFit::Waiting(why)), _) => {
+                notes.push(format!("{}: {why}", workload.name));
+            }
+            (Ok(_), Some(budget)) => notes.extend(shortage(workload, &need, budget, question)),
+            (Ok(_), None) => notes.push(format!(
+                "{}: cluster.toml does not say how much memory its devices have; it fits where each has {} free",
+                workload.name,
+                bytes_text(need.least_bytes())
+            )),
+        }
+    }
+    writeln!(text, "\nBytes on each rank\n")?;
+    table::write(&table, text)?;
+    writeln!(text)?;
+    for note in notes {
+        writeln!(text, "{note}")?;
+    }
+    Ok(any)
+}
+
+fn row(workload: &WorkloadType, need: &RankNeed, budget: Option<u64>, fits: bool) -> [String; 13] {
+    let known = |text: &dyn Fn(u64) -> String| budget.map_or("?".to_owned(), text);
+    [
+        workload.name.clone(),
+        need.ranks.to_string(),
+        bytes_text(need.weight_bytes),
+        bytes_text(need.workspace_bytes),
+        bytes_text(need.overhead_bytes),
+        bytes_text(need.fixed_bytes()),
+        bytes_text(need.token_bytes()),
+        bytes_text(need.block_bytes),
+        bytes_text(need.sequence_blocks() * need.block_bytes),
+        known(&bytes_text),
+        known(&|budget| bytes_text(need.kv_left(budget))),
+        known(&|budget| need.sequences_within(budget).to_string()),
+        if fits { "yes" } else { "no" }.to_owned(),
+    ]
+}
+
+/// Bytes on each of the devices that such a replica would take.
+fn device_bytes(workload: &WorkloadType, places: &[Place]) -> Option<u64> {
+    let mut free: Vec<u64> = places
+        .iter()
+        .filter(|place| place.kind == workload.device)
+        .filter_map(|place| place.free_bytes)
+        .collect();
+    free.sort_unstable_by(|a, b| b.cmp(a));
+    let device = free.get(workload.shards as usize - 1).copied();
+    match (device, workload.memory_bytes) {
+        (Some(device), Some(given)) => Some(device.min(given)),
+        (device, given) => device.or(given),
+    }
+}
+
+/// That the KV cache has room for fewer sequences than were asked for, or that weights leave little for it.
+fn shortage(
+    workload: &WorkloadType,
+    need: &RankNeed,
+    budget: u64,
+    question: &Question,
+) -> Option<String> {
+    /// Less than this part of a device for KV is little.
+    const LITTLE: u64 = 5;
+    let (left, sequences) = (need.kv_left(budget), need.sequences_within(budget));
+    let few = sequences < u64::from(question.concurrency);
+    (few || left < budget / LITTLE).then(|| {
+        format!(
+            "{}: little is left for KV: {} of {}, room for {sequences} sequences of {} tokens{}",
+            workload.name,
+            bytes_text(left),
+            bytes_text(budget),
+            need.context_max,
+            if few {
+                format!(
+                    " where {} were asked for; a smaller context_max makes room for more",
+                    question.concurrency
+                )
+            } else {
+                String::new()
+            }
+        )
+    })
+}
+
+fn smallest(
+    cluster: &Cluster,
+    facts: &ModelFacts,
+    places: &[Place],
+    question: &Question,
+    text: &mut String,
+) -> Result<()> {
+    let types = &cluster.workload_types;
+    if let Some((workload, _)) = fit::smallest(facts, question.concurrency, places, types) {
+        writeln!(
+            text,
+            "The smallest workload type that fits: {}",
+            workload.name
+        )?;
+        return Ok(());
+    }
+    writeln!(text, "No workload type of cluster.toml fits. What would:")?;
+    let mut kinds: Vec<DeviceKind> = types.iter().map(|entry| entry.device).collect();
+    kinds.dedup();
+    for kind in kinds {
+        let largest = places
+            .iter()
+            .filter(|place| place.kind == kind)
+            .filter_map(|place| place.free_bytes)
+            .max();
+        let Some(largest) = largest else { continue };
+        let given = bytes_text(largest);
+        if let Some(shards) = fit::shards_within(facts, kind, largest) {
+            writeln!(text, "  {shards} shards, on devices of {given} each")?;
+        }
+        let one = memory_plan::need(facts, kind, 1, 1);
+        let context = one.as_ref().map_or(0, |need| need.context_within(largest));
+        if context > 0 {
+            writeln!(text, "  context_max = {context}, on one device of {given}")?;
+        }
+        if let Ok(need) = one {
+            writeln!(text, "  one device of {}", bytes_text(need.least_bytes()))?;
+        }
+    }
+    writeln!(
+        text,
+        "Weights in int8 would take about half; they are not served yet."
+    )?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
