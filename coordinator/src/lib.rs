@@ -18,6 +18,7 @@ pub mod seed;
 pub mod store;
 pub mod strangers;
 mod table;
+pub mod tables;
 pub mod workers;
 
 use std::net::{SocketAddr, TcpListener};
@@ -41,6 +42,7 @@ use http::{HttpState, TokenTable};
 use logs::Logs;
 use registry::LocalRegistry;
 use store::{EmbeddedStore, SharedStore, Store};
+use tables::Tables;
 use workers::Doorkeeper;
 
 /// Pause before the coordinator's actor is started again after a panic.
@@ -111,8 +113,9 @@ pub async fn run(
         ),
         limits: cluster.limits.clone(),
         metrics,
-        observer: Arc::new(()),
+        observer: core.tables.clone(),
         logs: core.logs.clone(),
+        tables: core.tables.clone(),
     };
     let server = http::serve(listeners.http, state, shutdown)?;
     tracing::info!(workers = cluster.workers().count(), "coordinator is up");
@@ -124,6 +127,12 @@ pub async fn run(
     };
     // Links outlive HTTP: streams finish over them.
     core.links.cancel();
+    let (tables, logs) = (core.tables.clone(), core.logs.clone());
+    let closed = tokio::task::spawn_blocking(move || {
+        tables.close();
+        logs.flush();
+    });
+    closed.await.context("tables")?;
     ended
 }
 
@@ -137,6 +146,8 @@ pub struct Core {
     pub tokens: Vec<secrets::Token>,
     /// The served entities' logs.
     pub logs: Arc<Logs>,
+    /// What calls came to.
+    pub tables: Arc<Tables>,
     /// Ends all links and the actors.
     pub links: CancellationToken,
     coordinator: actix_rt::task::JoinHandle<Result<()>>,
@@ -150,12 +161,18 @@ impl Core {
     /// Store or secrets; names the file.
     pub async fn start(cluster: Arc<Cluster>) -> Result<Self> {
         let (auth, data_dir) = (cluster.auth.clone(), cluster.coordinator.data_dir.clone());
+        let tables = cluster.tables.clone();
         let opened = tokio::task::spawn_blocking(move || {
             let secret = secrets::read_or_create(&auth.worker_secret_file)?;
             let tokens = secrets::tokens(&auth)?;
-            anyhow::Ok((secret, tokens, EmbeddedStore::open(&data_dir)?))
+            // Its lock says that nobody else writes in this folder.
+            let store = EmbeddedStore::open(&data_dir)?;
+            let tables = Tables::open(tables, &data_dir)
+                .with_context(|| format!("{}", data_dir.join("tables").display()))?;
+            let logs = Logs::open(&data_dir).context("logs")?;
+            anyhow::Ok((secret, tokens, store, tables, logs))
         });
-        let (secret, tokens, store) = opened.await.context("start")??;
+        let (secret, tokens, store, tables, logs) = opened.await.context("start")??;
         let store: SharedStore = Arc::new(store);
         let term = record::next_term(store.as_ref()).await?;
         tracing::info!(term = term.0, "the store is open");
@@ -164,9 +181,9 @@ impl Core {
         let opened = Arc::downgrade(&store);
         let registry = Arc::new(LocalRegistry::new(cluster.models.clone()));
         let directory = Arc::new(Directory::default());
-        let logs = Logs::open(&cluster.coordinator.data_dir).context("logs")?;
         let means = Means {
             logs: logs.clone(),
+            tables: tables.clone(),
             cluster: cluster.clone(),
             registry,
             store,
@@ -188,6 +205,7 @@ impl Core {
             doorkeeper,
             tokens,
             logs,
+            tables,
             links,
             coordinator,
             store: opened,

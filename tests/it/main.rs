@@ -16,6 +16,7 @@ mod openai;
 mod provisioned;
 mod recovery;
 mod startup;
+mod tables;
 mod tls;
 mod walls;
 mod worker_alone;

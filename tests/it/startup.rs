@@ -283,7 +283,15 @@ fn is_setting(line: &str) -> bool {
 }
 
 /// Every key there is.
-const KEYS: [&str; 36] = [
+const KEYS: [&str; 44] = [
+    "usage",
+    "usage_days_max",
+    "usage_bytes_max",
+    "inference_days_max",
+    "inference_bytes_max",
+    "payload_bytes_max",
+    "redact",
+    "segment_bytes_max",
     "listen",
     "worker_listen",
     "addresses",

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use super::tables::TablesConfig;
 use crate::ids::WorkerId;
 use crate::model_ref::ModelRef;
 use crate::wire::message::{DeviceKind, KvDtype};
@@ -21,6 +22,8 @@ pub struct Cluster {
     pub tls: Option<TlsFiles>,
     /// Sizes and times.
     pub limits: Limits,
+    /// What is kept of calls.
+    pub tables: TablesConfig,
     /// Machines and their devices.
     pub nodes: Vec<Node>,
     /// What an endpoint may ask for.

@@ -10,11 +10,13 @@ mod cluster;
 mod endpoints;
 mod raw;
 mod reader;
+mod tables;
 #[cfg(test)]
 mod tests;
 
 pub use cluster::*;
 pub use reader::{ConfigError, Mistake};
+pub use tables::TablesConfig;
 
 use std::path::Path;
 

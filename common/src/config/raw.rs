@@ -1,6 +1,7 @@
 //! What cluster.toml says, key by key, before anything is judged beyond its type.
 
 use super::reader::{Reader, Table};
+use super::tables::{TablesConfig, tables};
 
 /// The whole file. Lists carry the path of each entry for later mistakes.
 pub(super) struct Raw {
@@ -8,6 +9,7 @@ pub(super) struct Raw {
     pub auth: RawAuth,
     pub tls: Option<RawTls>,
     pub limits: RawLimits,
+    pub tables: TablesConfig,
     pub nodes: Vec<RawNode>,
     pub workload_types: Vec<RawWorkloadType>,
     pub models: Vec<RawModel>,
@@ -120,6 +122,10 @@ impl Raw {
             limits: root
                 .table(r, "limits")
                 .map(|t| limits(t, r))
+                .unwrap_or_default(),
+            tables: root
+                .table(r, "tables")
+                .map(|t| tables(t, r))
                 .unwrap_or_default(),
             nodes: each(root.tables(r, "nodes"), r, node),
             workload_types: each(root.tables(r, "workload_types"), r, workload_type),

@@ -41,6 +41,7 @@ use crate::logs::Logs;
 use crate::policy::lifecycle::{Entity, Event};
 use crate::registry::LocalRegistry;
 use crate::store::{Entry, Expect, SharedStore, StoreError};
+use crate::tables::Tables;
 use endpoints::Told;
 use replicas::retire;
 
@@ -64,6 +65,8 @@ pub struct Means {
     pub directory: Arc<Directory>,
     /// What clients may read of deployments and replicas.
     pub logs: Arc<Logs>,
+    /// What calls come to; hears what is known of endpoints.
+    pub tables: Arc<Tables>,
     /// This start's number.
     pub term: Term,
 }

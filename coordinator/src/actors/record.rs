@@ -13,6 +13,7 @@ use crate::policy::bytes_text;
 use crate::policy::lifecycle::Lifecycle;
 use crate::policy::memory_plan::{BLOCK_TOKENS, MemoryPlan};
 use crate::store::{Expect, Store, StoreError};
+use crate::tables::{Capture, Known};
 
 /// Prefix of endpoints' keys.
 pub const ENDPOINTS: &str = "endpoints/";
@@ -56,6 +57,24 @@ impl EndpointRecord {
             creator: self.creator.clone(),
             settings: self.settings.clone(),
             inference_table: table.or_else(older).filter(|table| table.enabled).cloned(),
+        }
+    }
+
+    /// What rows say of it, and whether there are any.
+    pub fn known(&self) -> Known {
+        let gateway = self.settings.ai_gateway.as_ref();
+        let deployments = self.life.active.iter().chain(&self.life.pending);
+        let entities = deployments.flat_map(|deployment| &deployment.entities);
+        Known {
+            id: self.id.clone(),
+            // Calls are accounted for unless somebody does not want it.
+            usage: gateway.and_then(|gateway| gateway.usage_tracking) != Some(false),
+            inference: self.access().inference_table.map(|table| Capture {
+                redact: table.redact,
+            }),
+            models: entities
+                .map(|entity| (entity.spec.name.clone(), entity.spec.model.clone()))
+                .collect(),
         }
     }
 }

@@ -111,7 +111,7 @@ impl Settings {
 pub struct AiGateway {
     /// Limits of calls and tokens.
     pub rate_limits: Vec<RateLimit>,
-    /// Rows in the usage table.
+    /// Rows in the usage table; not said is on.
     pub usage_tracking: Option<bool>,
     /// Requests and answers in a table.
     pub inference_table: Option<InferenceTable>,
@@ -131,6 +131,8 @@ pub struct InferenceTable {
     pub schema_name: Option<String>,
     /// How the third part begins.
     pub table_name_prefix: Option<String>,
+    /// Requests and answers by their lengths and digests alone.
+    pub redact: bool,
 }
 
 /// A limit per minute.

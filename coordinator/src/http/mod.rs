@@ -24,6 +24,7 @@ mod sampling;
 mod settings;
 mod spec;
 mod sse;
+mod tables;
 #[cfg(test)]
 mod tests;
 mod throughput;
@@ -51,6 +52,7 @@ use uuid::Uuid;
 
 use crate::api::{CallObserver, Gateway};
 use crate::logs::Logs;
+use crate::tables::Tables;
 
 /// Threads that parse and write; they leave the machine to the engines.
 const THREADS: usize = 2;
@@ -81,6 +83,8 @@ pub struct HttpState {
     pub observer: Arc<dyn CallObserver>,
     /// The served entities' logs.
     pub logs: Arc<Logs>,
+    /// What calls came to.
+    pub tables: Arc<Tables>,
 }
 
 /// Serves the API on a listener until `shutdown`, then lets requests in flight finish for a short time. The returned
@@ -127,9 +131,10 @@ fn app(
         .app_data(state)
         .app_data(PayloadConfig::new(bytes_max))
         .configure(ops::routes)
-        .configure(logs::routes)
         .configure(provisioned::routes)
         .configure(endpoints::routes)
+        .configure(logs::routes)
+        .configure(tables::routes)
         .configure(amendments::routes)
         .configure(metrics::routes)
         .configure(permissions::routes)

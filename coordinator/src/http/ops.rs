@@ -19,8 +19,14 @@ const HEALTH_WAIT: Duration = Duration::from_secs(2);
 /// How often what histograms have gathered is folded into their buckets.
 const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 
+/// Bounds of histograms of tokens.
+const TOKEN_BUCKETS: [f64; 17] = [
+    1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10_000.0,
+    20_000.0, 50_000.0, 100_000.0, 200_000.0,
+];
+
 /// Bounds of histograms by the end of their name, in seconds; those that dashboards of this field are drawn for.
-const BUCKETS: [(&str, &[f64]); 4] = [
+const BUCKETS: [(&str, &[f64]); 7] = [
     (
         "time_to_first_token_seconds",
         &[
@@ -42,6 +48,15 @@ const BUCKETS: [(&str, &[f64]); 4] = [
             0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
         ],
     ),
+    (
+        "request_latency_seconds",
+        &[
+            0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0,
+            50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
+        ],
+    ),
+    ("request_prompt_tokens", &TOKEN_BUCKETS),
+    ("request_generation_tokens", &TOKEN_BUCKETS),
     (
         "duration_seconds",
         &[
@@ -155,6 +170,9 @@ mod tests {
             metrics::histogram!("tandem_inter_token_latency_seconds").record(0.07);
             metrics::histogram!("tandem_step_seconds").record(0.07);
             metrics::histogram!("tandem_http_request_duration_seconds").record(0.07);
+            metrics::histogram!("tandem_e2e_request_latency_seconds").record(0.07);
+            metrics::histogram!("tandem_request_prompt_tokens").record(7.0);
+            metrics::histogram!("tandem_request_generation_tokens").record(7.0);
         });
         let text = recorder.handle().render();
         for line in [
@@ -163,6 +181,9 @@ mod tests {
             "tandem_inter_token_latency_seconds_bucket{le=\"0.075\"} 1",
             "tandem_step_seconds_bucket{le=\"0.1\"} 1",
             "tandem_http_request_duration_seconds_bucket{le=\"0.1\"} 1",
+            "tandem_e2e_request_latency_seconds_bucket{le=\"0.1\"} 1",
+            "tandem_request_prompt_tokens_bucket{le=\"10\"} 1",
+            "tandem_request_generation_tokens_bucket{le=\"5\"} 0",
         ] {
             assert!(text.contains(line), "{line} is not in\n{text}");
         }

@@ -128,6 +128,7 @@ pub(super) fn inference_table(field: &Field<'_>) -> Result<InferenceTable, Field
         catalog_name: text("catalog_name")?,
         schema_name: text("schema_name")?,
         table_name_prefix: text("table_name_prefix")?,
+        redact: fields.flag("redact")?,
     })
 }
 

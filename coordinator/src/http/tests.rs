@@ -10,6 +10,7 @@ mod logs;
 mod permissions;
 mod provisioned;
 mod server;
+mod tables;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use std::sync::Arc;
 use actix_web::http::header::{AUTHORIZATION, HeaderMap};
 use actix_web::test::{TestRequest, call_service, init_service, read_body};
 use actix_web::web::Data;
-use common::config::Limits;
+use common::config::{Limits, TablesConfig};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -25,6 +26,7 @@ use self::fake::FakeGateway;
 use super::{HttpState, TokenTable, app, build_recorder};
 use crate::api::{ApiError, Caller, ErrorKind};
 use crate::logs::Logs;
+use crate::tables::Tables;
 
 const BODY_BYTES_MAX: u64 = 64 << 10;
 
@@ -67,6 +69,15 @@ impl Reply {
     }
 }
 
+/// Tables in a folder; nothing is made before the first row.
+fn tables_in(folder: &Path, usage: bool) -> Arc<Tables> {
+    let config = TablesConfig {
+        usage,
+        ..TablesConfig::default()
+    };
+    Tables::open(config, folder).unwrap()
+}
+
 fn state(gateway: Arc<FakeGateway>) -> HttpState {
     HttpState {
         gateway,
@@ -88,6 +99,7 @@ fn state(gateway: Arc<FakeGateway>) -> HttpState {
         observer: Arc::new(()),
         // A place where nothing can be written; nothing is.
         logs: Logs::open(Path::new("/dev/null")).unwrap(),
+        tables: tables_in(Path::new("/nowhere"), false),
     }
 }
 

@@ -82,6 +82,9 @@ impl CoordinatorActor {
             meters: endpoint.meters.clone(),
         });
         self.means.directory.set_endpoint(name, published);
+        let endpoint = self.endpoints.get(name);
+        let known = endpoint.map(|endpoint| endpoint.record.known());
+        self.means.tables.know(name, known);
     }
 
     pub(super) fn open_door(
@@ -101,6 +104,7 @@ impl CoordinatorActor {
         };
         self.means.directory.set_endpoint(name, None);
         self.means.logs.forget(name);
+        self.means.tables.know(name, None);
         endpoint.over.cancel();
         // Deleted: what runs on its replicas ends now.
         for slot in self.slots.values_mut().filter(|slot| slot.endpoint == name) {

@@ -53,6 +53,8 @@ pub(in crate::http) struct TableJson<'a> {
     schema_name: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     table_name_prefix: Option<&'a str>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    redact: bool,
 }
 
 impl<'a> TableJson<'a> {
@@ -62,6 +64,7 @@ impl<'a> TableJson<'a> {
             catalog_name: table.catalog_name.as_deref(),
             schema_name: table.schema_name.as_deref(),
             table_name_prefix: table.table_name_prefix.as_deref(),
+            redact: table.redact,
         }
     }
 }
