@@ -154,10 +154,10 @@ fn head(facts: &ModelFacts, text: &mut String) -> Result<()> {
         .sum();
     writeln!(
         text,
-        "{}: {}, {:.2} billion parameters in bf16; {} layers, {} query and {} KV heads of {}; context {}, KV in {}",
+        "{}: {}, {} parameters in bf16; {} layers, {} query and {} KV heads of {}; context {}, KV in {}",
         facts.model,
         shape.architecture,
-        parameters as f64 / 1e9,
+        count_text(parameters),
         shape.layers,
         shape.heads,
         shape.kv_heads,
@@ -169,6 +169,16 @@ fn head(facts: &ModelFacts, text: &mut String) -> Result<()> {
         }
     )?;
     Ok(())
+}
+
+/// A count for people: `6.74 billion`, `1.3 million`.
+fn count_text(count: u64) -> String {
+    let count = count as f64;
+    if count >= 1e9 {
+        format!("{:.2} billion", count / 1e9)
+    } else {
+        format!("{:.1} million", count / 1e6)
+    }
 }
 
 /// One row per type. Says whether the model fits one of them.
@@ -288,10 +298,11 @@ fn shortage(
     let few = sequences < u64::from(question.concurrency);
     (few || left < budget / LITTLE).then(|| {
         format!(
-            "{}: little is left for KV: {} of {}, room for {sequences} sequences of {} tokens{}",
+            "{}: little is left for KV: {} of {}, room for {sequences} sequence{} of {} tokens{}",
             workload.name,
             bytes_text(left),
             bytes_text(budget),
+            if sequences == 1 { "" } else { "s" },
             need.context_max,
             if few {
                 format!(

@@ -11,7 +11,7 @@ fn body(fields: &Value) -> Value {
     let mut entity = json!({"entity_name": "ml.demo.tiny-llama", "entity_version": "1"});
     let given = fields.as_object().unwrap().clone();
     entity.as_object_mut().unwrap().extend(given);
-    json!({"name": "pt", "config": {"served_entities": [entity]}})
+    json!({"name": "rated", "config": {"served_entities": [entity]}})
 }
 
 #[tokio::test]
@@ -44,14 +44,14 @@ async fn an_endpoint_is_sized_by_chunks_that_its_hardware_gives() {
     let entity = &created["pending_config"]["served_entities"][0];
     assert_eq!(entity["workload_type"], "CPU", "{entity}");
     assert_eq!(entity["max_provisioned_throughput"], 2 * chunk);
-    client.wait_ready("pt").await;
+    client.wait_ready("rated").await;
 
     let units = body(&json!({"provisioned_model_units": 1}));
     let wrapped = json!({"config": units["config"]});
-    let path = format!("{ENDPOINTS}/pt/pt/config");
+    let path = format!("{ENDPOINTS}/pt/rated/config");
     client.call(Method::PUT, &path, &wrapped).await.ok();
     let ready = client
-        .wait_for("pt", "updated", |view| {
+        .wait_for("rated", "updated", |view| {
             view["config"]["served_entities"][0]["provisioned_model_units"] == 1
                 && view["state"]["config_update"] == "NOT_UPDATING"
         })
@@ -60,10 +60,10 @@ async fn an_endpoint_is_sized_by_chunks_that_its_hardware_gives() {
     assert_eq!(entity["min_provisioned_throughput"], chunk);
     assert_eq!(entity["max_provisioned_throughput"], chunk);
 
-    let text = client.continue_text("pt", "Once upon a time", 5).await;
+    let text = client.continue_text("rated", "Once upon a time", 5).await;
     assert!(!text.is_empty());
     client
-        .call(Method::DELETE, &format!("{ENDPOINTS}/pt"), &Value::Null)
+        .call(Method::DELETE, &format!("{ENDPOINTS}/rated"), &Value::Null)
         .await
         .ok();
 }

@@ -102,7 +102,7 @@ fn a_34b_model_on_one_card_says_how_little_is_left_for_kv() {
     };
     let (text, _) = report(&cluster(A100, ""), published("mpt-30b"), &few).unwrap();
     assert!(
-        text.contains("room for 1 sequences of 8192 tokens where 16 were asked for"),
+        text.contains("room for 1 sequence of 8192 tokens where 16 were asked for"),
         "{text}"
     );
 }
