@@ -1,4 +1,6 @@
-"""Writes reference outputs of a tiny model by transformers on the CPU: python golden.py MODEL_DIR OUT_DIR
+"""Writes reference outputs of a tiny model by transformers on the CPU: python golden.py MODEL_DIR OUT_DIR [embeddings]
+
+With `embeddings` only embeddings.json is written.
 
 Every step recomputes the whole sequence, without a key/value cache, so that the numbers do not hang on a cache being
 right. What the files hold is told in tests/models/README.md.
@@ -54,13 +56,16 @@ AWKWARD = [
 ]
 
 
-def main(model_dir, out):
+def main(model_dir, out, only=None):
     torch.set_num_threads(1)
     os.makedirs(out, exist_ok=True)
     name = os.path.basename(model_dir.rstrip("/"))
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     has_begin = "mpt" not in name
     cases = prompts(tokenizer, has_begin)
+    write_embeddings(model_dir, tokenizer, cases, out)
+    if only == "embeddings":
+        return
     text = perplexity_text()
     ids = tokenizer(text, add_special_tokens=False).input_ids[:PERPLEXITY_TOKENS]
     records, tensors, perplexities = {}, {}, {}
@@ -88,6 +93,19 @@ def main(model_dir, out):
             np.save(os.path.join(out, key + ".npy"), value.numpy())
     write_json(out, "tokenizer_golden.json", tokenizer_cases(tokenizer), indent=1)
     report(name, records, perplexities)
+
+
+def write_embeddings(model_dir, tokenizer, cases, out):
+    """The mean over the prompt's tokens of the last hidden states, behind the final norm, in float32."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, torch_dtype=torch.float32, attn_implementation="eager").eval()
+    records = []
+    for name, prompt, _ in cases:
+        ids = tokenizer(prompt).input_ids
+        with torch.no_grad():
+            states = model(torch.tensor([ids]), use_cache=False, output_hidden_states=True).hidden_states[-1][0]
+        mean = states.double().mean(0).tolist()
+        records.append(dict(name=name, prompt=prompt, input_ids=ids, embedding=[round(x, 6) for x in mean]))
+    write_json(out, "embeddings.json", records, separators=(",", ":"))
 
 
 def write_json(out, name, value, **form):
@@ -250,6 +268,6 @@ def report(name, records, perplexities):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) != 3 and sys.argv[3:] != ["embeddings"]:
         sys.exit(__doc__)
     main(*sys.argv[1:])

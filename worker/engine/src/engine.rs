@@ -321,10 +321,10 @@ impl Thread {
     }
 
     fn step(&mut self) -> Result<(), StepError> {
-        let (samples, scores) = self.scheduler.rows();
+        let (samples, scores, pools) = self.scheduler.rows();
         let ticket = self
             .runner
-            .submit(self.scheduler.plan(), &samples, &scores)?;
+            .submit(self.scheduler.plan(), &samples, &scores, &pools)?;
         let output = self.runner.collect(ticket)?;
         self.scheduler.complete(output, &mut self.events)?;
         self.shared.stats.end_step();

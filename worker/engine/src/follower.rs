@@ -92,7 +92,7 @@ fn follow(
             )));
         }
         plan.check(&runner.geometry()).map_err(broken)?;
-        let ticket = runner.submit(&plan, &[], &[])?;
+        let ticket = runner.submit(&plan, &[], &[], &[])?;
         runner.collect(ticket)?;
         stats.end_step();
     }
@@ -106,7 +106,7 @@ fn broken(reason: impl ToString) -> StepError {
 mod tests {
     use super::*;
     use crate::plan::{Logits, Span};
-    use crate::runner::{Geometry, SampleRow, ScoreRows, StepOutput, Ticket};
+    use crate::runner::{Geometry, PoolRows, SampleRow, ScoreRows, StepOutput, Ticket};
     use std::collections::VecDeque;
     use std::sync::mpsc;
 
@@ -121,6 +121,7 @@ mod tests {
             plan: &StepPlan,
             _: &[SampleRow<'_>],
             _: &[ScoreRows<'_>],
+            _: &[PoolRows<'_>],
         ) -> Result<Ticket, StepError> {
             assert_ne!(plan.step, 13, "an unlucky step");
             self.seen.send(plan.step).map_err(broken)?;
@@ -207,7 +208,7 @@ mod tests {
         };
         ends_with(plan(2, 6, 0), "generation 6 came to generation 7");
         ends_with(plan(2, 7, 8), "outside the vocabulary of 8");
-        ends_with(vec![1, 0, 0, 0], "cut short");
+        ends_with(vec![2, 0, 0, 0], "cut short");
         ends_with(plan(13, 7, 0), "an unlucky step");
         assert_eq!(run(Vec::new()), ("rank 0 is lost".into(), vec![]));
     }

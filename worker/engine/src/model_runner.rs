@@ -20,8 +20,10 @@ use crate::layers::{Loader, Step, Workspace};
 use crate::models::checkpoint::{Checkpoint, LoadError};
 use crate::models::partition::Partition;
 use crate::numerics::numerics_id;
-use crate::plan::StepPlan;
-use crate::runner::{Geometry, Runner, SampleRow, ScoreRows, StepError, StepOutput, Ticket};
+use crate::plan::{Logits, StepPlan};
+use crate::runner::{
+    Geometry, PoolRows, Runner, SampleRow, ScoreRows, StepError, StepOutput, Ticket,
+};
 use footprint::{kv_shape, workspace_sizes};
 use outputs::Outputs;
 use std::collections::VecDeque;
@@ -42,6 +44,8 @@ pub struct ModelRunner<B: Backend, C> {
     rows: Vec<u32>,
     /// Their logits on the host; rank 0 only.
     logits: Vec<f32>,
+    /// Rows of hidden states on the host; rank 0 only, and empty before the first embedding.
+    hidden: Vec<f32>,
     logits_rows: usize,
     /// One row that a sampler may change.
     scratch: Vec<f32>,
@@ -123,6 +127,7 @@ impl<B: Backend, C: Collective<B::Buf>> ModelRunner<B, C> {
             wanted: Vec::new(),
             rows: Vec::new(),
             logits: vec![0.0; host_rows * spec.vocab],
+            hidden: Vec::new(),
             logits_rows: options.logits_rows(),
             scratch: Vec::new(),
             encoded: Vec::new(),
@@ -148,15 +153,11 @@ impl<B: Backend, C: Collective<B::Buf>> ModelRunner<B, C> {
         mut on_row: impl FnMut(WantedRow, &mut [f32]),
     ) -> Result<(), StepError> {
         batch::check(plan, &self.geometry, self.generation)?;
-        self.execute(plan, &mut on_row)
+        self.execute(plan, &mut Taking(&mut on_row))
     }
 
     /// Runs a checked plan.
-    fn execute(
-        &mut self,
-        plan: &StepPlan,
-        on_row: &mut dyn FnMut(WantedRow, &mut [f32]),
-    ) -> Result<(), StepError> {
+    fn execute(&mut self, plan: &StepPlan, taker: &mut dyn TakeRows) -> Result<(), StepError> {
         batch::fill(&mut self.batch, &mut self.wanted, plan);
         let mut step = Step {
             backend: &mut self.backend,
@@ -180,10 +181,74 @@ impl<B: Backend, C: Collective<B::Buf>> ModelRunner<B, C> {
                 .read(device_logits, logits)
                 .map_err(|error| StepError::Broken(error.to_string()))?;
             for (row, logits) in wanted.iter().zip(logits.chunks_exact_mut(vocab)) {
-                on_row(*row, logits);
+                taker.take_row(*row, logits);
+            }
+        }
+        self.read_hidden(plan, taker)
+    }
+
+    /// Shows the hidden states that a plan asks for. Every rank has them whole; rank 0's are taken.
+    fn read_hidden(&mut self, plan: &StepPlan, taker: &mut dyn TakeRows) -> Result<(), StepError> {
+        if self.collective.rank() != 0 {
+            return Ok(());
+        }
+        let mut step = Step {
+            backend: &mut self.backend,
+            collective: &mut self.collective,
+            batch: &self.batch,
+        };
+        let width = self.decoder.hidden;
+        for (index, span) in plan.spans.iter().enumerate() {
+            if span.logits != Logits::Hidden {
+                continue;
+            }
+            let mut left = self.batch.spans[index].rows.clone();
+            while !left.is_empty() {
+                let rows = left.start..left.end.min(left.start + self.logits_rows);
+                left.start = rows.end;
+                self.rows.clear();
+                self.rows.extend(rows.map(|row| row as u32));
+                let states = self
+                    .decoder
+                    .embedding
+                    .hidden(&mut step, &self.rows, &mut self.work);
+                self.hidden.resize(self.rows.len() * width, 0.0);
+                step.backend
+                    .read(states, &mut self.hidden)
+                    .map_err(|error| StepError::Broken(error.to_string()))?;
+                for row in self.hidden.chunks_exact(width) {
+                    taker.take_hidden(index, row);
+                }
             }
         }
         Ok(())
+    }
+}
+
+/// Who is shown the rows that a plan asks for.
+trait TakeRows {
+    fn take_row(&mut self, row: WantedRow, logits: &mut [f32]);
+    fn take_hidden(&mut self, span: usize, hidden: &[f32]);
+}
+
+/// Only logits are looked at.
+struct Taking<F>(F);
+
+impl<F: FnMut(WantedRow, &mut [f32])> TakeRows for Taking<F> {
+    fn take_row(&mut self, row: WantedRow, logits: &mut [f32]) {
+        (self.0)(row, logits);
+    }
+
+    fn take_hidden(&mut self, _: usize, _: &[f32]) {}
+}
+
+impl TakeRows for Outputs<'_> {
+    fn take_row(&mut self, row: WantedRow, logits: &mut [f32]) {
+        Outputs::take_row(self, row, logits);
+    }
+
+    fn take_hidden(&mut self, span: usize, hidden: &[f32]) {
+        Outputs::take_hidden(self, span, hidden);
     }
 }
 
@@ -193,15 +258,17 @@ impl<B: Backend, C: Collective<B::Buf>> Runner for ModelRunner<B, C> {
         plan: &StepPlan,
         samples: &[SampleRow<'_>],
         scores: &[ScoreRows<'_>],
+        pools: &[PoolRows<'_>],
     ) -> Result<Ticket, StepError> {
         batch::check(plan, &self.geometry, self.generation)?;
-        outputs::check_wanted(plan, samples, scores)?;
+        outputs::check_wanted(plan, samples, scores, pools)?;
         if self.collective.rank() == 0 && self.collective.ranks() > 1 {
             plan.encode(&mut self.encoded);
             self.collective.send_plan(&self.encoded)?;
         }
-        let mut outputs = Outputs::new(samples, scores, std::mem::take(&mut self.scratch));
-        self.execute(plan, &mut |row, logits| outputs.take_row(row, logits))?;
+        let scratch = std::mem::take(&mut self.scratch);
+        let mut outputs = Outputs::new(samples, scores, pools, scratch);
+        self.execute(plan, &mut outputs)?;
         let (output, scratch) = outputs.finish();
         self.scratch = scratch;
         self.submitted += 1;

@@ -52,6 +52,8 @@ pub enum Logits {
     Last,
     /// Every token's: prompt log-probabilities.
     All,
+    /// None, but every token's hidden state behind the final norm: embeddings.
+    Hidden,
 }
 
 /// Why bytes are not a plan, or a plan is not one for this model.
@@ -76,7 +78,7 @@ pub enum PlanError {
 }
 
 /// Number of the byte layout, the plan's first word.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// Words before the tokens: layout, step (2), generation (2), count of tokens, count of spans.
 const HEADER_WORDS: usize = 7;
@@ -86,8 +88,8 @@ const SPAN_WORDS: usize = 4;
 
 impl StepPlan {
     /// Writes the plan over `out`, little-endian u32 words: layout, step (low, high), generation (low, high), count of
-    /// tokens, count of spans; the tokens; then per span position, length, logits (0 none, 1 last, 2 all), count of
-    /// blocks, the blocks.
+    /// tokens, count of spans; the tokens; then per span position, length, logits (0 none, 1 last, 2 all, 3
+    /// hidden states), count of blocks, the blocks.
     pub fn encode(&self, out: &mut Vec<u8>) {
         let blocks: usize = self.spans.iter().map(|span| span.blocks.len()).sum();
         let words = HEADER_WORDS + self.tokens.len() + self.spans.len() * SPAN_WORDS + blocks;
@@ -109,6 +111,7 @@ impl StepPlan {
                 Logits::None => 0,
                 Logits::Last => 1,
                 Logits::All => 2,
+                Logits::Hidden => 3,
             });
             put(span.blocks.len() as u32);
             span.blocks.iter().for_each(|&block| put(block));
@@ -309,6 +312,7 @@ impl<'a> Words<'a> {
             0 => Logits::None,
             1 => Logits::Last,
             2 => Logits::All,
+            3 => Logits::Hidden,
             other => return Err(malformed(format!("{other} names no rows of logits"))),
         };
         let block_count = self.one()? as usize;
@@ -328,13 +332,13 @@ mod tests {
     use proptest::prelude::*;
 
     fn a_span() -> impl Strategy<Value = Span> {
-        (0u32..100, 1u32..40, 0usize..3, 0usize..3).prop_flat_map(
+        (0u32..100, 1u32..40, 0usize..4, 0usize..3).prop_flat_map(
             |(position, len, logits, spare)| {
                 let count = ((position + len) as usize).div_ceil(BLOCK_TOKENS) + spare;
                 prop::collection::vec(any::<u32>(), count).prop_map(move |blocks| Span {
                     position,
                     len,
-                    logits: [Logits::None, Logits::Last, Logits::All][logits],
+                    logits: [Logits::None, Logits::Last, Logits::All, Logits::Hidden][logits],
                     blocks,
                 })
             },

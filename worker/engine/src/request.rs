@@ -69,6 +69,9 @@ pub struct Request {
     pub stop_ids: Vec<u32>,
     /// Report log-probabilities of the prompt's tokens with the n most probable ones. Skips prefix-cache hits.
     pub prompt_logprobs: Option<u32>,
+    /// Give the prompt's embedding, the mean of its tokens' last hidden states, and no continuation: one candidate,
+    /// `tokens_max` 0. Skips prefix-cache hits.
+    pub embedding: bool,
     /// When given and past, the request ends with [`EndReason::Deadline`].
     pub deadline: Option<Instant>,
 }
@@ -116,8 +119,8 @@ pub enum EndReason {
 /// What can go wrong for one sequence alone.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum SequenceError {
-    /// The model produced NaN or infinite logits.
-    #[error("the model produced logits that are not finite")]
+    /// The model produced NaN or infinite logits or hidden states.
+    #[error("the model produced numbers that are not finite")]
     NotFinite,
     /// The request can never fit this engine.
     #[error("the request needs {needed} KV blocks of 16 tokens; this replica has {available}")]
@@ -144,6 +147,13 @@ pub enum Event {
         key: RequestKey,
         /// One entry per prompt token; `None` for the first.
         tokens: Vec<Option<TokenLogprob>>,
+    },
+    /// The prompt's embedding, before its candidate's end.
+    Embedding {
+        /// The request.
+        key: RequestKey,
+        /// One number per hidden unit.
+        values: Vec<f32>,
     },
     /// One output token.
     Token {

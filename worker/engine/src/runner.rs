@@ -39,6 +39,16 @@ pub struct ScoreRows<'a> {
     pub top: u32,
 }
 
+/// Hidden states wanted of a span's tokens: they are added to a sum, token by token, so that the sum does not depend on
+/// how the prompt is cut.
+#[derive(Debug, Clone, Copy)]
+pub struct PoolRows<'a> {
+    /// Index of the span in the plan; its `logits` is `Hidden`.
+    pub span: usize,
+    /// The sum over the tokens before the span; empty at the prompt's beginning.
+    pub sum: &'a [f64],
+}
+
 /// What a step gave.
 #[derive(Debug, Default)]
 pub struct StepOutput {
@@ -46,6 +56,8 @@ pub struct StepOutput {
     pub samples: Vec<Result<Sampled, SequenceError>>,
     /// One per [`ScoreRows`], in order: one entry per target.
     pub scores: Vec<Result<Vec<TokenLogprob>, SequenceError>>,
+    /// One per [`PoolRows`], in order: the sum, the span's tokens included.
+    pub pools: Vec<Result<Vec<f64>, SequenceError>>,
 }
 
 /// A chosen token.
@@ -77,7 +89,7 @@ pub enum StepError {
 
 /// Executes plans on one rank's device.
 pub trait Runner: Send {
-    /// Starts a step. On followers `samples` and `scores` are empty.
+    /// Starts a step. On followers `samples`, `scores` and `pools` are empty.
     ///
     /// # Errors
     /// [`StepError`]: the generation is over, nothing more can be submitted.
@@ -86,6 +98,7 @@ pub trait Runner: Send {
         plan: &StepPlan,
         samples: &[SampleRow<'_>],
         scores: &[ScoreRows<'_>],
+        pools: &[PoolRows<'_>],
     ) -> Result<Ticket, StepError>;
 
     /// Waits for a step and takes its output.

@@ -26,6 +26,9 @@ use std::time::Duration;
 /// Prompts per model: 200 over the three.
 const PROMPTS: u64 = 67;
 
+/// Prompts to be embedded, beside those.
+const EMBEDDINGS: u64 = 8;
+
 /// Sequences that run together.
 const BATCH: u32 = 32;
 
@@ -64,6 +67,7 @@ const BATCHED: Way = Way {
 struct Answer {
     tokens: Vec<(u32, Option<Scored>)>,
     prompt: Vec<Option<Scored>>,
+    embedding: Vec<u32>,
     end: Option<EndReason>,
 }
 
@@ -87,7 +91,7 @@ enum Choice {
     Seeded,
 }
 
-/// Random requests; some with several candidates, penalties or scored prompts.
+/// Random requests; some with several candidates, penalties or scored prompts, and some embeddings.
 fn requests(vocab: u32, choice: Choice) -> Vec<Request> {
     let number =
         |key: u64, what: u32, below: u32| (random::uniform(key, 0, what) * f64::from(below)) as u32;
@@ -118,9 +122,20 @@ fn requests(vocab: u32, choice: Choice) -> Vec<Request> {
             Vec::new()
         },
         prompt_logprobs: (key % 11 == 2).then_some(2),
+        embedding: false,
         deadline: None,
     };
-    (0..PROMPTS).map(request).collect()
+    let embedding = |key| Request {
+        candidates: vec![Candidate::default()],
+        tokens_max: 0,
+        prompt_logprobs: None,
+        embedding: true,
+        ..request(key)
+    };
+    (0..PROMPTS)
+        .map(request)
+        .chain((PROMPTS..PROMPTS + EMBEDDINGS).map(embedding))
+        .collect()
 }
 
 /// Engines of one model over one or two ranks.
@@ -231,6 +246,10 @@ impl Running {
                         answers.entry((key, 0)).or_default().prompt =
                             tokens.into_iter().map(|token| token.map(bits)).collect();
                     }
+                    Event::Embedding { key, values } => {
+                        answers.entry((key, 0)).or_default().embedding =
+                            values.into_iter().map(f32::to_bits).collect();
+                    }
                     Event::Token {
                         key,
                         candidate,
@@ -322,6 +341,7 @@ fn resume(requests: &[Request], answers: &Answers) -> (Vec<Request>, Answers) {
             Answer {
                 tokens,
                 prompt: Vec::new(),
+                embedding: answer.embedding.clone(),
                 end: answer.end.clone(),
             },
         )
@@ -361,6 +381,11 @@ fn check_requests(model: &Model, requests: &[Request], name: &str) {
     let (alone, cached, stats) = model.run(ALONE, requests);
     assert_eq!(stats.preemptions, 0);
     assert!(cached > 0, "candidates share their prompt");
+    let embeddings = alone
+        .values()
+        .filter(|answer| !answer.embedding.is_empty())
+        .count();
+    assert_eq!(embeddings as u64, EMBEDDINGS);
     let tokens: usize = alone.values().map(|answer| answer.tokens.len()).sum();
     assert!(
         tokens > 600,
@@ -409,7 +434,8 @@ fn check_requests(model: &Model, requests: &[Request], name: &str) {
     let needs = |request: &Request| {
         (request.prompt.len() + request.tokens_max as usize).div_ceil(16) * request.candidates.len()
     };
-    let together = requests.iter().map(needs).sum::<usize>() as u32 * BATCH / PROMPTS as u32;
+    let generated = requests.iter().filter(|request| !request.embedding);
+    let together = generated.map(needs).sum::<usize>() as u32 * BATCH / PROMPTS as u32;
     let pool = together
         / if model.checkpoint.spec.window.is_some() {
             10

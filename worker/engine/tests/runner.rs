@@ -10,7 +10,7 @@ use engine::model_runner::{Footprint, ModelRunner, RunnerOptions};
 use engine::models::checkpoint::Checkpoint;
 use engine::plan::{Logits, Span, StepPlan};
 use engine::request::Sampling;
-use engine::runner::{Runner, SampleRow, ScoreRows, StepError};
+use engine::runner::{PoolRows, Runner, SampleRow, ScoreRows, StepError};
 use proptest::prelude::*;
 use std::cell::RefCell;
 use support::{Cut, Sequence, Setup, Threads, cpu, models};
@@ -63,7 +63,7 @@ fn plan(spans: &[(u32, u32, Logits, &[u32])]) -> StepPlan {
 #[test]
 fn plans_that_do_not_fit_are_refused_by_what_is_wrong_with_them() {
     let mut runner = runner();
-    let mut refuse = |expected: &str, plan: StepPlan| match runner.submit(&plan, &[], &[]) {
+    let mut refuse = |expected: &str, plan: StepPlan| match runner.submit(&plan, &[], &[], &[]) {
         Err(StepError::Broken(reason)) => assert!(
             reason.contains(expected),
             "{reason:?} does not contain {expected:?}"
@@ -143,7 +143,12 @@ fn mostly_small() -> impl Strategy<Value = u32> {
 }
 
 fn any_plan() -> impl Strategy<Value = StepPlan> {
-    let logits = prop_oneof![Just(Logits::None), Just(Logits::Last), Just(Logits::All)];
+    let logits = prop_oneof![
+        Just(Logits::None),
+        Just(Logits::Last),
+        Just(Logits::All),
+        Just(Logits::Hidden),
+    ];
     let span = (
         mostly_small(),
         mostly_small(),
@@ -180,7 +185,7 @@ proptest! {
         RUNNER.with_borrow_mut(|slot| {
             let runner = slot.get_or_insert_with(runner);
             let wanted: usize = plan.spans.iter().map(|span| match span.logits {
-                Logits::None => 0,
+                Logits::None | Logits::Hidden => 0,
                 Logits::Last => 1,
                 Logits::All => span.len as usize,
             }).sum();
@@ -252,8 +257,8 @@ fn samples_and_scores_get_the_rows_of_their_spans() {
         targets: &[9, 8, 7, 6],
         top: 2,
     }];
-    let first = runner.submit(&plan, &samples, &scores).expect("runs");
-    let second = runner.submit(&plan, &samples[1..], &[]).expect("runs");
+    let first = runner.submit(&plan, &samples, &scores, &[]).expect("runs");
+    let second = runner.submit(&plan, &samples[1..], &[], &[]).expect("runs");
     let output = runner.collect(first).expect("there");
     let ids: Vec<u32> = output
         .samples
@@ -276,16 +281,20 @@ fn samples_and_scores_get_the_rows_of_their_spans() {
 fn tickets_come_back_in_the_order_of_submission() {
     let mut runner = runner();
     let plan = plan(&[(0, 1, Logits::Last, &[1])]);
-    let first = runner.submit(&plan, &[], &[]).expect("runs");
-    let second = runner.submit(&plan, &[], &[]).expect("runs");
+    let first = runner.submit(&plan, &[], &[], &[]).expect("runs");
+    let second = runner.submit(&plan, &[], &[], &[]).expect("runs");
     assert!(matches!(runner.collect(second), Err(StepError::Broken(_))));
     assert_ne!(first, second);
 }
 
 #[test]
-fn rows_that_the_plan_does_not_give_cannot_be_sampled_or_scored() {
+fn rows_that_the_plan_does_not_give_cannot_be_sampled_scored_or_summed() {
     let mut runner = runner();
-    let plan = plan(&[(0, 2, Logits::None, &[1]), (0, 2, Logits::Last, &[2])]);
+    let plan = plan(&[
+        (0, 2, Logits::None, &[1]),
+        (0, 2, Logits::Last, &[2]),
+        (0, 2, Logits::Hidden, &[3]),
+    ]);
     let sampling = Sampling::default();
     let sample = |span| SampleRow {
         span,
@@ -295,9 +304,9 @@ fn rows_that_the_plan_does_not_give_cannot_be_sampled_or_scored() {
         prompt: &[1],
         outputs: &[],
     };
-    for samples in [[sample(0)], [sample(2)]] {
+    for samples in [[sample(0)], [sample(2)], [sample(3)]] {
         assert!(matches!(
-            runner.submit(&plan, &samples, &[]),
+            runner.submit(&plan, &samples, &[], &[]),
             Err(StepError::Broken(_))
         ));
     }
@@ -307,9 +316,16 @@ fn rows_that_the_plan_does_not_give_cannot_be_sampled_or_scored() {
         top: 0,
     };
     assert!(matches!(
-        runner.submit(&plan, &[], &[score]),
+        runner.submit(&plan, &[], &[score], &[]),
         Err(StepError::Broken(_))
     ));
+    for span in [1, 3] {
+        let pool = PoolRows { span, sum: &[] };
+        assert!(matches!(
+            runner.submit(&plan, &[], &[], &[pool]),
+            Err(StepError::Broken(_))
+        ));
+    }
 }
 
 #[test]

@@ -85,6 +85,7 @@ fn request(key: RequestKey, rng: &mut Rng) -> Request {
         tokens_max: rng.of(1..30) as u32,
         stop_ids: Vec::new(),
         prompt_logprobs: None,
+        embedding: false,
         deadline: None,
     }
 }
@@ -119,7 +120,7 @@ fn collect(
                     );
                     owed -= 1;
                 }
-                Event::PromptLogprobs { .. } => {}
+                Event::PromptLogprobs { .. } | Event::Embedding { .. } => {}
             }
         }
     }

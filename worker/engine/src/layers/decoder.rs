@@ -13,7 +13,7 @@ use crate::models::tensors::{LayerTensors, TensorNames};
 
 /// A model on a device: one rank's weights.
 pub(crate) struct Decoder<B: Backend> {
-    hidden: usize,
+    pub hidden: usize,
     /// Both ends: tokens in, logits out.
     pub embedding: Embedding<B>,
     layers: Vec<Layer<B>>,

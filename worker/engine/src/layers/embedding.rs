@@ -65,13 +65,13 @@ impl<B: Backend> Embedding<B> {
             .all_reduce_sum(&mut work.x, step.batch.len() * self.hidden)
     }
 
-    /// The logits of some rows of `x`; on rank 0 they are in the returned buffer, `[rows.len(), vocab]`.
-    pub fn logits<'w, C: Collective<B::Buf>>(
+    /// Some rows of `x` behind the final norm, `[rows.len(), hidden]`: what the head sees. Whole on every rank.
+    pub fn hidden<'w, C>(
         &self,
         step: &mut Step<'_, B, C>,
         rows: &[u32],
         work: &'w mut Workspace<B>,
-    ) -> Result<&'w B::Buf, CollectiveError> {
+    ) -> &'w B::Buf {
         let size = Size {
             rows: rows.len(),
             width: self.hidden,
@@ -80,6 +80,17 @@ impl<B: Backend> Embedding<B> {
             .gather_rows(self.hidden, &work.x, rows, &mut work.y);
         self.final_norm
             .forward(step.backend, size, &work.y, &mut work.rows);
+        &work.rows
+    }
+
+    /// The logits of some rows of `x`; on rank 0 they are in the returned buffer, `[rows.len(), vocab]`.
+    pub fn logits<'w, C: Collective<B::Buf>>(
+        &self,
+        step: &mut Step<'_, B, C>,
+        rows: &[u32],
+        work: &'w mut Workspace<B>,
+    ) -> Result<&'w B::Buf, CollectiveError> {
+        self.hidden(step, rows, work);
         step.backend.linear(
             rows.len(),
             &work.rows,

@@ -84,7 +84,7 @@ pub(super) fn fill(batch: &mut Batch, wanted: &mut Vec<WantedRow>, plan: &StepPl
             blocks: block..blocks.len(),
         });
         let first = match span.logits {
-            Logits::None => len,
+            Logits::None | Logits::Hidden => len,
             Logits::Last => len - 1,
             Logits::All => 0,
         };

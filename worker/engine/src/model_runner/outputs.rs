@@ -1,16 +1,17 @@
-//! From rows of logits to a step's output: which row is sampled, which is scored.
+//! From rows of logits and of hidden states to a step's output: which row is sampled, which is scored, which is summed.
 
 use super::batch::WantedRow;
 use crate::plan::{Logits, StepPlan};
 use crate::request::{SequenceError, TokenLogprob};
-use crate::runner::{SampleRow, Sampled, ScoreRows, StepError, StepOutput};
+use crate::runner::{PoolRows, SampleRow, Sampled, ScoreRows, StepError, StepOutput};
 use crate::sampler;
 
-/// Every row to be sampled or scored must be among the rows that the plan asks for.
+/// Every row to be sampled, scored or summed must be among the rows that the plan asks for.
 pub(super) fn check_wanted(
     plan: &StepPlan,
     samples: &[SampleRow<'_>],
     scores: &[ScoreRows<'_>],
+    pools: &[PoolRows<'_>],
 ) -> Result<(), StepError> {
     let span = |index: usize| {
         plan.spans
@@ -18,7 +19,7 @@ pub(super) fn check_wanted(
             .ok_or_else(|| StepError::Broken(format!("the plan has no span {index}")))
     };
     for sample in samples {
-        if span(sample.span)?.logits == Logits::None {
+        if !matches!(span(sample.span)?.logits, Logits::Last | Logits::All) {
             return Err(StepError::Broken(format!(
                 "span {} is to be sampled and asks for no logits",
                 sample.span
@@ -35,6 +36,14 @@ pub(super) fn check_wanted(
             )));
         }
     }
+    for pool in pools {
+        if span(pool.span)?.logits != Logits::Hidden {
+            return Err(StepError::Broken(format!(
+                "span {} is to be summed and asks for no hidden states",
+                pool.span
+            )));
+        }
+    }
     Ok(())
 }
 
@@ -42,8 +51,10 @@ pub(super) fn check_wanted(
 pub(super) struct Outputs<'a> {
     samples: &'a [SampleRow<'a>],
     scores: &'a [ScoreRows<'a>],
+    pools: &'a [PoolRows<'a>],
     sampled: Vec<Option<Result<Sampled, SequenceError>>>,
     scored: Vec<Result<Vec<TokenLogprob>, SequenceError>>,
+    pooled: Vec<Vec<f64>>,
     scratch: Vec<f32>,
 }
 
@@ -51,6 +62,7 @@ impl<'a> Outputs<'a> {
     pub fn new(
         samples: &'a [SampleRow<'a>],
         scores: &'a [ScoreRows<'a>],
+        pools: &'a [PoolRows<'a>],
         scratch: Vec<f32>,
     ) -> Outputs<'a> {
         let scored = scores
@@ -60,6 +72,8 @@ impl<'a> Outputs<'a> {
         Outputs {
             samples,
             scores,
+            pools,
+            pooled: pools.iter().map(|pool| pool.sum.to_vec()).collect(),
             sampled: samples.iter().map(|_| None).collect(),
             scored,
             scratch,
@@ -88,6 +102,21 @@ impl<'a> Outputs<'a> {
         }
     }
 
+    /// Adds a token's hidden state to its span's sum; tokens come in order.
+    pub fn take_hidden(&mut self, span: usize, hidden: &[f32]) {
+        for (_, sum) in self
+            .pools
+            .iter()
+            .zip(&mut self.pooled)
+            .filter(|(pool, _)| pool.span == span)
+        {
+            sum.resize(hidden.len(), 0.0);
+            for (sum, value) in sum.iter_mut().zip(hidden) {
+                *sum += f64::from(*value);
+            }
+        }
+    }
+
     pub fn finish(self) -> (StepOutput, Vec<f32>) {
         let missed = || {
             Err(SequenceError::Engine(
@@ -103,8 +132,17 @@ impl<'a> Outputs<'a> {
             StepOutput {
                 samples,
                 scores: self.scored,
+                pools: self.pooled.into_iter().map(finite).collect(),
             },
             self.scratch,
         )
+    }
+}
+
+fn finite(sum: Vec<f64>) -> Result<Vec<f64>, SequenceError> {
+    if sum.iter().all(|value| value.is_finite()) {
+        Ok(sum)
+    } else {
+        Err(SequenceError::NotFinite)
     }
 }

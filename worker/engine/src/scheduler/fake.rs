@@ -4,7 +4,7 @@
 use crate::plan::{BLOCK_TOKENS, NULL_BLOCK, Span, StepPlan};
 use crate::request::{Candidate, EndReason, Request, SequenceError, TokenLogprob};
 use crate::runner::{
-    Geometry, Runner, SampleRow, Sampled, ScoreRows, StepError, StepOutput, Ticket,
+    Geometry, PoolRows, Runner, SampleRow, Sampled, ScoreRows, StepError, StepOutput, Ticket,
 };
 use crate::sampler;
 
@@ -42,6 +42,24 @@ fn logits(prefix: u64, vocab: u32) -> Vec<f32> {
     }
     (0..vocab)
         .map(|token| (extend(prefix, token) % 1000) as f32 / 100.0)
+        .collect()
+}
+
+/// Width of the hidden states.
+const HIDDEN: usize = 3;
+
+fn add_hidden(sum: &mut [f64], prefix: u64) {
+    for (i, sum) in sum.iter_mut().enumerate() {
+        *sum += f64::from((extend(prefix, i as u32) % 1000) as f32 / 7.0);
+    }
+}
+
+/// The embedding that a prompt must give.
+pub(crate) fn expected_embedding(prompt: &[u32]) -> Vec<f32> {
+    let mut sum = [0.0; HIDDEN];
+    prefixes(prompt.iter().copied()).for_each(|prefix| add_hidden(&mut sum, prefix));
+    sum.iter()
+        .map(|sum| (sum / prompt.len() as f64) as f32)
         .collect()
 }
 
@@ -104,6 +122,7 @@ impl Fake {
         plan: &StepPlan,
         samples: &[SampleRow<'_>],
         scores: &[ScoreRows<'_>],
+        pools: &[PoolRows<'_>],
     ) -> StepOutput {
         plan.check(&self.geometry).expect("the plan fits the model");
         let mut left = &plan.tokens[..];
@@ -136,9 +155,18 @@ impl Fake {
                 .map(|(&id, &p)| sampler::score(&logits(p, vocab), id, row.top))
                 .collect()
         };
+        let pool = |row: &PoolRows<'_>| {
+            let mut sum = row.sum.to_vec();
+            sum.resize(HIDDEN, 0.0);
+            for &prefix in &rows[row.span] {
+                add_hidden(&mut sum, prefix);
+            }
+            Ok(sum)
+        };
         StepOutput {
             samples: samples.iter().map(sample).collect(),
             scores: scores.iter().map(score).collect(),
+            pools: pools.iter().map(pool).collect(),
         }
     }
 }
@@ -149,9 +177,10 @@ impl Runner for Fake {
         plan: &StepPlan,
         samples: &[SampleRow<'_>],
         scores: &[ScoreRows<'_>],
+        pools: &[PoolRows<'_>],
     ) -> Result<Ticket, StepError> {
         (self.before_step)(plan)?;
-        self.output = Some(self.run(plan, samples, scores));
+        self.output = Some(self.run(plan, samples, scores, pools));
         Ok(Ticket(plan.step))
     }
 

@@ -133,6 +133,15 @@ pub fn check_request(config: &SchedulerConfig, request: &Request) -> Result<(), 
     {
         return invalid(format!("prompt_logprobs is at most {LOGPROBS_MAX}"));
     }
+    if request.embedding
+        && (
+            request.candidates.len(),
+            request.tokens_max,
+            request.prompt_logprobs,
+        ) != (1, 0, None)
+    {
+        return invalid("an embedding has one candidate and no tokens or log-probabilities".into());
+    }
     check_sampling(&request.sampling, vocab).map_err(SequenceError::Invalid)?;
     let needed = config.blocks_most(longest) as u64;
     let available = u64::from(blocks.saturating_sub(1));
@@ -246,6 +255,7 @@ mod tests {
             tokens_max,
             stop_ids: Vec::new(),
             prompt_logprobs: None,
+            embedding: false,
             deadline: None,
         }
     }
@@ -285,6 +295,7 @@ mod tests {
         assert!(message(|r| r.sampling.logit_bias = vec![(1, f32::NAN)]).contains("logit_bias"));
         assert!(message(|r| r.sampling.logprobs = Some(129)).contains("at most 128"));
         assert!(message(|r| r.prompt_logprobs = Some(129)).contains("at most 128"));
+        assert!(message(|r| r.embedding = true).contains("an embedding has one candidate"));
     }
 
     #[test]

@@ -22,8 +22,8 @@ use crate::kv::blocks::BlockManager;
 use crate::kv::prefix::PrefixHasher;
 use crate::plan::StepPlan;
 use crate::request::{Candidate, EndReason, Event, Request, RequestKey};
-use crate::runner::{SampleRow, ScoreRows, StepError, StepOutput};
-use sequence::Sequence;
+use crate::runner::{PoolRows, SampleRow, ScoreRows, StepError, StepOutput};
+use sequence::{Advance, Sequence};
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::Instant;
@@ -68,7 +68,12 @@ struct Planned {
     sample: bool,
     /// Tokens to score, as a range of the sequence's tokens.
     targets: Range<usize>,
+    /// Its hidden states are summed.
+    pool: bool,
 }
+
+/// The rows of a plan to sample from, to score and to sum.
+pub type Rows<'a> = (Vec<SampleRow<'a>>, Vec<ScoreRows<'a>>, Vec<PoolRows<'a>>);
 
 impl Scheduler {
     /// A scheduler with all blocks free.
@@ -166,9 +171,9 @@ impl Scheduler {
         &self.plan
     }
 
-    /// The rows of the plan's logits to sample from and to score.
-    pub fn rows(&self) -> (Vec<SampleRow<'_>>, Vec<ScoreRows<'_>>) {
-        let (mut samples, mut scores) = (Vec::new(), Vec::new());
+    /// The rows of the plan's logits to sample from and to score, and of its hidden states to sum.
+    pub fn rows(&self) -> Rows<'_> {
+        let (mut samples, mut scores, mut pools) = (Vec::new(), Vec::new(), Vec::new());
         for (span, planned) in self.planned.iter().enumerate() {
             let sequence = &self.running[planned.running];
             if planned.sample {
@@ -182,8 +187,12 @@ impl Scheduler {
                     top,
                 });
             }
+            if planned.pool {
+                let sum = sequence.pool.as_deref().unwrap_or_default();
+                pools.push(PoolRows { span, sum });
+            }
         }
-        (samples, scores)
+        (samples, scores, pools)
     }
 
     /// Takes what the planned step gave: tokens and scores become events, full blocks get their names, sequences that
@@ -202,14 +211,21 @@ impl Scheduler {
             .iter()
             .filter(|planned| !planned.targets.is_empty())
             .count();
-        if (output.samples.len(), output.scores.len()) != (sample_count, score_count) {
+        let pool_count = self.planned.iter().filter(|planned| planned.pool).count();
+        let StepOutput {
+            samples,
+            scores,
+            pools,
+        } = output;
+        let got = (samples.len(), scores.len(), pools.len());
+        let asked = (sample_count, score_count, pool_count);
+        if got != asked {
             return Err(StepError::Broken(format!(
-                "a step gave {} samples and {} scores where {sample_count} and {score_count} were asked for",
-                output.samples.len(),
-                output.scores.len()
+                "a step gave samples, scores and sums of hidden states {got:?} where {asked:?} were asked for"
             )));
         }
-        let (mut samples, mut scores) = (output.samples.into_iter(), output.scores.into_iter());
+        let (mut samples, mut scores) = (samples.into_iter(), scores.into_iter());
+        let mut pools = pools.into_iter();
         for planned in std::mem::take(&mut self.planned) {
             let sequence = &mut self.running[planned.running];
             sequence.computed += planned.len;
@@ -228,8 +244,16 @@ impl Scheduler {
                 scores.next()
             };
             let sampled = if planned.sample { samples.next() } else { None };
+            let pooled = if planned.pool { pools.next() } else { None };
             let outputs = sequence.outputs().len();
-            sequence.advance(scored, sampled, events);
+            sequence.advance(
+                Advance {
+                    scored,
+                    pooled,
+                    sampled,
+                },
+                events,
+            );
             self.counters.tokens_out += (sequence.outputs().len() - outputs) as u64;
         }
         self.unpark();

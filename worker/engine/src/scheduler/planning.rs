@@ -62,12 +62,13 @@ impl Scheduler {
     /// `None`, and nothing changed, when the blocks that it needs to catch up are not free.
     fn admit(&mut self, sequence: &mut Sequence, budget: usize) -> Option<usize> {
         let window = self.config.geometry.window;
-        let hit = match sequence.scores {
-            // Cached tokens have no logits to score.
-            Some(_) => Hit::default(),
-            None => sequence
+        // Cached tokens have neither logits to score nor hidden states to sum.
+        let hit = if sequence.scores.is_some() || sequence.pool.is_some() {
+            Hit::default()
+        } else {
+            sequence
                 .table
-                .lookup(&self.blocks, &self.hasher, &sequence.tokens, window),
+                .lookup(&self.blocks, &self.hasher, &sequence.tokens, window)
         };
         let wanted = self
             .config
@@ -120,7 +121,9 @@ impl Scheduler {
         let sequence = &self.running[running];
         let sample = sequence.samples_after(len);
         let targets = sequence.targets_of(len);
+        let pool = sequence.pool.is_some();
         let logits = match (targets.is_empty(), sample) {
+            _ if pool => Logits::Hidden,
             (false, _) => Logits::All,
             (true, true) => Logits::Last,
             (true, false) => Logits::None,
@@ -139,6 +142,7 @@ impl Scheduler {
             len,
             sample,
             targets,
+            pool,
         });
     }
 

@@ -17,6 +17,7 @@ pub(super) struct Shared {
     pub sampling: Sampling,
     pub stop_ids: Vec<u32>,
     pub prompt_logprobs: Option<u32>,
+    pub embedding: bool,
     pub deadline: Option<Instant>,
 }
 
@@ -25,6 +26,13 @@ impl Shared {
     pub fn first_scores(&self) -> Option<Vec<Option<TokenLogprob>>> {
         self.prompt_logprobs.map(|_| vec![None])
     }
+}
+
+/// What a step gave one sequence: scores of prompt tokens, the sum of hidden states, the next token.
+pub(super) struct Advance {
+    pub scored: Option<Result<Vec<TokenLogprob>, SequenceError>>,
+    pub pooled: Option<Result<Vec<f64>, SequenceError>>,
+    pub sampled: Option<Result<Sampled, SequenceError>>,
 }
 
 /// One candidate.
@@ -41,6 +49,8 @@ pub(super) struct Sequence {
     pub table: BlockTable,
     /// The prompt's log-probabilities so far, first entry included; `None` when not wanted or already reported.
     pub scores: Option<Vec<Option<TokenLogprob>>>,
+    /// The sum of the prompt's hidden states so far; `None` when not wanted or already reported.
+    pub pool: Option<Vec<f64>>,
     /// Siblings wait for this one's prompt.
     pub leads: bool,
     /// Prompt tokens found in the cache at the first admission; `None` before it.
@@ -61,6 +71,7 @@ impl Sequence {
             tokens_max,
             stop_ids,
             prompt_logprobs,
+            embedding,
             deadline,
         } = request;
         let shared = Arc::new(Shared {
@@ -68,6 +79,7 @@ impl Sequence {
             sampling,
             stop_ids,
             prompt_logprobs,
+            embedding,
             deadline,
         });
         let prompt_len = prompt.len();
@@ -88,6 +100,7 @@ impl Sequence {
                 computed: 0,
                 table: BlockTable::default(),
                 scores,
+                pool: shared.embedding.then(Vec::new),
                 leads: false,
                 cached: None,
                 preemptions: 0,
@@ -109,7 +122,7 @@ impl Sequence {
 
     /// Whether nothing is left to do.
     pub fn is_complete(&self) -> bool {
-        self.scores.is_none() && self.tokens.len() >= self.len_max
+        self.scores.is_none() && self.pool.is_none() && self.tokens.len() >= self.len_max
     }
 
     /// Whether computing `len` more tokens gives a row of logits to sample from.
@@ -140,19 +153,24 @@ impl Sequence {
         }
     }
 
-    /// Takes what a step gave: scores of prompt tokens, the next token, or an error, and notes the end when it came.
-    pub fn advance(
-        &mut self,
-        scored: Option<Result<Vec<TokenLogprob>, SequenceError>>,
-        sampled: Option<Result<Sampled, SequenceError>>,
-        events: &mut Vec<Event>,
-    ) {
+    /// Takes what a step gave, and notes the end when it came.
+    pub fn advance(&mut self, advance: Advance, events: &mut Vec<Event>) {
+        let Advance {
+            scored,
+            pooled,
+            sampled,
+        } = advance;
         let result = match scored {
             Some(scored) => scored.map(|scored| self.take_scores(scored)),
             None => Ok(()),
         };
+        let result = result.and_then(|()| match pooled {
+            Some(pooled) => pooled.map(|sum| self.pool = Some(sum)),
+            None => Ok(()),
+        });
         let result = result.and_then(|()| {
             self.report_scores(events);
+            self.report_embedding(events);
             match sampled {
                 Some(sampled) => sampled.map(|sampled| self.take_sample(sampled, events)),
                 None => Ok(()),
@@ -183,6 +201,19 @@ impl Sequence {
         }
     }
 
+    fn report_embedding(&mut self, events: &mut Vec<Event>) {
+        if self.computed < self.prompt_len {
+            return;
+        }
+        if let Some(sum) = self.pool.take() {
+            let count = self.prompt_len as f64;
+            events.push(Event::Embedding {
+                key: self.shared.key,
+                values: sum.iter().map(|sum| (sum / count) as f32).collect(),
+            });
+        }
+    }
+
     fn take_sample(&mut self, Sampled { id, logprob }: Sampled, events: &mut Vec<Event>) {
         if self.shared.stop_ids.contains(&id) {
             self.ended = Some(EndReason::StopToken { id, logprob });
@@ -205,6 +236,9 @@ impl Sequence {
         self.preemptions += 1;
         if let Some(scores) = &mut self.scores {
             scores.truncate(1);
+        }
+        if let Some(sum) = &mut self.pool {
+            sum.clear();
         }
     }
 

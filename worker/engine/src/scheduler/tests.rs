@@ -1,7 +1,7 @@
 //! Tests of the scheduler against the fake runner: random walks in tiny spaces with all invariants checked at each
 //! step, and the rules one by one.
 
-use super::fake::{Expected, Fake, Rng, expected, expected_scores};
+use super::fake::{Expected, Fake, Rng, expected, expected_embedding, expected_scores};
 use super::*;
 use crate::plan::{BLOCK_TOKENS, first_visible_block};
 use crate::request::{Sampling, SequenceError};
@@ -29,6 +29,7 @@ fn request(key: RequestKey, prompt: Vec<u32>, tokens_max: u32) -> Request {
         tokens_max,
         stop_ids: Vec::new(),
         prompt_logprobs: None,
+        embedding: false,
         deadline: None,
     }
 }
@@ -54,6 +55,7 @@ struct Harness {
     owed: BTreeMap<(RequestKey, u32), Owed>,
     scores_owed:
         BTreeMap<RequestKey, Result<Vec<Option<crate::request::TokenLogprob>>, SequenceError>>,
+    embeddings_owed: BTreeMap<RequestKey, Vec<f32>>,
     ended: BTreeMap<(RequestKey, u32), (EndReason, u32)>,
     steps: u64,
 }
@@ -77,6 +79,7 @@ impl Harness {
             now: Instant::now(),
             owed: BTreeMap::new(),
             scores_owed: BTreeMap::new(),
+            embeddings_owed: BTreeMap::new(),
             ended: BTreeMap::new(),
             steps: 0,
         }
@@ -100,6 +103,10 @@ impl Harness {
         if request.prompt_logprobs.is_some() {
             self.scores_owed
                 .insert(request.key, expected_scores(&request, &geometry));
+        }
+        if request.embedding {
+            self.embeddings_owed
+                .insert(request.key, expected_embedding(&request.prompt));
         }
         let mut events = Vec::new();
         self.scheduler.submit(request, &mut events);
@@ -142,8 +149,10 @@ impl Harness {
         if !runs {
             return false;
         }
-        let (samples, scores) = self.scheduler.rows();
-        let output = self.fake.run(self.scheduler.plan(), &samples, &scores);
+        let (samples, scores, pools) = self.scheduler.rows();
+        let output = self
+            .fake
+            .run(self.scheduler.plan(), &samples, &scores, &pools);
         for (span, planned) in self
             .scheduler
             .plan
@@ -190,6 +199,13 @@ impl Harness {
                         self.scores_owed.remove(&key),
                         Some(Ok(tokens)),
                         "the prompt's scores, once"
+                    );
+                }
+                Event::Embedding { key, values } => {
+                    assert_eq!(
+                        self.embeddings_owed.remove(&key),
+                        Some(values),
+                        "the prompt's embedding, once"
                     );
                 }
                 Event::Token {
@@ -240,10 +256,13 @@ impl Harness {
                             self.scores_owed.remove(&key);
                             assert_eq!(owed.given, 0);
                         }
-                        reason => assert_eq!(
-                            (owed.given, reason),
-                            (owed.expected.tokens.len(), &owed.expected.reason)
-                        ),
+                        reason => {
+                            assert_eq!(
+                                (owed.given, reason),
+                                (owed.expected.tokens.len(), &owed.expected.reason)
+                            );
+                            assert!(!self.embeddings_owed.contains_key(&key));
+                        }
                     }
                     self.ended.insert((key, candidate), (reason, cached_tokens));
                 }
@@ -349,6 +368,12 @@ fn random_request(rng: &mut Rng, key: RequestKey, harness: &Harness) -> Request 
             .map(|_| rng.of(0..u64::from(vocab)) as u32)
             .collect()
     };
+    if rng.one_in(7) {
+        return Request {
+            embedding: true,
+            ..request(key, prompt, 0)
+        };
+    }
     let count = if rng.one_in(3) { rng.of(2..5) } else { 1 };
     Request {
         candidates: (0..count)
@@ -370,6 +395,7 @@ fn random_request(rng: &mut Rng, key: RequestKey, harness: &Harness) -> Request 
             Vec::new()
         },
         prompt_logprobs: rng.pick(&[None, None, None, None, None, Some(0), Some(2)]),
+        embedding: false,
         deadline: rng
             .one_in(6)
             .then(|| harness.now + Duration::from_millis(rng.of(0..40))),
@@ -503,8 +529,8 @@ fn the_fake_notices_a_block_of_another_sequence() {
     assert!(harness.scheduler.schedule(harness.now, &mut Vec::new()));
     let mut plan = harness.scheduler.plan().clone();
     plan.spans[0].blocks[1] = plan.spans[1].blocks[1];
-    let (samples, scores) = harness.scheduler.rows();
-    harness.fake.run(&plan, &samples, &scores);
+    let (samples, scores, pools) = harness.scheduler.rows();
+    harness.fake.run(&plan, &samples, &scores, &pools);
 }
 
 #[test]
@@ -705,6 +731,24 @@ fn scored_prompts_skip_the_cache_and_others_use_it() {
 }
 
 #[test]
+fn an_embedding_skips_the_cache_and_leaves_its_blocks_there() {
+    let mut harness = Harness::new(geometry(32), 7);
+    let prompt = calm_prompt(&mut Rng(12), 50, 2, &geometry(32));
+    harness.submit(request(1, prompt.clone(), 2));
+    harness.run_until_idle();
+    harness.submit(Request {
+        embedding: true,
+        ..request(2, prompt.clone(), 0)
+    });
+    harness.run_until_idle();
+    harness.submit(request(3, prompt, 2));
+    harness.run_until_idle();
+    let ends: Vec<(EndReason, u32)> = harness.ended.into_values().collect();
+    let end = |cached| (EndReason::Length, cached);
+    assert_eq!(ends, [end(0), end(0), end(48)]);
+}
+
+#[test]
 fn expired_work_ends_before_it_is_prefilled() {
     let mut harness = Harness::new(geometry(32), 64);
     let deadline = Some(harness.now + Duration::from_millis(5));
@@ -788,7 +832,9 @@ fn an_output_that_does_not_answer_the_plan_is_a_broken_step() {
     let result = harness
         .scheduler
         .complete(StepOutput::default(), &mut Vec::new());
-    assert!(matches!(result, Err(StepError::Broken(text)) if text.contains("0 samples")));
+    assert!(
+        matches!(result, Err(StepError::Broken(text)) if text.contains("(0, 0, 0) where (1, 0, 0)"))
+    );
 }
 
 #[test]

@@ -9,6 +9,7 @@ use engine::collective::{AbortHandle, Collective, CollectiveError};
 use engine::model_runner::{ModelRunner, RunnerOptions};
 use engine::models::checkpoint::Checkpoint;
 use engine::plan::{BLOCK_TOKENS, Logits, NULL_BLOCK, Span, StepPlan, first_visible_block};
+use engine::runner::{PoolRows, Runner};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Barrier, Mutex};
 
@@ -167,6 +168,76 @@ where
         let mut logits = ranks.into_iter().map(|rank| rank.join().expect("no panic"));
         logits.next().expect("rank 0")
     })
+}
+
+/// The embeddings of some prompts, computed in chunks on a group of ranks.
+pub fn embed<B: Backend>(
+    dir: &Path,
+    setup: Setup,
+    backend: impl Fn() -> B + Sync,
+    prompts: &[Vec<u32>],
+) -> Vec<Vec<f64>>
+where
+    B::Buf: AsRef<[f32]> + AsMut<[f32]>,
+{
+    let checkpoint = Checkpoint::open(dir).expect("a good checkpoint");
+    let sequences: Vec<Sequence> = prompts
+        .iter()
+        .map(|tokens| Sequence {
+            tokens: tokens.clone(),
+            prefill: tokens.len(),
+        })
+        .collect();
+    let window = checkpoint.spec.window.map(|window| window as u32);
+    let (mut plans, blocks) = plans(&sequences, setup.cut, window);
+    for span in plans.iter_mut().flat_map(|(plan, _)| &mut plan.spans) {
+        span.logits = Logits::Hidden;
+    }
+    let options = RunnerOptions {
+        weight_dtype: setup.weights,
+        kv_dtype: setup.kv,
+        blocks,
+        step_tokens_max: setup.cut.step_tokens as u32,
+        spans_max: sequences.len() as u32,
+        generation: 1,
+    };
+    let rank = |collective: Threads| {
+        let leads = collective.rank == 0;
+        let mut runner =
+            ModelRunner::load(&checkpoint, &options, backend(), collective, &mut |_| {})
+                .expect("loads");
+        let mut sums = vec![Vec::new(); sequences.len()];
+        for (plan, places) in &plans {
+            let pools: Vec<PoolRows<'_>> = places
+                .iter()
+                .enumerate()
+                .filter(|_| leads)
+                .map(|(span, &place)| PoolRows {
+                    span,
+                    sum: &sums[place],
+                })
+                .collect();
+            let ticket = runner.submit(plan, &[], &[], &pools).expect("runs");
+            let output = runner.collect(ticket).expect("there");
+            for (sum, &place) in output.pools.into_iter().zip(places) {
+                sums[place] = sum.expect("finite");
+            }
+        }
+        sums
+    };
+    let sums = std::thread::scope(|scope| {
+        let group = Threads::group(setup.ranks);
+        let ranks: Vec<_> = group
+            .into_iter()
+            .map(|collective| scope.spawn(|| rank(collective)))
+            .collect();
+        let mut sums = ranks.into_iter().map(|rank| rank.join().expect("no panic"));
+        sums.next().expect("rank 0")
+    });
+    let mean = |(sum, tokens): (&Vec<f64>, &Vec<u32>)| {
+        sum.iter().map(|sum| sum / tokens.len() as f64).collect()
+    };
+    sums.iter().zip(prompts).map(mean).collect()
 }
 
 /// A shard group of threads of one process.
