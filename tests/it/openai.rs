@@ -3,6 +3,7 @@
 use cluster_tests::cluster::Cluster;
 use cluster_tests::golden::{self, FAMILIES, TOKENS_MAX};
 use cluster_tests::settings::Settings;
+use cluster_tests::until::{PATIENCE, until};
 use serde_json::{Value, json};
 
 async fn llama() -> Cluster {
@@ -267,4 +268,110 @@ async fn the_models_list_names_endpoints() {
         (&list["data"][0]["id"], &list["data"][0]["object"]),
         (&json!("llama"), &json!("model"))
     );
+}
+
+#[tokio::test]
+async fn a_scored_prompt_has_the_same_log_probabilities_from_a_cold_and_a_warm_cache() {
+    let cluster = llama().await;
+    let golden = golden::named("tiny-llama", "long_prompt");
+    let score = json!({"prompt": golden.input_ids, "max_tokens": 0, "echo": true, "logprobs": 1, "temperature": 0});
+    let cold = cluster.client.invoke("llama", &score).await.ok();
+    let go_on = json!({"prompt": golden.input_ids, "max_tokens": 2, "temperature": 0});
+    for _ in 0..2 {
+        cluster.client.invoke("llama", &go_on).await.ok();
+    }
+    // Workers report their counters once a second.
+    until(
+        "the prompt to be found in the cache",
+        PATIENCE,
+        async || {
+            let metrics = cluster.client.metrics().await;
+            match metrics.sum("tandem_prefix_cache_hits_total", "") {
+                Some(hits) if hits > 0.0 => Ok(()),
+                hits => Err(format!("{hits:?} hits")),
+            }
+        },
+    )
+    .await;
+    let warm = cluster.client.invoke("llama", &score).await.ok();
+    assert_eq!(cold["choices"], warm["choices"]);
+    let logprobs = &warm["choices"][0]["logprobs"];
+    let scores = logprobs["token_logprobs"].as_array().unwrap();
+    assert_eq!(
+        scores.len(),
+        golden.input_ids.len(),
+        "one per token of the prompt"
+    );
+    assert!(scores[0].is_null() && logprobs["top_logprobs"][0].is_null());
+    assert!(
+        scores[1..]
+            .iter()
+            .all(|score| score.as_f64().unwrap() <= 0.0)
+    );
+    assert_eq!(text(&warm["choices"][0]), golden.prompt);
+    assert_eq!(warm["usage"]["completion_tokens"], 0);
+    assert_eq!(warm["choices"][0]["finish_reason"], "length");
+}
+
+#[tokio::test]
+async fn the_best_of_several_samples_is_the_most_probable_one_per_token() {
+    let cluster = llama().await;
+    let golden = golden::named("tiny-llama", "hello_lm");
+    let base = json!({"prompt": golden.prompt, "max_tokens": 12, "temperature": 1.2, "seed": 5, "logprobs": 0});
+    let with = |more: Value| {
+        let mut body = base.clone();
+        body.as_object_mut()
+            .unwrap()
+            .extend(more.as_object().unwrap().clone());
+        body
+    };
+    let all = cluster
+        .client
+        .invoke("llama", &with(json!({"n": 6})))
+        .await
+        .ok();
+    let mean = |choice: &Value| {
+        let logprobs = choice["logprobs"]["token_logprobs"].as_array().unwrap();
+        logprobs.iter().map(|l| l.as_f64().unwrap()).sum::<f64>() / logprobs.len() as f64
+    };
+    let mut ranked = all["choices"].as_array().unwrap().clone();
+    ranked.sort_by(|a, b| mean(b).total_cmp(&mean(a)));
+    let best = cluster
+        .client
+        .invoke("llama", &with(json!({"n": 2, "best_of": 6})))
+        .await
+        .ok();
+    let texts: Vec<&str> = best["choices"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(text)
+        .collect();
+    assert_eq!(texts, [text(&ranked[0]), text(&ranked[1])]);
+    assert_ne!(text(&ranked[0]), text(&ranked[5]), "there was a choice");
+    assert_eq!(best["usage"], all["usage"], "all that was made counts");
+}
+
+#[tokio::test]
+async fn an_overlong_prompt_is_refused_or_keeps_its_end() {
+    let cluster = llama().await;
+    let golden = golden::named("tiny-llama", "spark");
+    let prompt = format!("{}{}", "word ".repeat(3000), golden.prompt);
+    let body = json!({"prompt": prompt, "max_tokens": TOKENS_MAX, "temperature": 0});
+    let refused = cluster.client.invoke("llama", &body).await;
+    refused.refused(400, "BAD_REQUEST", &["tokens", "1024"]);
+    let mut cut = body;
+    cut["error_behavior"] = json!("truncate");
+    cut["echo"] = json!(true);
+    let answer = cluster.client.invoke("llama", &cut).await.ok();
+    assert_eq!(answer["usage"]["prompt_tokens"], 1024 - TOKENS_MAX);
+    let shown = text(&answer["choices"][0]);
+    assert!(
+        shown.starts_with("word word") && shown.contains(&golden.prompt),
+        "{shown}"
+    );
+    assert!(answer["usage"]["completion_tokens"].as_u64().unwrap() > 0);
+    let ids = json!({"prompt": vec![5; 5000], "max_tokens": 4, "error_behavior": "truncate"});
+    let answer = cluster.client.invoke("llama", &ids).await.ok();
+    assert_eq!(answer["usage"]["prompt_tokens"], 1020);
 }

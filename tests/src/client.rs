@@ -184,6 +184,27 @@ impl Client {
             .unwrap_or_else(|e| panic!("{path}: {e:?}"))
     }
 
+    /// Sends any bytes with any headers.
+    pub async fn send_bytes(
+        &self,
+        method: Method,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: Vec<u8>,
+    ) -> Reply {
+        let mut request = self.request(method, path).body(body);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let response = request
+            .send()
+            .await
+            .unwrap_or_else(|e| panic!("{path}: {e:?}"));
+        reply(response)
+            .await
+            .unwrap_or_else(|e| panic!("{path}: {e:?}"))
+    }
+
     /// Creates an endpoint with one served entity of a `ml.demo` model, as the oldest clients write it.
     pub async fn create(
         &self,

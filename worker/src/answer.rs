@@ -66,6 +66,7 @@ impl Answers {
         let mut step = Step::default();
         for event in events {
             let (Event::PromptLogprobs { key, .. }
+            | Event::Embedding { key, .. }
             | Event::Token { key, .. }
             | Event::Ended { key, .. }) = event;
             let Some(answer) = self.by_key.get_mut(&key) else {
@@ -219,6 +220,10 @@ impl Answer {
     fn take(&mut self, event: Event, outputs: &mut Vec<Output>) {
         match event {
             Event::PromptLogprobs { tokens, .. } => self.take_prompt(tokens, outputs),
+            Event::Embedding { values, .. } => outputs.push(Output::Embedding {
+                request: self.request,
+                values,
+            }),
             Event::Token {
                 candidate,
                 id,

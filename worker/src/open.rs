@@ -41,6 +41,9 @@ const BACKLOG: Backlog = Backlog {
     sequences: 4096,
 };
 
+/// The task of models that give embeddings, and nothing else.
+const EMBEDDINGS_TASK: &str = "llm/v1/embeddings";
+
 /// Told what is being done, and how many bytes of how many are.
 pub type Progress = Box<dyn Fn(&str, u64, u64) + Send>;
 /// Progress within a stage is told so often.
@@ -190,6 +193,7 @@ pub fn open(opening: Opening) -> Result<Opened, Failure> {
             .context_max
             .min(checkpoint.spec.context_max as u32),
         vocab: checkpoint.spec.vocab as u32,
+        embeds: folder.task.as_deref() == Some(EMBEDDINGS_TASK),
     };
     let on_end: OnEnd = Box::new(move |end| {
         drop(lease);

@@ -22,6 +22,8 @@ pub struct Limits {
     pub context_max: u32,
     /// Rows of the vocabulary.
     pub vocab: u32,
+    /// The model's task is embeddings: it gives those, and no text.
+    pub embeds: bool,
 }
 
 /// A request ready for the engine.
@@ -72,8 +74,13 @@ fn translate(
         deadline_ms,
         ..
     } = start;
-    let prompt = text
-        .prompt_ids(&generate.prompt, limits.context_max)
+    check_task(&generate, limits)?;
+    let mut prompt = text
+        .prompt_ids(
+            &generate.prompt,
+            limits.context_max,
+            generate.truncate_prompt,
+        )
         .map_err(|e| {
             let kind = match &e {
                 PromptError::Chat(ChatError::Sandbox(_)) => FailureKind::Internal,
@@ -81,6 +88,11 @@ fn translate(
             };
             Failure::new(kind, e.to_string())
         })?;
+    if generate.truncate_prompt {
+        let keep = kept_tokens(&generate, limits.context_max);
+        let begins = |id| text.tokenizer.vocabulary().is_special(id);
+        truncate(&mut prompt, keep, begins);
+    }
     let tokens_max = check(&prompt, &generate, &resume, limits)?;
     let (prompt_text, stream) = text.tokenizer.vocabulary().prompt_text(&prompt);
     // An earlier attempt that delivered something has delivered the prompt's part before.
@@ -120,6 +132,7 @@ fn translate(
         tokens_max,
         stop_ids,
         prompt_logprobs,
+        embedding: generate.embedding,
         deadline: deadline_ms.map(|ms| arrival + Duration::from_millis(ms)),
     });
     Ok(Prepared {
@@ -130,6 +143,40 @@ fn translate(
     })
 }
 
+/// A model gives what it was logged for: text or embeddings.
+fn check_task(generate: &Generate, limits: Limits) -> Result<(), Failure> {
+    match (generate.embedding, limits.embeds) {
+        (true, false) => Err(bad(
+            "this model gives text, not embeddings: for embeddings log it with the task llm/v1/embeddings \
+             (metadata={\"task\": \"llm/v1/embeddings\"}), or write task = \"llm/v1/embeddings\" to it in [[models]]",
+        )),
+        (false, true) => Err(bad(
+            "this model's task is llm/v1/embeddings: give it 'input' to embed; to let it write text log it with the \
+             task llm/v1/completions (metadata={\"task\": \"llm/v1/completions\"})",
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Tokens of a prompt that is cut to fit: what the answer asked for leaves of the context, at least half of it.
+fn kept_tokens(generate: &Generate, context_max: u32) -> usize {
+    let answer = match generate.stop.tokens_max {
+        Some(0) => 0,
+        Some(asked) => asked.min(context_max / 2),
+        None => 1,
+    };
+    context_max.saturating_sub(answer) as usize
+}
+
+/// Drops the beginning of a prompt that leaves no room for an answer; a special token in front stays there.
+fn truncate(prompt: &mut Vec<u32>, keep: usize, is_special: impl Fn(u32) -> bool) {
+    if prompt.len() <= keep || keep == 0 {
+        return;
+    }
+    let first = usize::from(is_special(prompt[0]) && keep > 1);
+    prompt.drain(first..first + prompt.len() - keep);
+}
+
 /// Checks what only the replica can know; gives the most output tokens of a candidate.
 fn check(
     prompt: &[u32],
@@ -137,12 +184,14 @@ fn check(
     resume: &[Resume],
     limits: Limits,
 ) -> Result<u32, Failure> {
-    let Limits { context_max, vocab } = limits;
+    let Limits {
+        context_max, vocab, ..
+    } = limits;
     if prompt.is_empty() {
         return Err(bad("the prompt is empty; give at least one token"));
     }
     let room = (context_max as usize).checked_sub(prompt.len());
-    let scores_only = generate.stop.tokens_max == Some(0);
+    let scores_only = generate.embedding || generate.stop.tokens_max == Some(0);
     let Some(room) = room.filter(|&room| room > 0 || scores_only) else {
         return Err(bad(format!(
             "the prompt has {} tokens and this model's context is {context_max}, prompt and answer together; shorten \
@@ -179,6 +228,12 @@ fn check(
             "{} candidates are asked for; ask for 1 to {most}",
             generate.candidates
         )));
+    }
+    if generate.embedding {
+        if generate.candidates != 1 {
+            return Err(bad("an embedding has one candidate"));
+        }
+        return Ok(0);
     }
     let room = room as u32;
     Ok(generate
@@ -228,6 +283,7 @@ mod tests {
     const LIMITS: Limits = Limits {
         context_max: 32,
         vocab: 2048,
+        embeds: false,
     };
 
     fn start(generate: Generate) -> Start {
@@ -309,6 +365,71 @@ mod tests {
             ..Generate::new(Prompt::Text("hi".into()))
         };
         assert!(refused(none).contains("0 candidates"));
+    }
+
+    #[test]
+    fn an_overlong_prompt_can_be_cut_to_its_end() {
+        let ids: Vec<u32> = std::iter::once(1).chain(100..160).collect();
+        let cut = |tokens_max, ids: &[u32]| {
+            let mut generate = Generate::new(Prompt::Tokens(ids.to_vec()));
+            generate.truncate_prompt = true;
+            generate.stop.tokens_max = tokens_max;
+            let request = prepared(start(generate)).unwrap().request.unwrap();
+            (request.prompt, request.tokens_max)
+        };
+        let (prompt, tokens_max) = cut(None, &ids);
+        assert_eq!((prompt.len(), tokens_max), (31, 1));
+        assert_eq!(
+            (prompt[0], prompt[1], prompt[30]),
+            (1, 130, 159),
+            "<s> stays in front"
+        );
+        let (prompt, tokens_max) = cut(Some(10), &ids[1..]);
+        assert_eq!((prompt.len(), tokens_max), (22, 10));
+        assert_eq!((prompt[0], prompt[21]), (138, 159));
+        let (prompt, tokens_max) = cut(Some(1000), &ids);
+        assert_eq!(
+            (prompt.len(), tokens_max),
+            (16, 16),
+            "half of the context is the prompt's"
+        );
+        let (prompt, _) = cut(Some(0), &ids);
+        assert_eq!(prompt.len(), 32);
+        assert_eq!(
+            cut(None, &ids[..31]),
+            (ids[..31].to_vec(), 1),
+            "what fits is whole"
+        );
+
+        let mut long = Generate::new(Prompt::Text("word ".repeat(100_000)));
+        long.truncate_prompt = true;
+        let request = prepared(start(long)).unwrap().request.unwrap();
+        assert_eq!((request.prompt.len(), request.prompt[0]), (31, 1));
+    }
+
+    #[test]
+    fn a_model_gives_what_its_task_says() {
+        let embed = || Generate {
+            embedding: true,
+            ..Generate::new(Prompt::Tokens(vec![5; 32]))
+        };
+        assert!(refused(embed()).contains("log it with the task llm/v1/embeddings"));
+        let embeds = Limits {
+            embeds: true,
+            ..LIMITS
+        };
+        let text = text_model("tiny-llama");
+        let prepared = prepare(start(embed()), &text, embeds, 9, Instant::now()).unwrap();
+        let request = prepared.request.unwrap();
+        assert!(request.embedding && request.tokens_max == 0);
+        let writes = start(Generate::new(Prompt::Text("hi".into())));
+        let failure = prepare(writes, &text, embeds, 9, Instant::now())
+            .err()
+            .unwrap();
+        assert!(
+            failure.message.contains("task is llm/v1/embeddings"),
+            "{failure}"
+        );
     }
 
     #[test]

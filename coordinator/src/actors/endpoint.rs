@@ -317,8 +317,12 @@ fn check(generate: &Generate, context: u32) -> Result<(), ApiError> {
     let Prompt::Tokens(ids) = &generate.prompt else {
         return Ok(());
     };
-    // One place is for the first output token, unless only the prompt is scored.
-    let room = u64::from(context) - u64::from(generate.stop.tokens_max != Some(0));
+    if generate.truncate_prompt {
+        return Ok(());
+    }
+    // One place is for the first output token, unless the prompt is only scored or embedded.
+    let answers = generate.stop.tokens_max != Some(0) && !generate.embedding;
+    let room = u64::from(context) - u64::from(answers);
     if ids.len() as u64 > room {
         let message = format!(
             "the prompt has {} tokens; the model's context is {context} tokens, prompt and output",

@@ -242,7 +242,9 @@ pub(super) fn render(response: ServiceResponse<BoxBody>) -> ServiceResponse<BoxB
     if status.is_server_error() {
         tracing::warn!(path = request.path(), code = fault.code, message = %fault.message, "request failed");
     }
-    let openai_fields = request.path().starts_with("/serving-endpoints");
+    let openai_fields = ["/serving-endpoints", "/ai-gateway"]
+        .iter()
+        .any(|prefix| request.path().starts_with(prefix));
     let mut rendered = fault.response(openai_fields);
     for (name, value) in response.headers() {
         if name == HeaderName::from_static("allow") {

@@ -14,25 +14,34 @@ use uuid::Uuid;
 
 use super::account::Account;
 use super::auth::Caller;
+use super::embeddings::{self, EmbeddingRequest, Embeddings};
 use super::error::Fault;
 use super::json::{FieldError, JsonBody, Object};
 use super::openai::{self, OpenAiRequest, Style};
-use super::parts::{DEADLINE_GRACE, Deadline, Parts, collect};
+use super::parts::{DEADLINE_GRACE, Deadline, Parts, best, collect};
 use super::permissions::allowed;
 use super::replies::{Meta, OpenAiReply, Predictions};
 use super::sse::SseStream;
-use super::view::Models;
+use super::view::{Model, Models};
 use super::{HttpState, RequestId, inputs};
 use crate::api::{Call, CallFormat, Level};
 
 /// The keys by which a body says what it is.
-const INPUT_KEYS: [&str; 6] = [
+const INPUT_KEYS: [&str; 7] = [
     "dataframe_split",
     "dataframe_records",
     "instances",
     "inputs",
     "messages",
     "prompt",
+    "input",
+];
+/// Where OpenAI's clients find their paths, by what they take for their base.
+const OPENAI_PREFIXES: [&str; 4] = [
+    "/serving-endpoints",
+    "/serving-endpoints/v1",
+    "/ai-gateway/mlflow/v1",
+    "/ai-gateway/openai/v1",
 ];
 /// A client's way to wait less than the server would: milliseconds for the whole call.
 const TIMEOUT_HEADER: &str = "x-request-timeout-ms";
@@ -40,11 +49,13 @@ const TIMEOUT_HEADER: &str = "x-request-timeout-ms";
 const ENTITY_HEADER: &str = "served-model-name";
 
 pub(super) fn routes(config: &mut ServiceConfig) {
-    for prefix in ["/serving-endpoints", "/serving-endpoints/v1"] {
+    for prefix in OPENAI_PREFIXES {
         config
             .service(resource(format!("{prefix}/completions")).post(completions))
             .service(resource(format!("{prefix}/chat/completions")).post(chat))
-            .service(resource(format!("{prefix}/models")).get(models));
+            .service(resource(format!("{prefix}/embeddings")).post(embeddings))
+            .service(resource(format!("{prefix}/models")).get(models))
+            .service(resource(format!("{prefix}/models/{{name}}")).get(model));
     }
     config.service(resource("/serving-endpoints/{name}/invocations").post(invoke));
 }
@@ -114,8 +125,9 @@ impl Context {
 }
 
 async fn invoke(name: Path<String>, door: Door) -> Result<HttpResponse, Fault> {
-    let key = input_key(&door.4.0);
+    let key = inputs::only_key(&door.4.0, &INPUT_KEYS);
     let format = match key {
+        Ok("input") => CallFormat::Embeddings,
         Ok("prompt") => CallFormat::Completions,
         Ok("messages") => CallFormat::Chat,
         _ => CallFormat::Predictions,
@@ -123,6 +135,7 @@ async fn invoke(name: Path<String>, door: Door) -> Result<HttpResponse, Fault> {
     let (context, body) = Context::open(door, name.into_inner(), format)?;
     match key {
         Err(error) => Err(context.refuse(Fault::bad_request(error))),
+        Ok("input") => embed(context, embeddings::request(&body)).await,
         Ok("prompt") => answer(context, openai::completion(&body, &mut rand::random)).await,
         Ok("messages") => answer(context, openai::chat(&body, &mut rand::random)).await,
         Ok(key) => predict(context, inputs::predictions(&body, key, &mut rand::random)).await,
@@ -141,22 +154,28 @@ async fn chat(door: Door) -> Result<HttpResponse, Fault> {
     answer(context, openai::chat(&body, &mut rand::random)).await
 }
 
+async fn embeddings(door: Door) -> Result<HttpResponse, Fault> {
+    let endpoint = openai::model(&door.4.0).map_err(Fault::bad_request)?;
+    let (context, body) = Context::open(door, endpoint, CallFormat::Embeddings)?;
+    embed(context, embeddings::request(&body)).await
+}
+
+/// One of those.
+async fn model(
+    state: Data<HttpState>,
+    caller: Caller,
+    name: Path<String>,
+) -> Result<HttpResponse, Fault> {
+    allowed(&state, &caller, &name, Level::Query)?;
+    let view = state.gateway.get(name.into_inner()).await?;
+    Ok(HttpResponse::Ok().json(Model::of(&view)))
+}
+
 /// Those that the caller may ask.
 async fn models(state: Data<HttpState>, caller: Caller) -> Result<HttpResponse, Fault> {
     let mut views = state.gateway.list().await?;
     views.retain(|view| view.level(&caller) >= Some(Level::Query));
     Ok(HttpResponse::Ok().json(Models::of(&views)))
-}
-
-/// Which of the formats a body has.
-fn input_key(body: &Object) -> Result<&'static str, FieldError> {
-    if body.get("input").is_some_and(|value| !value.is_null()) {
-        return Err(FieldError::at(
-            "input",
-            "asks for embeddings, which this server does not support",
-        ));
-    }
-    inputs::only_key(body, &INPUT_KEYS)
 }
 
 /// The server's limit, or less when the client wants to wait less.
@@ -202,6 +221,8 @@ async fn answer(
     let OpenAiRequest {
         style,
         prompts,
+        n,
+        logprobs,
         stream,
         include_usage,
         suffix,
@@ -213,7 +234,9 @@ async fn answer(
     if stream {
         context.account.streams();
     }
-    let logprobs = prompts.iter().any(|prompt| prompt.logprobs.is_some());
+    let made = prompts
+        .first()
+        .map_or(n, |prompt| prompt.candidates as usize);
     let meta = meta(style, context.endpoint.clone(), logprobs);
     let (mut response, mut parts) = start(context, prompts, partial_on_deadline).await?;
     if stream {
@@ -225,12 +248,38 @@ async fn answer(
             .insert_header(("x-accel-buffering", "no"))
             .streaming(events));
     }
-    let mut choices = collect(&mut parts).await?;
+    let mut choices = best(collect(&mut parts).await?, made, n);
     for choice in &mut choices {
         choice.text.push_str(&suffix);
     }
     let reply = OpenAiReply::whole(&meta, &choices, parts.usage());
     Ok(whole(response, parts, &reply))
+}
+
+/// Answers with embeddings.
+async fn embed(
+    context: Context,
+    request: Result<EmbeddingRequest, FieldError>,
+) -> Result<HttpResponse, Fault> {
+    let EmbeddingRequest {
+        prompts,
+        base64,
+        dimensions,
+    } = match request {
+        Ok(request) => request,
+        Err(error) => return Err(context.refuse(Fault::bad_request(error))),
+    };
+    let model = context.endpoint.clone();
+    let (response, mut parts) = start(context, prompts, false).await?;
+    let choices = collect(&mut parts).await?;
+    let reply = Embeddings::of(&model, &choices, base64, parts.usage());
+    match reply.check(dimensions) {
+        Ok(()) => Ok(whole(response, parts, &reply)),
+        Err(fault) => {
+            parts.account.failed(&fault);
+            Err(fault)
+        }
+    }
 }
 
 /// A whole answer. Its account is closed before the client sees it.

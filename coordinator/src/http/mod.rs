@@ -6,6 +6,7 @@
 mod account;
 mod amendments;
 mod auth;
+mod embeddings;
 mod endpoints;
 mod error;
 mod inputs;

@@ -26,6 +26,10 @@ pub(super) struct OpenAiRequest {
     pub style: Style,
     /// One generation each; all have the same number of candidates.
     pub prompts: Vec<Generate>,
+    /// How many of a prompt's candidates are answers, the best ones.
+    pub n: usize,
+    /// Show log-probabilities.
+    pub logprobs: bool,
     /// Answer as a stream of events.
     pub stream: bool,
     /// Say the usage at the stream's end.
@@ -44,15 +48,10 @@ pub(super) fn completion(
     let extra = extra_params(body)?;
     let fields = Fields::of("", body).or("extra_params", &extra);
     refuse_unsupported(&fields)?;
-    let options = Options::read(&fields, &COMPLETIONS)?;
-    if let Some(best_of) = fields.get("best_of")
-        && best_of.whole(1..=i128::from(u32::MAX))? != i128::from(options.candidates)
-    {
-        return Err(best_of.refuse(format!(
-            "is not supported unless it equals n, which is {}",
-            options.candidates
-        )));
-    }
+    let mut options = Options::read(&fields, &COMPLETIONS)?;
+    let n = options.candidates;
+    let (stream, include_usage) = stream(&fields)?;
+    options.candidates = best_of(&fields, n, stream)?;
     // No template stands around a completion's prompt, so a raw prompt is what it always is.
     fields.flag("use_raw_prompt")?;
     let echo = fields.flag("echo")?;
@@ -67,21 +66,26 @@ pub(super) fn completion(
         texts.len() * options.candidates as usize,
         &field.path,
     )?;
+    let truncates = truncates(&fields)?;
+    // The best ones are known by their log-probabilities.
+    let needed = (options.candidates > n).then_some(0);
     let generate = |prompt| Generate {
         echo,
-        logprobs,
+        logprobs: logprobs.or(needed),
         prompt_logprobs: logprobs.filter(|_| echo),
+        truncate_prompt: truncates,
         ..options.generate(prompt, draw_seed)
     };
     let prompts = texts.into_iter().map(generate).collect();
-    let (stream, include_usage) = stream(&fields)?;
     Ok(OpenAiRequest {
         style: Style::Completion,
         prompts,
+        n: n as usize,
+        logprobs: logprobs.is_some(),
         stream,
         include_usage,
         suffix: suffix(&fields)?,
-        partial_on_deadline: partial_on_deadline(&fields)?,
+        partial_on_deadline: truncates,
     })
 }
 
@@ -96,18 +100,22 @@ pub(super) fn chat(
     let options = Options::read(&fields, &CHAT)?;
     let logprobs = chat_logprobs(&fields)?;
     let messages = messages(&fields.need("messages")?)?;
+    let truncates = truncates(&fields)?;
     let generate = Generate {
         logprobs,
+        truncate_prompt: truncates,
         ..options.generate(Prompt::Chat(messages.into()), draw_seed)
     };
     let (stream, include_usage) = stream(&fields)?;
     Ok(OpenAiRequest {
         style: Style::Chat,
         prompts: vec![generate],
+        n: options.candidates as usize,
+        logprobs: logprobs.is_some(),
         stream,
         include_usage,
         suffix: String::new(),
-        partial_on_deadline: partial_on_deadline(&fields)?,
+        partial_on_deadline: truncates,
     })
 }
 
@@ -120,7 +128,7 @@ pub(super) fn model(body: &Object) -> Result<String, FieldError> {
 }
 
 /// A string, a list of strings, a list of token ids, or a list of such lists.
-fn prompts(field: &Field<'_>) -> Result<Vec<Prompt>, FieldError> {
+pub(super) fn prompts(field: &Field<'_>) -> Result<Vec<Prompt>, FieldError> {
     let allowed = "a string, a list of strings, a list of token ids or a list of such lists";
     let values = match field.value {
         Value::String(text) => return Ok(vec![Prompt::Text(text.clone())]),
@@ -205,6 +213,22 @@ fn stream(fields: &Fields<'_>) -> Result<(bool, bool), FieldError> {
     Ok((stream, include_usage))
 }
 
+/// How many candidates are made for the `n` best of them. A stream cannot wait for the best.
+fn best_of(fields: &Fields<'_>, n: u32, stream: bool) -> Result<u32, FieldError> {
+    let Some(field) = fields.get("best_of") else {
+        return Ok(n);
+    };
+    let best_of = field.whole(1..=i128::from(Generate::CANDIDATES_MAX))? as u32;
+    if best_of < n {
+        return Err(field.refuse(format!("must be at least n, which is {n}, got {best_of}")));
+    }
+    if stream && best_of > n {
+        let why = format!("must equal n, which is {n}, when the answer is a stream");
+        return Err(field.refuse(why));
+    }
+    Ok(best_of)
+}
+
 fn logprobs_count(field: &Field<'_>) -> Result<u32, FieldError> {
     Ok(field.whole(0..=i128::from(Generate::LOGPROBS_MAX))? as u32)
 }
@@ -236,9 +260,9 @@ fn suffix(fields: &Fields<'_>) -> Result<String, FieldError> {
     Ok(text.to_owned())
 }
 
-/// `error_behavior`: what an answer that cannot be completed becomes. One that fills the context ends with `length`
-/// in any case.
-fn partial_on_deadline(fields: &Fields<'_>) -> Result<bool, FieldError> {
+/// `error_behavior`: whether a prompt that does not fit loses its beginning, and an answer that its deadline cuts is
+/// given as far as it came. An answer that fills the context ends with `length` in any case.
+pub(super) fn truncates(fields: &Fields<'_>) -> Result<bool, FieldError> {
     let Some(field) = fields.get("error_behavior") else {
         return Ok(false);
     };
@@ -250,7 +274,7 @@ fn partial_on_deadline(fields: &Fields<'_>) -> Result<bool, FieldError> {
 }
 
 /// The SDK's `extra_params`: strings that hold the values of other fields.
-fn extra_params(body: &Object) -> Result<Object, FieldError> {
+pub(super) fn extra_params(body: &Object) -> Result<Object, FieldError> {
     let fields = Fields::of("", body);
     let Some(field) = fields.get("extra_params") else {
         return Ok(Object::new());
@@ -268,8 +292,15 @@ fn extra_params(body: &Object) -> Result<Object, FieldError> {
 
 /// `"1"` is the number 1, unless the field is a text itself.
 fn value_of(key: &str, text: &str) -> Value {
-    let is_text =
-        matches!(key, "suffix" | "error_behavior") || (key == "stop" && !text.starts_with('['));
+    const TEXTS: [&str; 6] = [
+        "suffix",
+        "error_behavior",
+        "user",
+        "regex",
+        "grammar",
+        "encoding_format",
+    ];
+    let is_text = TEXTS.contains(&key) || (key == "stop" && !text.starts_with('['));
     let parsed = if is_text {
         None
     } else {

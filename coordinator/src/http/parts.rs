@@ -33,6 +33,8 @@ pub(super) enum Part {
         text: String,
         logprobs: Vec<TokenLogprob>,
     },
+    /// A prompt's embedding.
+    Embedding { choice: usize, values: Vec<f32> },
     /// A choice is complete.
     End {
         choice: usize,
@@ -208,7 +210,10 @@ impl Parts {
                 };
                 self.pending.extend(choices.rev().map(part));
             }
-            Some(GenerationEvent::Embedding(_)) => {}
+            Some(GenerationEvent::Embedding(values)) => {
+                let choice = self.open_choice(choices, 0)?;
+                self.pending.push(Part::Embedding { choice, values });
+            }
             Some(GenerationEvent::Delta(delta)) => {
                 let choice = self.open_choice(choices, delta.candidate)?;
                 if !delta.text.is_empty() || !delta.logprobs.is_empty() {
@@ -348,21 +353,29 @@ pub(super) struct Choice {
     /// Why it is complete, once it is.
     pub finish: Option<Finish>,
     pub output_tokens: u32,
+    /// The sum of the output's log-probabilities, when asked for, and of how many tokens.
+    pub output_logprobs: (f64, u32),
+    /// Of the prompt, when that was asked for.
+    pub embedding: Vec<f32>,
 }
 
 impl Choice {
     /// Takes a part of this choice in.
     fn take(&mut self, part: Part) {
         match part {
-            Part::Prompt { text, tokens, .. }
-            | Part::Delta {
-                text,
-                logprobs: tokens,
-                ..
-            } => {
+            Part::Prompt { text, tokens, .. } => {
                 self.text.push_str(&text);
                 self.tokens.extend(tokens);
             }
+            Part::Delta { text, logprobs, .. } => {
+                self.text.push_str(&text);
+                for logprob in logprobs.iter().filter_map(|token| token.logprob) {
+                    self.output_logprobs.0 += f64::from(logprob);
+                    self.output_logprobs.1 += 1;
+                }
+                self.tokens.extend(logprobs);
+            }
+            Part::Embedding { values, .. } => self.embedding = values,
             Part::End {
                 finish,
                 output_tokens,
@@ -375,10 +388,37 @@ impl Choice {
     }
 }
 
+impl Choice {
+    /// The mean log-probability of its output's tokens; the least there is where it has none.
+    fn merit(&self) -> f64 {
+        match self.output_logprobs {
+            (_, 0) => f64::NEG_INFINITY,
+            (sum, tokens) => sum / f64::from(tokens),
+        }
+    }
+}
+
+/// Of each `made` choices in a row the `kept` best ones by the mean log-probability of their tokens, best first.
+pub(super) fn best(choices: Vec<Choice>, made: usize, kept: usize) -> Vec<Choice> {
+    if made == kept {
+        return choices;
+    }
+    let mut best = Vec::with_capacity(choices.len() / made.max(1) * kept);
+    let mut choices = choices.into_iter().peekable();
+    while choices.peek().is_some() {
+        let mut of_prompt: Vec<Choice> = choices.by_ref().take(made).collect();
+        of_prompt.sort_by(|a, b| b.merit().total_cmp(&a.merit()));
+        best.extend(of_prompt.into_iter().take(kept));
+    }
+    best
+}
+
 /// Puts a part to its choice.
 pub(super) fn gather(choices: &mut [Choice], part: Part) {
-    let (Part::Prompt { choice, .. } | Part::Delta { choice, .. } | Part::End { choice, .. }) =
-        part;
+    let (Part::Prompt { choice, .. }
+    | Part::Delta { choice, .. }
+    | Part::Embedding { choice, .. }
+    | Part::End { choice, .. }) = part;
     choices[choice].take(part);
 }
 

@@ -155,6 +155,8 @@ impl Writer {
                     &OpenAiReply::chunk(meta, *choice, text, tokens, &mut offsets[*choice]),
                 );
             }
+            // Asked for whole only.
+            Part::Embedding { .. } => {}
             Part::End { choice, finish, .. } => {
                 event(bytes, &OpenAiReply::closing(meta, *choice, *finish, suffix));
             }

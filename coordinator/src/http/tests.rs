@@ -176,12 +176,8 @@ async fn unknown_paths_and_methods_are_json_errors() {
     let unknown = call(&gateway, get("/api/2.0/nothing/here")).await;
     unknown.refused(404, "ENDPOINT_NOT_FOUND", "GET /api/2.0/nothing/here");
     assert!(unknown.json().get("type").is_none());
-    let openai = call(&gateway, post("/serving-endpoints/embeddings", &json!({}))).await;
-    openai.refused(
-        404,
-        "ENDPOINT_NOT_FOUND",
-        "POST /serving-endpoints/embeddings",
-    );
+    let openai = call(&gateway, post("/serving-endpoints/rerank", &json!({}))).await;
+    openai.refused(404, "ENDPOINT_NOT_FOUND", "POST /serving-endpoints/rerank");
     assert_eq!(openai.json()["type"], "invalid_request_error");
     let method = authorized(TestRequest::patch().uri("/api/2.0/serving-endpoints"));
     call(&gateway, method)

@@ -79,25 +79,30 @@ pub(super) struct Models<'a> {
 
 impl<'a> Models<'a> {
     pub fn of(views: &'a [EndpointView]) -> Self {
-        let model = |view: &'a EndpointView| Model {
-            id: &view.name,
-            object: "model",
-            created: view.created_ms / 1000,
-            owned_by: &view.creator,
-        };
         Models {
             object: "list",
-            data: views.iter().map(model).collect(),
+            data: views.iter().map(Model::of).collect(),
         }
     }
 }
 
 #[derive(Serialize)]
-struct Model<'a> {
+pub(super) struct Model<'a> {
     id: &'a str,
     object: &'static str,
     created: u64,
     owned_by: &'a str,
+}
+
+impl<'a> Model<'a> {
+    pub fn of(view: &'a EndpointView) -> Self {
+        Model {
+            id: &view.name,
+            object: "model",
+            created: view.created_ms / 1000,
+            owned_by: &view.creator,
+        }
+    }
 }
 
 #[derive(Serialize)]

@@ -97,12 +97,22 @@ impl TextModel {
 
     /// The ids of a prompt. Plain text gets the tokenizer's special tokens; a conversation has those its template
     /// wrote, and no second ones. A text that cannot fit `context_max` tokens is refused before the work of tokenizing
-    /// it; one that is given may still have more.
+    /// it, or with `cut` loses its beginning; one that is given may still have more.
     ///
     /// # Errors
     /// [`PromptError`].
-    pub fn prompt_ids(&self, prompt: &Prompt, context_max: u32) -> Result<Vec<u32>, PromptError> {
+    pub fn prompt_ids(
+        &self,
+        prompt: &Prompt,
+        context_max: u32,
+        cut: bool,
+    ) -> Result<Vec<u32>, PromptError> {
         match prompt {
+            Prompt::Text(text) if cut => {
+                let most = self.bytes_max(context_max);
+                let first = text.ceil_char_boundary(text.len().saturating_sub(most));
+                self.encode(&text[first..], true, context_max)
+            }
             Prompt::Text(text) => self.encode(text, true, context_max),
             Prompt::Tokens(ids) => Ok(ids.clone()),
             Prompt::Chat(chat) => {
@@ -112,11 +122,16 @@ impl TextModel {
         }
     }
 
+    /// Most bytes of a text that is tokenized.
+    fn bytes_max(&self, context_max: u32) -> usize {
+        (context_max as usize)
+            .saturating_mul(self.tokenizer.token_bytes_max())
+            .max(PROMPT_BYTES_MIN)
+    }
+
     fn encode(&self, text: &str, special: bool, context_max: u32) -> Result<Vec<u32>, PromptError> {
         let bytes = text.len();
-        let most = (context_max as usize)
-            .saturating_mul(self.tokenizer.token_bytes_max())
-            .max(PROMPT_BYTES_MIN);
+        let most = self.bytes_max(context_max);
         if bytes > most {
             return Err(PromptError::TooLong {
                 bytes,
@@ -225,7 +240,7 @@ pub(crate) mod tests {
         let text = text_model("tiny-llama");
         let turns = vec![ChatMessage::said("user", "What is a token?")];
         let chat = Prompt::Chat(turns.into());
-        let ids = text.prompt_ids(&chat, 1024).unwrap();
+        let ids = text.prompt_ids(&chat, 1024, false).unwrap();
         assert_eq!(
             ids,
             text.tokenizer
@@ -243,7 +258,7 @@ pub(crate) mod tests {
         // The two limits: the one of the context, and what is tokenized in any case.
         for (context_max, most) in [(100_000, 100_000 * longest), (8, PROMPT_BYTES_MIN)] {
             let refused = text
-                .prompt_ids(&prompt(most + 1), context_max)
+                .prompt_ids(&prompt(most + 1), context_max, false)
                 .unwrap_err()
                 .to_string();
             let named = [most + 1, most, context_max as usize];
@@ -252,9 +267,9 @@ pub(crate) mod tests {
                 "{refused}"
             );
         }
-        assert!(text.prompt_ids(&prompt(PROMPT_BYTES_MIN), 8).is_ok());
+        assert!(text.prompt_ids(&prompt(PROMPT_BYTES_MIN), 8, false).is_ok());
         let ids = Prompt::Tokens(vec![1; PROMPT_BYTES_MIN + 1]);
-        assert!(text.prompt_ids(&ids, 8).is_ok(), "ids cost nothing");
+        assert!(text.prompt_ids(&ids, 8, false).is_ok(), "ids cost nothing");
     }
 
     #[test]

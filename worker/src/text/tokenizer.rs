@@ -161,6 +161,11 @@ impl Vocabulary {
         lengths.max().unwrap_or(0) as usize
     }
 
+    /// Whether a token is one of the special ones; ids without a token are none.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.special.get(id as usize).copied().unwrap_or(false)
+    }
+
     /// What a token adds to a text: its bytes, and nothing for special tokens.
     pub fn text(&self, id: u32) -> &[u8] {
         if self.special.get(id as usize).copied().unwrap_or(true) {

@@ -61,6 +61,26 @@ fn every_field_of_a_completion_arrives() {
         (Some(0), None)
     );
     assert!(!plain.stream && !plain.include_usage && !plain.partial_on_deadline);
+    assert!(generate.truncate_prompt && !plain.prompts[0].truncate_prompt);
+    assert_eq!((request.n, request.logprobs), (2, true));
+}
+
+#[test]
+fn the_best_of_several_are_made_with_log_probabilities_that_are_not_shown() {
+    let body = json!({"prompt": ["a", "b"], "n": 2, "best_of": 5});
+    let request = parse_completion(&body).unwrap();
+    assert_eq!((request.n, request.logprobs), (2, false));
+    for generate in &request.prompts {
+        assert_eq!((generate.candidates, generate.logprobs), (5, Some(0)));
+        assert_eq!(generate.prompt_logprobs, None);
+    }
+    let many = json!({"prompt": vec!["a"; 100], "best_of": 20});
+    let error = parse_completion(&many).unwrap_err();
+    assert!(
+        error.message.contains("asks for 2000 answers"),
+        "{}",
+        error.message
+    );
 }
 
 #[test]
@@ -165,8 +185,16 @@ fn every_mistake_of_a_completion_is_told_with_its_field() {
             "prompt has 257 prompts",
         ),
         (
-            at("best_of", json!(3)),
-            "best_of is not supported unless it equals n, which is 1",
+            json!({"prompt": "a", "n": 3, "best_of": 2}),
+            "best_of must be at least n, which is 3, got 2",
+        ),
+        (
+            json!({"prompt": "a", "best_of": 2, "stream": true}),
+            "best_of must equal n, which is 1, when the answer is a stream",
+        ),
+        (
+            at("best_of", json!(65)),
+            "best_of must be a whole number between 1 and 64",
         ),
         (at("echo", json!("x")), "echo must be true or false"),
         (

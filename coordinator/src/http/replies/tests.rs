@@ -19,6 +19,7 @@ fn choice(text: &str, tokens: Vec<TokenLogprob>) -> Choice {
         tokens,
         finish: Some(Finish::Length),
         output_tokens: 2,
+        ..Choice::default()
     }
 }
 

@@ -6,10 +6,15 @@ use serde_json::{Map, Value, json};
 
 use super::super::json::Object;
 use super::super::sampling::{CHOICES_MAX, NAMES, PROMPTS_MAX};
-use super::super::{inputs, openai, spec};
+use super::super::{embeddings, inputs, openai, spec};
 
 /// Keys that parsers know, beside those of the parameters.
-const KEYS: [&str; 32] = [
+const KEYS: [&str; 37] = [
+    "input",
+    "encoding_format",
+    "dimensions",
+    "best_of",
+    "error_behavior",
     "prompt",
     "messages",
     "inputs",
@@ -143,6 +148,9 @@ fn parse_everything(body: &Object) {
     .into_iter()
     .flatten()
     {
+        is_checked(&request.prompts);
+    }
+    if let Ok(request) = embeddings::request(body) {
         is_checked(&request.prompts);
     }
     let types = ["CPU".to_owned()];

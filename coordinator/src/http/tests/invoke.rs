@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::request::{End, Failure, FailureKind, Prompt};
+use common::request::{Delta, End, Failure, FailureKind, Prompt, TokenLogprob};
 use serde_json::{Value, json};
 
 use super::fake::{FakeGateway, Script, delta, end, endpoint_view, generation};
@@ -79,6 +79,8 @@ async fn completions_and_chats_answer_on_all_their_paths() {
         INVOKE,
         "/serving-endpoints/completions",
         "/serving-endpoints/v1/completions/",
+        "/ai-gateway/mlflow/v1/completions",
+        "/ai-gateway/openai/v1/completions",
     ] {
         let body = json!({"model": "e", "prompt": ["p", "q"], "suffix": "!"});
         let gateway = cluster(vec![answer("a"), answer("b")]);
@@ -227,7 +229,7 @@ async fn exactly_one_input_is_taken() {
     let table = [
         (
             json!({"params": {}}),
-            "dataframe_split, dataframe_records, instances, inputs, messages, prompt",
+            "dataframe_split, dataframe_records, instances, inputs, messages, prompt, input",
         ),
         (
             json!({"inputs": "a", "prompt": "b"}),
@@ -237,10 +239,9 @@ async fn exactly_one_input_is_taken() {
             json!({"messages": [], "instances": []}),
             "the body has instances, messages, give one",
         ),
-        (json!({"input": "a"}), "input asks for embeddings"),
         (
             json!({"prompt": "a", "input": "a"}),
-            "input asks for embeddings",
+            "the body has prompt, input, give one",
         ),
     ];
     for (body, says) in table {
@@ -299,10 +300,122 @@ async fn models_are_the_endpoints() {
     gateway.endpoints.lock().unwrap().push(endpoint_view("e"));
     let gateway = Arc::new(gateway);
     let model = json!({"id": "e", "object": "model", "created": 1_710_327_769, "owned_by": "ann"});
-    for path in ["/serving-endpoints/models", "/serving-endpoints/v1/models"] {
+    for path in [
+        "/serving-endpoints/models",
+        "/serving-endpoints/v1/models",
+        "/ai-gateway/mlflow/v1/models",
+        "/ai-gateway/openai/v1/models/",
+    ] {
         assert_eq!(
             call(&gateway, get(path)).await.ok(),
             json!({"object": "list", "data": [model]})
         );
     }
+}
+
+#[actix_web::test]
+async fn one_model_is_told_by_its_name() {
+    let gateway = FakeGateway::default();
+    gateway.endpoints.lock().unwrap().push(endpoint_view("e"));
+    let gateway = Arc::new(gateway);
+    let one = call(&gateway, get("/serving-endpoints/models/e"))
+        .await
+        .ok();
+    assert_eq!((&one["id"], &one["object"]), (&json!("e"), &json!("model")));
+    call(&gateway, get("/serving-endpoints/models/x"))
+        .await
+        .refused(
+            404,
+            "RESOURCE_DOES_NOT_EXIST",
+            "Endpoint with name 'x' does not exist.",
+        );
+}
+
+#[actix_web::test]
+async fn the_best_candidates_are_shown_and_all_are_counted() {
+    let said = |candidate, text: &str, logprob| {
+        GenerationEvent::Delta(Delta {
+            candidate,
+            ids: vec![1],
+            text: text.into(),
+            logprobs: vec![TokenLogprob {
+                id: 1,
+                bytes: text.into(),
+                logprob: Some(logprob),
+                top: vec![],
+            }],
+            ..Delta::default()
+        })
+    };
+    // The mean counts, not the sum: the longest one is the best.
+    let events = vec![
+        said(0, "bad", -3.0),
+        said(1, "good", -0.5),
+        said(2, "be", -0.4),
+        said(2, "st", -0.4),
+        end(0, 1, End::Stop),
+        end(1, 1, End::Stop),
+        end(2, 2, End::Length),
+    ];
+    let body = json!({"prompt": "p", "n": 2, "best_of": 3});
+    let reply = ask(&cluster(vec![events.clone()]), INVOKE, body).await.ok();
+    let texts: Vec<&str> = reply["choices"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|choice| choice["text"].as_str().unwrap())
+        .collect();
+    assert_eq!(texts, ["best", "good"]);
+    assert_eq!(reply["choices"][1]["index"], 1);
+    assert_eq!(reply["choices"][0]["logprobs"], Value::Null);
+    assert_eq!(reply["usage"]["completion_tokens"], 4);
+    let body = json!({"prompt": "p", "best_of": 3, "logprobs": 1});
+    let reply = ask(&cluster(vec![events]), INVOKE, body).await.ok();
+    assert_eq!(reply["choices"].as_array().unwrap().len(), 1);
+    assert_eq!(
+        reply["choices"][0]["logprobs"]["tokens"],
+        json!(["be", "st"])
+    );
+}
+
+#[actix_web::test]
+async fn embeddings_answer_on_all_their_paths() {
+    let embedded = |values: &[f32]| {
+        vec![
+            GenerationEvent::Embedding(values.to_vec()),
+            end(0, 0, End::Length),
+        ]
+    };
+    for path in [
+        INVOKE,
+        "/serving-endpoints/embeddings",
+        "/serving-endpoints/v1/embeddings",
+        "/ai-gateway/mlflow/v1/embeddings",
+        "/ai-gateway/openai/v1/embeddings",
+    ] {
+        let gateway = cluster(vec![embedded(&[0.5, 1.0]), embedded(&[2.0, 3.0])]);
+        let body = json!({"model": "e", "input": ["p", "q"]});
+        let reply = ask(&gateway, path, body).await;
+        assert_eq!(reply.header("served-model-name"), Some("llama2-7b-1"));
+        let data = |index: usize, values: &[f32]| json!({"object": "embedding", "index": index, "embedding": values});
+        let expected = json!({
+            "object": "list", "model": "e", "data": [data(0, &[0.5, 1.0]), data(1, &[2.0, 3.0])],
+            "usage": {"prompt_tokens": 6, "total_tokens": 6},
+        });
+        assert_eq!(reply.ok(), expected, "{path}");
+        assert!(
+            gateway.calls.lock().unwrap()[0]
+                .prompts
+                .iter()
+                .all(|prompt| prompt.embedding)
+        );
+    }
+    let short = json!({"input": "p", "dimensions": 1});
+    ask(&cluster(vec![embedded(&[0.5, 1.0])]), INVOKE, short)
+        .await
+        .refused(
+            400,
+            "BAD_REQUEST",
+            "dimensions is 1, but this model's embeddings have 2 numbers",
+        );
 }
