@@ -1,7 +1,6 @@
 //! Embeddings of models whose task they are: transformers' numbers, on every number of ranks, the same bits in a crowd.
 
 use std::fs;
-use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use cluster_tests::cluster::Cluster;
@@ -50,9 +49,13 @@ fn logged(workers: usize) -> Logged {
 
 /// What MLflow's transformers flavour writes of a model whose task is embeddings.
 fn log(at: &Path, name: &str) {
-    fs::create_dir_all(at.join("components")).expect("folders");
-    symlink(model_folder(name), at.join("model")).expect("a link");
-    symlink(model_folder(name), at.join("components/tokenizer")).expect("a link");
+    for part in ["model", "components/tokenizer"] {
+        fs::create_dir_all(at.join(part)).expect("folders");
+        for file in fs::read_dir(model_folder(name)).expect("a model") {
+            let file = file.expect("an entry");
+            fs::copy(file.path(), at.join(part).join(file.file_name())).expect("a copy");
+        }
+    }
     let text = "flavors:\n  transformers:\n    task: feature-extraction\n    model_binary: model\n    components:\n    \
                 - tokenizer\nmetadata:\n  task: llm/v1/embeddings\n";
     fs::write(at.join("MLmodel"), text).expect("MLmodel");

@@ -9,7 +9,6 @@ mod embeddings;
 mod fake_replica;
 mod footprint;
 mod golden_text;
-mod hostile;
 mod lifecycle;
 mod load;
 mod logs;

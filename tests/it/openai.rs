@@ -308,7 +308,7 @@ async fn a_scored_prompt_has_the_same_log_probabilities_from_a_cold_and_a_warm_c
             .iter()
             .all(|score| score.as_f64().unwrap() <= 0.0)
     );
-    assert_eq!(text(&warm["choices"][0]), golden.prompt);
+    assert!(text(&warm["choices"][0]).ends_with("What is the capital of Spain? [/INST]"));
     assert_eq!(warm["usage"]["completion_tokens"], 0);
     assert_eq!(warm["choices"][0]["finish_reason"], "length");
 }
@@ -316,8 +316,8 @@ async fn a_scored_prompt_has_the_same_log_probabilities_from_a_cold_and_a_warm_c
 #[tokio::test]
 async fn the_best_of_several_samples_is_the_most_probable_one_per_token() {
     let cluster = llama().await;
-    let golden = golden::named("tiny-llama", "hello_lm");
-    let base = json!({"prompt": golden.prompt, "max_tokens": 12, "temperature": 1.2, "seed": 5, "logprobs": 0});
+    let golden = golden::named("tiny-llama", "shakespeare");
+    let base = json!({"prompt": golden.prompt, "max_tokens": 12, "temperature": 1.5, "seed": 5, "logprobs": 0});
     let with = |more: Value| {
         let mut body = base.clone();
         body.as_object_mut()
