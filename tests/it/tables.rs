@@ -311,4 +311,18 @@ async fn bodies_are_kept_once_a_manager_switches_it_on_and_each_user_sees_their_
     cluster.client.invoke("e", &body).await.ok();
     let all = cluster.client.get("/api/2.0/usage").await.ok();
     assert_eq!(all["total"]["calls"], 3, "{all}");
+
+    // Made anew under the same name: nothing of the old one is shown as its own.
+    cluster
+        .client
+        .call(Method::DELETE, base, &json!(null))
+        .await
+        .ok();
+    cluster.client.deploy("e", "tiny-llama").await;
+    let own = ask(&cluster, "usage").await;
+    assert_eq!(own["total"]["calls"], 0, "{own}");
+    let rows = ask(&cluster, "inference-table").await;
+    assert_eq!(rows["rows"], json!([]));
+    let all = cluster.client.get("/api/2.0/usage?endpoint=e").await.ok();
+    assert_eq!(all["total"]["calls"], 3, "{all}");
 }

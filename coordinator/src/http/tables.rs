@@ -14,6 +14,7 @@ use super::HttpState;
 use super::auth::Caller;
 use super::endpoints::PATHS;
 use super::error::Fault;
+use super::json::FieldError;
 use super::permissions::allowed;
 use crate::api::{ApiError, ErrorKind, Level};
 use crate::tables::query::QueryError;
@@ -88,10 +89,14 @@ async fn show_totals(
     let mut question = Question::read(&request, question::TOTALS)?;
     narrow(&state, &caller, endpoint, &mut question)?;
     let Question { filter, form, .. } = question;
-    let totals = state
+    let mut totals = state
         .tables
-        .usage_totals(filter.user, filter.endpoint)
+        .usage_totals(filter.user, filter.endpoint_id)
         .await?;
+    totals.retain(|total| {
+        let mut asked = filter.endpoint.iter();
+        asked.all(|name| total.endpoint == *name)
+    });
     let mut whole = Sums::default();
     totals.iter().for_each(|total| whole.add(&total.sums));
     let keys: Vec<[String; 2]> = totals
@@ -124,7 +129,7 @@ async fn inference_rows(
     (state, caller, request): Asked,
     name: Path<String>,
 ) -> Result<HttpResponse, Fault> {
-    allowed(&state, &caller, &name, Level::Manage)?;
+    let access = allowed(&state, &caller, &name, Level::Manage)?;
     let Question {
         mut filter,
         from,
@@ -133,27 +138,33 @@ async fn inference_rows(
         ..
     } = Question::read(&request, question::BODIES)?;
     filter.endpoint = Some(name.into_inner());
+    filter.endpoint_id = Some(access.id.clone());
     let page = state.tables.inference_rows(filter, from, rows_max).await?;
     Ok(form.rows("inference", &INFERENCE_COLUMNS, &page))
 }
 
-/// Narrows a question to what the caller may see; `endpoint` is the one that the path names.
+/// Narrows a question to what the caller may see; `endpoint` is the one that the path names. Earlier endpoints of its name
+/// were somebody else's.
 fn narrow(
     state: &HttpState,
     caller: &Caller,
     endpoint: Option<String>,
     question: &mut Question,
 ) -> Result<(), Fault> {
-    let sees_all = match &endpoint {
-        Some(name) => allowed(state, caller, name, Level::View)?
-            .level(caller)
-            .is_some_and(|level| level >= Level::Manage),
+    let filter = &mut question.filter;
+    let sees_all = match endpoint {
+        Some(name) => {
+            let access = allowed(state, caller, &name, Level::View)?;
+            if filter.endpoint.as_ref().is_some_and(|asked| *asked != name) {
+                let why = format!("must be left out, or be that of the path, '{name}'");
+                return Err(Fault::invalid_parameter(FieldError::at("endpoint", why)));
+            }
+            filter.endpoint = Some(name);
+            filter.endpoint_id = Some(access.id.clone());
+            access.level(caller) == Some(Level::Manage)
+        }
         None => caller.admin,
     };
-    let filter = &mut question.filter;
-    if let Some(name) = endpoint {
-        filter.endpoint = Some(name);
-    }
     if sees_all {
         return Ok(());
     }

@@ -171,16 +171,16 @@ impl Tables {
         .await
     }
 
-    /// The running totals of this user or all, on this endpoint or all.
+    /// The running totals of this user or all, on the endpoint with this id or all.
     ///
     /// # Errors
     /// [`QueryError`].
     pub async fn usage_totals(
         self: &Arc<Self>,
         user: Option<String>,
-        endpoint: Option<String>,
+        endpoint_id: Option<String>,
     ) -> Result<Vec<Total>, QueryError> {
-        self.look_up(move |tables| Ok(tables.usage()?.totals(user, endpoint)?))
+        self.look_up(move |tables| Ok(tables.usage()?.totals(user, endpoint_id)?))
             .await
     }
 

@@ -31,8 +31,10 @@ pub struct Filter {
     pub end_ms: Option<u64>,
     /// Of this user.
     pub user: Option<String>,
-    /// Of this endpoint.
+    /// Of endpoints of this name.
     pub endpoint: Option<String>,
+    /// Of the endpoint with this id: not of earlier ones of its name.
+    pub endpoint_id: Option<String>,
 }
 
 impl Filter {
@@ -54,6 +56,7 @@ impl Filter {
         (self.start_ms..self.end_ms()).contains(&row.time_ms())
             && same(&self.user, row.user())
             && same(&self.endpoint, row.endpoint())
+            && same(&self.endpoint_id, row.endpoint_id())
     }
 }
 
@@ -65,6 +68,8 @@ pub trait Call: DeserializeOwned {
     fn user(&self) -> &str;
     /// The endpoint's name.
     fn endpoint(&self) -> &str;
+    /// The endpoint's id.
+    fn endpoint_id(&self) -> &str;
 }
 
 macro_rules! call {
@@ -78,6 +83,9 @@ macro_rules! call {
             }
             fn endpoint(&self) -> &str {
                 &self.endpoint
+            }
+            fn endpoint_id(&self) -> &str {
+                &self.endpoint_id
             }
         }
     };

@@ -1,4 +1,5 @@
-//! Running totals by user and endpoint: what all rows ever written sum up to, those of dropped segments included.
+//! Running totals by user and endpoint: what all rows ever written sum up to, those of dropped segments included. An
+//! endpoint is its id: one that is made anew under an old name begins at zero.
 //!
 //! A lookup costs the same however many rows there are. Pure.
 
@@ -86,6 +87,8 @@ pub struct Total {
     pub user: String,
     /// The endpoint's name.
     pub endpoint: String,
+    /// The endpoint's id.
+    pub endpoint_id: String,
     /// Its sums.
     pub sums: Sums,
 }
@@ -93,8 +96,15 @@ pub struct Total {
 /// All totals.
 #[derive(Debug, Clone, Default)]
 pub struct Totals {
-    sums: HashMap<String, HashMap<String, Sums>>,
+    /// By the endpoints' ids.
+    endpoints: HashMap<String, Endpoint>,
     pairs: usize,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Endpoint {
+    name: String,
+    users: HashMap<String, Sums>,
 }
 
 impl Totals {
@@ -103,7 +113,7 @@ impl Totals {
         let mut totals = Totals::default();
         for total in kept {
             totals
-                .of_pair(&total.user, &total.endpoint)
+                .of_pair(&total.user, &total.endpoint, &total.endpoint_id)
                 .add(&total.sums);
         }
         totals
@@ -111,58 +121,65 @@ impl Totals {
 
     /// Adds a call.
     pub fn add(&mut self, row: &UsageRow) {
-        self.of_pair(&row.user, &row.endpoint).add_row(row);
+        self.of_pair(&row.user, &row.endpoint, &row.endpoint_id)
+            .add_row(row);
     }
 
-    fn of_pair(&mut self, user: &str, endpoint: &str) -> &mut Sums {
+    fn of_pair(&mut self, user: &str, name: &str, id: &str) -> &mut Sums {
         let known = self
-            .sums
-            .get(endpoint)
-            .is_some_and(|users| users.contains_key(user));
-        let (user, endpoint) = if known || self.pairs < PAIRS_MAX {
-            (user, endpoint)
+            .endpoints
+            .get(id)
+            .is_some_and(|endpoint| endpoint.users.contains_key(user));
+        let (user, name, id) = if known || self.pairs < PAIRS_MAX {
+            (user, name, id)
         } else {
-            ("", "")
+            ("", "", "")
         };
-        let users = self.sums.entry(endpoint.to_owned()).or_default();
-        if !users.contains_key(user) {
+        let endpoint = self.endpoints.entry(id.to_owned()).or_default();
+        if !endpoint.users.contains_key(user) {
             self.pairs += 1;
         }
-        users.entry(user.to_owned()).or_default()
+        name.clone_into(&mut endpoint.name);
+        endpoint.users.entry(user.to_owned()).or_default()
     }
 
-    /// The totals of this user or all, on this endpoint or all, in order.
-    pub fn get(&self, user: Option<&str>, endpoint: Option<&str>) -> Vec<Total> {
+    /// The totals of this user or all, on the endpoint with this id or all, in order.
+    pub fn get(&self, user: Option<&str>, endpoint_id: Option<&str>) -> Vec<Total> {
         let mut found = Vec::new();
-        let mut take = |endpoint: &str, users: &HashMap<String, Sums>| {
+        let mut take = |id: &str, endpoint: &Endpoint| {
             let mut one = |user: &str, sums: &Sums| {
                 found.push(Total {
                     user: user.to_owned(),
-                    endpoint: endpoint.to_owned(),
+                    endpoint: endpoint.name.clone(),
+                    endpoint_id: id.to_owned(),
                     sums: *sums,
                 });
             };
+            let users = &endpoint.users;
             match user {
-                Some(user) => {
-                    if let Some(sums) = users.get(user) {
-                        one(user, sums);
-                    }
-                }
+                Some(user) => users.get(user).into_iter().for_each(|sums| one(user, sums)),
                 None => users.iter().for_each(|(user, sums)| one(user, sums)),
             }
         };
-        match endpoint {
-            Some(endpoint) => {
-                if let Some(users) = self.sums.get(endpoint) {
-                    take(endpoint, users);
+        match endpoint_id {
+            Some(id) => {
+                if let Some(endpoint) = self.endpoints.get(id) {
+                    take(id, endpoint);
                 }
             }
             None => self
-                .sums
+                .endpoints
                 .iter()
-                .for_each(|(endpoint, users)| take(endpoint, users)),
+                .for_each(|(id, endpoint)| take(id, endpoint)),
         }
-        found.sort_unstable_by(|a, b| (&a.endpoint, &a.user).cmp(&(&b.endpoint, &b.user)));
+        let key = |total: &Total| {
+            (
+                total.endpoint.clone(),
+                total.endpoint_id.clone(),
+                total.user.clone(),
+            )
+        };
+        found.sort_by_cached_key(key);
         found
     }
 }
@@ -174,7 +191,8 @@ mod tests {
     fn row(user: &str, endpoint: &str, outcome: &str, output_tokens: u64) -> UsageRow {
         UsageRow {
             user: user.into(),
-            endpoint: endpoint.into(),
+            endpoint: format!("name of {endpoint}"),
+            endpoint_id: endpoint.into(),
             outcome: outcome.into(),
             output_tokens,
             prompt_tokens: 1,
@@ -206,7 +224,11 @@ mod tests {
             assert_eq!((sums.with_output, sums.ttft_ms), (2, 6));
             assert_eq!(totals.get(Some("ann"), None).len(), 2);
             assert_eq!(totals.get(None, Some("a")).len(), 2);
-            assert_eq!(totals.get(Some("ann"), Some("b"))[0].sums.failed, 1);
+            let failed = totals.get(Some("ann"), Some("b"));
+            assert_eq!(
+                (failed[0].endpoint.as_str(), failed[0].sums.failed),
+                ("name of b", 1)
+            );
             assert!(totals.get(Some("eve"), None).is_empty());
         }
     }

@@ -88,7 +88,7 @@ enum Work {
     Segments(String, SyncSender<(PathBuf, Vec<Segment>)>),
     Totals {
         user: Option<String>,
-        endpoint: Option<String>,
+        endpoint_id: Option<String>,
         reply: SyncSender<Vec<Total>>,
     },
     Close(SyncSender<()>),
@@ -179,11 +179,11 @@ impl Writer {
     pub fn totals(
         &self,
         user: Option<String>,
-        endpoint: Option<String>,
+        endpoint_id: Option<String>,
     ) -> Result<Vec<Total>, Stuck> {
         self.ask(|reply| Work::Totals {
             user,
-            endpoint,
+            endpoint_id,
             reply,
         })
     }
@@ -451,14 +451,17 @@ impl Desk {
         }
     }
 
-    /// Drops old segments. What they summed up to is in the index first.
+    /// Drops old segments. What they summed up to is in the index first, unless there is no room for it: making room
+    /// comes before totals that outlive a crash in the next minute.
     fn retain(&mut self) {
         let now_ms = now_ms();
         let mut empty = Vec::new();
         for (name, table) in &mut self.tables {
-            let dropped = table
-                .write_index()
-                .and_then(|()| table.journal.retain(now_ms));
+            let indexed = table.write_index();
+            let mut dropped = table.journal.retain(now_ms);
+            if indexed.is_err() && matches!(dropped, Ok(true)) {
+                dropped = table.write_index().map(|()| true);
+            }
             match dropped {
                 Ok(true) => tracing::info!(
                     table = self.kind.word(),
@@ -498,11 +501,11 @@ impl Desk {
             }
             Work::Totals {
                 user,
-                endpoint,
+                endpoint_id,
                 reply,
             } => {
                 let totals = self.tables.get("").map_or_else(Vec::new, |table| {
-                    table.totals.get(user.as_deref(), endpoint.as_deref())
+                    table.totals.get(user.as_deref(), endpoint_id.as_deref())
                 });
                 let _ = reply.try_send(totals);
             }

@@ -110,6 +110,7 @@ impl Question {
             end_ms,
             user: get("user").map(str::to_owned),
             endpoint: get("endpoint").map(str::to_owned),
+            endpoint_id: None,
         };
         let from = get("page_token").map(|text| {
             let why = "must be the next_page_token of an earlier page";
@@ -170,7 +171,7 @@ mod tests {
             start_ms: 86_400_000,
             end_ms: Some(86_400_005),
             user: Some("ann@x".into()),
-            endpoint: None,
+            ..Filter::default()
         };
         assert_eq!(question.filter, filter);
         assert_eq!((question.rows_max, question.form), (7, Form::Csv));

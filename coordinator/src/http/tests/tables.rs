@@ -36,21 +36,24 @@ impl Server {
         gateway.endpoints.lock().unwrap().push(view);
         let mut state = state(gateway);
         let tables = tables_in(folder.path(), true);
-        let known = Known {
-            id: "0123".into(),
-            usage: true,
-            inference: Some(Capture { redact: false }),
-            models: vec![(
-                "llama2-7b-1".into(),
-                ModelRef::new("cat.default.llama2-7b", "1").unwrap(),
-            )],
-        };
-        tables.know("e", Some(known));
         state.observer = Arc::<Tables>::clone(&tables);
         state.tables = tables;
-        Server {
+        let server = Server {
             state: Data::new(state),
             _folder: folder,
+        };
+        server.state.tables.know("e", Some(server.known()));
+        server
+    }
+
+    fn known(&self) -> Known {
+        let entity = "llama2-7b-1".to_owned();
+        Known {
+            // The endpoint's own: rows of earlier endpoints of its name are not its.
+            id: endpoint_view("e").id,
+            usage: true,
+            inference: Some(Capture { redact: false }),
+            models: vec![(entity, ModelRef::new("cat.default.llama2-7b", "1").unwrap())],
         }
     }
 
@@ -230,6 +233,29 @@ async fn answers_are_files_for_whoever_asks_for_them() {
         .await
         .text;
     assert_eq!(csv.lines().count(), 4, "{csv}");
+}
+
+#[actix_web::test]
+async fn calls_of_an_earlier_endpoint_of_the_same_name_are_shown_to_admins_alone() {
+    let server = three_calls().await;
+    let mut known = server.known();
+    known.id = "of another life".into();
+    server.state.tables.know("e", Some(known));
+    server.call(post(INVOKE, &json!({"inputs": 5}))).await;
+    let calls = async |path: &str| {
+        let answer = server.get(path).await.ok();
+        let rows = answer["rows"].as_array().map(Vec::len);
+        rows.unwrap_or_else(|| answer["total"]["calls"].as_u64().unwrap() as usize)
+    };
+    for path in ["usage", "usage/rows", "usage/totals", "inference-table"] {
+        assert_eq!(calls(&format!("{ONE}/{path}")).await, 3, "{path}");
+    }
+    for path in ["usage", "usage/rows", "usage/totals"] {
+        let path = format!("/api/2.0/{path}?endpoint=e");
+        assert_eq!(calls(&path).await, 4, "{path}");
+    }
+    let other = server.get(&format!("{ONE}/usage?endpoint=f")).await;
+    other.refused(400, "INVALID_PARAMETER_VALUE", "must be left out");
 }
 
 #[actix_web::test]

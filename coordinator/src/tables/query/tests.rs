@@ -19,6 +19,7 @@ fn table(folder: &Path, days: u64) -> Vec<Segment> {
                 time_ms: day * DAY_MS + i as u64,
                 user: user.into(),
                 endpoint: endpoint.into(),
+                endpoint_id: format!("id of {endpoint}"),
                 outcome: "complete".into(),
                 output_tokens: day,
                 ..UsageRow::default()
@@ -96,6 +97,14 @@ fn a_filter_takes_its_time_user_and_endpoint() {
                 ..all()
             },
             5,
+        ),
+        (
+            Filter {
+                endpoint: Some("b".into()),
+                endpoint_id: Some("id of an earlier b".into()),
+                ..all()
+            },
+            0,
         ),
         (
             Filter {
