@@ -45,6 +45,8 @@ pub struct Chat {
     pub tools: Option<String>,
     /// Whether the next turn may or must call one.
     pub tool_choice: ToolChoice,
+    /// At most one call in a turn.
+    pub single_call: bool,
 }
 
 impl Chat {

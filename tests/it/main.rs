@@ -17,6 +17,7 @@ mod openai;
 mod provisioned;
 mod recovery;
 mod startup;
+mod structured;
 mod tables;
 mod tls;
 mod traffic;

@@ -16,6 +16,7 @@ use crate::text::TextModel;
 use crate::text::detokenize::Utf8Stream;
 use crate::text::stop::StopMatcher;
 use crate::text::tokenizer::Vocabulary;
+use crate::text::tools::parser::{CallParser, Parsed};
 
 /// Longest prompt part (text and log-probabilities): it travels in one frame.
 const PROMPT_PART_BYTES_MAX: usize = 6 << 20;
@@ -95,6 +96,10 @@ pub struct Answer {
     pub request: RequestId,
     text: Arc<TextModel>,
     prompt: PromptPart,
+    /// Finds calls of tools in a candidate's text, from its beginning.
+    calls: Option<CallParser>,
+    /// Tokens without text that calls are spelt with.
+    mark_ids: Vec<u32>,
     candidates: Vec<Candidate>,
 }
 
@@ -119,6 +124,10 @@ struct Candidate {
     decoded: u64,
     /// Bytes let through by the stop matcher.
     released: u64,
+    /// Takes calls of tools out of what was let through.
+    calls: Option<CallParser>,
+    /// Bytes of text that is no call.
+    shown: u64,
     /// Bytes that an earlier attempt has delivered: they are not sent again.
     delivered: u64,
     /// Tokens whose text is not released yet, each with the text's length after it.
@@ -140,8 +149,19 @@ impl Answer {
             request,
             text,
             prompt,
+            calls: None,
+            mark_ids: Vec::new(),
             candidates: Vec::new(),
         }
+    }
+
+    /// Lets the candidates that are added from now on call tools.
+    pub fn find_calls(&mut self, calls: CallParser) {
+        let marks = calls.family().marks().iter();
+        self.mark_ids = marks
+            .filter_map(|mark| self.text.special_id(mark))
+            .collect();
+        self.calls = Some(calls);
     }
 
     /// Adds the next candidate, whose text goes on in `stream`, with what earlier attempts emitted and delivered of
@@ -159,6 +179,8 @@ impl Answer {
             tokens: 0,
             decoded: 0,
             released: 0,
+            calls: self.calls.clone(),
+            shown: 0,
             delivered,
             waiting: VecDeque::new(),
             unsent: String::new(),
@@ -166,9 +188,9 @@ impl Answer {
             ended: false,
             in_engine: true,
         };
-        let vocabulary = self.text.tokenizer.vocabulary();
         for &id in emitted {
-            let text = candidate.take(vocabulary.text(id));
+            // Parts of calls are told together with their ids: whoever knows these has those.
+            let Parsed { text, .. } = candidate.take(bytes_of(&self.text, &self.mark_ids, id));
             candidate.unsent.push_str(&text);
         }
         candidate.in_engine = !candidate.stopped;
@@ -292,7 +314,7 @@ impl Answer {
         else {
             return;
         };
-        let text = candidate.take(vocabulary.text(id));
+        let Parsed { text, calls } = candidate.take(bytes_of(&self.text, &self.mark_ids, id));
         if let Some(logprob) = logprob {
             // A token that ends inside a character is shown with that character: one byte more than there is now.
             let end = candidate.decoded + u64::from(candidate.stream.unfinished());
@@ -305,7 +327,7 @@ impl Answer {
             ids: vec![id],
             text,
             logprobs: candidate.shown_logprobs(),
-            ..Delta::default()
+            tool_calls: calls,
         };
         outputs.push(Output::Delta { request, delta });
         if candidate.stopped {
@@ -335,6 +357,7 @@ impl Answer {
                 stop_token = logprob;
                 End::Stop
             }
+            EndReason::Complete => End::Stop,
             EndReason::Length => End::Length,
             EndReason::Deadline => End::Deadline,
             EndReason::Cancelled => End::Cancelled,
@@ -342,19 +365,19 @@ impl Answer {
         };
         // What is held back belongs to the answer, unless it goes on elsewhere and will be made there again.
         if matches!(end, End::Stop | End::Length | End::Deadline) {
-            let (text, mut logprobs) = candidate.flush();
+            let (Parsed { text, calls }, mut logprobs) = candidate.flush();
             // The token that ended the answer has no text and is no output, but its log-probability is a part of the
             // answer's: clients that score texts count on one more entry than the text has tokens.
             if !candidate.stopped {
                 logprobs.extend(stop_token.map(|token| logprob_of(vocabulary, token)));
             }
-            if !text.is_empty() || !logprobs.is_empty() {
+            if !text.is_empty() || !logprobs.is_empty() || !calls.is_empty() {
                 let delta = Delta {
                     candidate: index,
                     ids: Vec::new(),
                     text,
                     logprobs,
-                    ..Delta::default()
+                    tool_calls: calls,
                 };
                 outputs.push(Output::Delta { request, delta });
             }
@@ -374,8 +397,8 @@ impl Answer {
 }
 
 impl Candidate {
-    /// Takes a token's bytes; gives the text that is safe to show and was not delivered before.
-    fn take(&mut self, bytes: &[u8]) -> String {
+    /// Takes a token's bytes; gives what is safe to show, text only as far as it was not delivered before.
+    fn take(&mut self, bytes: &[u8]) -> Parsed {
         self.tokens += 1;
         let mut text = String::new();
         self.stream.push(bytes, &mut text);
@@ -383,29 +406,48 @@ impl Candidate {
     }
 
     /// Ends the text: what was held back and the tokens that go with it.
-    fn flush(&mut self) -> (String, Vec<TokenLogprob>) {
+    fn flush(&mut self) -> (Parsed, Vec<TokenLogprob>) {
         let mut text = String::new();
         self.stream.finish(&mut text);
         let mut shown = self.pass(&text);
         if !self.stopped {
             let mut rest = String::new();
             self.stops.finish(&mut rest);
-            shown.push_str(&self.fresh(rest));
+            self.release(rest, true, &mut shown);
         }
         (shown, self.shown_logprobs())
     }
 
-    fn pass(&mut self, text: &str) -> String {
+    fn pass(&mut self, text: &str) -> Parsed {
         self.decoded += text.len() as u64;
-        let mut released = String::new();
+        let (mut released, mut shown) = (String::new(), Parsed::default());
         self.stopped |= self.stops.push(text, &mut released);
-        self.fresh(released)
+        self.release(released, self.stopped, &mut shown);
+        shown
     }
 
-    /// Counts released text and cuts off what was delivered before.
-    fn fresh(&mut self, text: String) -> String {
-        let before = self.released;
+    /// Takes the calls out of text that was let through; `last` says that none will follow.
+    fn release(&mut self, text: String, last: bool, shown: &mut Parsed) {
         self.released += text.len() as u64;
+        let mut parsed = Parsed::default();
+        match &mut self.calls {
+            None => parsed.text = text,
+            Some(calls) => {
+                calls.push(&text, &mut parsed);
+                if last {
+                    calls.finish(&mut parsed);
+                }
+                self.stopped |= calls.is_over();
+            }
+        }
+        shown.text.push_str(&self.fresh(parsed.text));
+        shown.calls.extend(parsed.calls);
+    }
+
+    /// Counts text and cuts off what was delivered before.
+    fn fresh(&mut self, text: String) -> String {
+        let before = self.shown;
+        self.shown += text.len() as u64;
         let known = self.delivered.saturating_sub(before);
         match usize::try_from(known) {
             Ok(0) => text,
@@ -435,6 +477,16 @@ impl Candidate {
             cached_tokens,
             end,
         }
+    }
+}
+
+/// What a token adds to an answer's text; marks of calls are part of it, although they may be special tokens.
+fn bytes_of<'a>(text: &'a TextModel, mark_ids: &[u32], id: u32) -> &'a [u8] {
+    let vocabulary = text.tokenizer.vocabulary();
+    if mark_ids.contains(&id) {
+        vocabulary.name(id)
+    } else {
+        vocabulary.text(id)
     }
 }
 
@@ -502,7 +554,7 @@ pub fn output_bytes(output: &Output) -> usize {
 /// What a client is told of a sequence's failure.
 pub fn failure_of(error: &SequenceError) -> Failure {
     let kind = match error {
-        SequenceError::Invalid(_) => FailureKind::BadRequest,
+        SequenceError::Invalid(_) | SequenceError::Mask(_) => FailureKind::BadRequest,
         SequenceError::NeverFits { .. } => FailureKind::TooLarge,
         SequenceError::Engine(_) => FailureKind::Unavailable,
         SequenceError::NotFinite => FailureKind::Internal,

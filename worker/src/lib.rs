@@ -13,6 +13,7 @@ pub mod doctor;
 pub mod group;
 pub mod health;
 pub mod logs;
+pub mod masks;
 pub mod memory;
 pub mod open;
 pub mod outbox;

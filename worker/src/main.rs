@@ -12,7 +12,7 @@ use common::config::Cluster;
 use tokio_util::sync::CancellationToken;
 use worker::device::Device;
 use worker::session::{Session, SessionConfig};
-use worker::text::sandbox;
+use worker::text::{sandbox, trial};
 
 /// The exit code for wrong arguments or configuration, as clap's own.
 const WRONG_USE: u8 = 2;
@@ -41,15 +41,22 @@ enum Task {
     /// Render a chat template, for the worker that starts this process.
     #[command(name = sandbox::TASK, hide = true)]
     RenderTemplate,
+    /// Compile grammars, for the worker that starts this process.
+    #[command(name = trial::TASK, hide = true)]
+    TryGrammar,
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    if let Some(Task::RenderTemplate) = arguments.command {
-        return match sandbox::serve() {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(_) => ExitCode::FAILURE,
-        };
+    let served = match arguments.command {
+        Some(Task::RenderTemplate) => Some(sandbox::serve()),
+        Some(Task::TryGrammar) => Some(trial::serve()),
+        _ => None,
+    };
+    match served {
+        Some(Ok(())) => return ExitCode::SUCCESS,
+        Some(Err(_)) => return ExitCode::FAILURE,
+        None => {}
     }
     common::telemetry::init(arguments.log_json);
     if let Some(Task::Doctor) = arguments.command {

@@ -30,6 +30,7 @@ use crate::memory::{Lease, show};
 use crate::outbox::Outbox;
 use crate::text::TextModel;
 use crate::text::sandbox::Sandbox;
+use crate::text::trial::Trial;
 use crate::translate::Limits;
 
 /// How long a load waits for memory that an earlier shard is giving back.
@@ -248,7 +249,7 @@ pub fn open(opening: Opening) -> Result<Opened, Failure> {
 fn open_text(folder: &ModelFolder) -> Result<Arc<TextModel>, Failure> {
     let sandbox = |template| Box::new(Sandbox::of_this_program(template)) as _;
     TextModel::open(&folder.tokenizer, &folder.weights, sandbox)
-        .map(Arc::new)
+        .map(|text| Arc::new(text.with_trial(Trial::of_this_program())))
         .map_err(|e| bad(format!("{e:#}")))
 }
 

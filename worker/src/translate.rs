@@ -9,11 +9,14 @@ use std::time::{Duration, Instant};
 
 use common::request::{Failure, FailureKind, Generate, Resume};
 use common::wire::message::Start;
+use engine::mask::TokenMask;
 use engine::request::{Candidate, Request, RequestKey, Sampling};
 
 use crate::answer::{Answer, PromptPart};
+use crate::masks::GrammarMask;
 use crate::text::chat::ChatError;
-use crate::text::{PromptError, TextModel};
+use crate::text::constraint::{ConstraintError, Grammar};
+use crate::text::{Binding, PromptError, TextModel};
 
 /// What a replica can take.
 #[derive(Debug, Clone, Copy)]
@@ -94,6 +97,13 @@ fn translate(
         truncate(&mut prompt, keep, begins);
     }
     let tokens_max = check(&prompt, &generate, &resume, limits)?;
+    let Binding { grammar, calls } = text.binding(&generate).map_err(|e| {
+        let kind = match e {
+            ConstraintError::Failed { .. } => FailureKind::Internal,
+            _ => FailureKind::BadRequest,
+        };
+        Failure::new(kind, e.to_string())
+    })?;
     let (prompt_text, stream) = text.tokenizer.vocabulary().prompt_text(&prompt);
     // An earlier attempt that delivered something has delivered the prompt's part before.
     let first_attempt = resume
@@ -106,16 +116,21 @@ fn translate(
     };
     let prompt_logprobs = generate.prompt_logprobs.filter(|_| part.logprobs);
     let mut answer = Answer::new(request, text.clone(), part);
+    if let Some(calls) = calls {
+        answer.find_calls(calls);
+    }
     let mut candidates = Vec::new();
     for index in 0..generate.candidates {
         let known = resume.iter().find(|known| known.candidate == index);
         let (emitted, delivered) = known.map_or((&[][..], 0), |known| {
             (&known.emitted[..], known.delivered_bytes)
         });
-        if answer.add_candidate(stream.clone(), &generate.stop.strings, emitted, delivered) {
+        let runs = answer.add_candidate(stream.clone(), &generate.stop.strings, emitted, delivered);
+        if runs {
             candidates.push(Candidate {
                 index,
                 emitted: emitted.to_vec(),
+                mask: mask_after(grammar.as_ref(), emitted)?,
             });
         }
     }
@@ -175,6 +190,25 @@ fn truncate(prompt: &mut Vec<u32>, keep: usize, is_special: impl Fn(u32) -> bool
     }
     let first = usize::from(is_special(prompt[0]) && keep > 1);
     prompt.drain(first..first + prompt.len() - keep);
+}
+
+/// The mask of a candidate that has emitted these ids.
+fn mask_after(
+    grammar: Option<&Grammar>,
+    emitted: &[u32],
+) -> Result<Option<Box<dyn TokenMask>>, Failure> {
+    let Some(mut grammar) = grammar.cloned() else {
+        return Ok(None);
+    };
+    for &id in emitted {
+        // One that was complete has ended, and is not resumed.
+        grammar.accept(id).map_err(|why| {
+            bad(format!(
+                "the ids to resume from do not keep to the constraint: {why}"
+            ))
+        })?;
+    }
+    Ok(Some(Box::new(GrammarMask(grammar))))
 }
 
 /// Checks what only the replica can know; gives the most output tokens of a candidate.

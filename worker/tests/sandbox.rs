@@ -13,6 +13,7 @@ fn sandbox(template: &str) -> Sandbox {
         text: Some(template.into()),
         bos: Some("<s>".into()),
         eos: None,
+        tool_use: None,
     };
     Sandbox::new(Path::new(env!("CARGO_BIN_EXE_worker")), template)
 }

@@ -9,6 +9,7 @@ mod auth;
 mod embeddings;
 mod endpoints;
 mod error;
+mod format;
 mod inputs;
 mod invocations;
 mod json;
@@ -29,6 +30,7 @@ mod tables;
 #[cfg(test)]
 mod tests;
 mod throughput;
+mod tools;
 mod view;
 mod whoami;
 

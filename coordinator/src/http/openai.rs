@@ -2,11 +2,13 @@
 //!
 //! Pure. Unknown fields are ignored, as all servers do; fields that ask for what this server cannot do are refused.
 
-use common::request::{ChatMessage, Generate, Prompt};
+use common::request::{Chat, ChatMessage, Constraint, Generate, Prompt, ToolChoice};
 use serde_json::Value;
 
+use super::format::constraint;
 use super::json::{Field, FieldError, Fields, Object};
 use super::sampling::{CHAT, COMPLETIONS, Options, check_size, token_ids};
+use super::tools::{Tools, call_id, calls, tools};
 
 /// Most messages of a conversation.
 const MESSAGES_MAX: usize = 4096;
@@ -47,7 +49,10 @@ pub(super) fn completion(
 ) -> Result<OpenAiRequest, FieldError> {
     let extra = extra_params(body)?;
     let fields = Fields::of("", body).or("extra_params", &extra);
-    refuse_unsupported(&fields)?;
+    for key in ["tools", "functions"] {
+        refuse_tools(&fields, key)?;
+    }
+    let constraint = constraint(&fields)?;
     let mut options = Options::read(&fields, &COMPLETIONS)?;
     let n = options.candidates;
     let (stream, include_usage) = stream(&fields)?;
@@ -74,6 +79,7 @@ pub(super) fn completion(
         logprobs: logprobs.or(needed),
         prompt_logprobs: logprobs.filter(|_| echo),
         truncate_prompt: truncates,
+        constraint: constraint.clone(),
         ..options.generate(prompt, draw_seed)
     };
     let prompts = texts.into_iter().map(generate).collect();
@@ -96,15 +102,36 @@ pub(super) fn chat(
 ) -> Result<OpenAiRequest, FieldError> {
     let extra = extra_params(body)?;
     let fields = Fields::of("", body).or("extra_params", &extra);
-    refuse_unsupported(&fields)?;
+    let constraint = constraint(&fields)?;
+    let Tools {
+        json,
+        choice,
+        single,
+    } = tools(&fields)?;
+    if json.is_some()
+        && choice != ToolChoice::None
+        && matches!(
+            constraint,
+            Some(Constraint::Regex(_) | Constraint::Grammar(_))
+        )
+    {
+        let why = "cannot stand beside a regular expression or a grammar: leave one of them out";
+        return Err(FieldError::at("tools", why));
+    }
     let options = Options::read(&fields, &CHAT)?;
     let logprobs = chat_logprobs(&fields)?;
-    let messages = messages(&fields.need("messages")?)?;
+    let chat = Chat {
+        messages: messages(&fields.need("messages")?)?,
+        tools: json,
+        tool_choice: choice,
+        single_call: single,
+    };
     let truncates = truncates(&fields)?;
     let generate = Generate {
         logprobs,
+        constraint,
         truncate_prompt: truncates,
-        ..options.generate(Prompt::Chat(messages.into()), draw_seed)
+        ..options.generate(Prompt::Chat(chat), draw_seed)
     };
     let (stream, include_usage) = stream(&fields)?;
     Ok(OpenAiRequest {
@@ -167,20 +194,44 @@ fn messages(field: &Field<'_>) -> Result<Vec<ChatMessage>, FieldError> {
 }
 
 fn message(fields: &Fields<'_>) -> Result<ChatMessage, FieldError> {
-    refuse(fields, "tool_calls", "calls of tools")?;
     let role = fields.need("role")?;
-    let role = match role.text()? {
+    let mut message = ChatMessage::default();
+    let mut need_content = true;
+    message.role = match role.text()? {
         // Templates know the older word.
         "system" | "developer" => "system",
         "user" => "user",
-        "assistant" => "assistant",
-        "tool" | "function" => {
-            return Err(role.refuse("asks for tools, which this server does not support"));
+        "assistant" => {
+            if let Some(field) = fields.get("function_call") {
+                return Err(field.refuse("is the old form of tool_calls: use that"));
+            }
+            message.tool_calls = match fields.get("tool_calls") {
+                Some(field) => calls(&field)?,
+                None => None,
+            };
+            need_content = message.tool_calls.is_none();
+            "assistant"
         }
-        _ => return Err(role.wrong("system, developer, user or assistant")),
+        "tool" => {
+            message.tool_call_id = Some(call_id(&fields.need("tool_call_id")?)?);
+            message.name = match fields.get("name") {
+                Some(field) => Some(field.text()?.to_owned()),
+                None => None,
+            };
+            "tool"
+        }
+        "function" => {
+            return Err(role.refuse("is the old form of \"tool\": use that, with tool_call_id"));
+        }
+        _ => return Err(role.wrong("system, developer, user, assistant or tool")),
+    }
+    .to_owned();
+    message.content = match fields.get("content") {
+        Some(field) => content(&field)?,
+        None if need_content => content(&fields.need("content")?)?,
+        None => String::new(),
     };
-    let content = content(&fields.need("content")?)?;
-    Ok(ChatMessage::said(role, content))
+    Ok(message)
 }
 
 /// A string, or text parts that stand on lines of their own.
@@ -292,12 +343,14 @@ pub(super) fn extra_params(body: &Object) -> Result<Object, FieldError> {
 
 /// `"1"` is the number 1, unless the field is a text itself.
 fn value_of(key: &str, text: &str) -> Value {
-    const TEXTS: [&str; 6] = [
+    const TEXTS: [&str; 8] = [
         "suffix",
         "error_behavior",
         "user",
         "regex",
+        "guided_regex",
         "grammar",
+        "guided_grammar",
         "encoding_format",
     ];
     let is_text = TEXTS.contains(&key) || (key == "stop" && !text.starts_with('['));
@@ -309,43 +362,14 @@ fn value_of(key: &str, text: &str) -> Value {
     parsed.unwrap_or_else(|| Value::String(text.to_owned()))
 }
 
-/// What this server does not do is refused when it is asked for, never forgotten.
-fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), FieldError> {
-    refuse(fields, "tools", "tools")?;
-    refuse(fields, "functions", "tools")?;
-    if let Some(choice) = fields
-        .get("tool_choice")
-        .filter(|field| !is_word(field, &["none", "auto"]))
-    {
-        return Err(choice.refuse("asks for tools, which this server does not support"));
-    }
-    if let Some(format) = fields.get("response_format") {
-        let kind = format.fields()?.need("type")?;
-        if !is_word(&kind, &["text"]) {
-            return Err(format.refuse(
-                "asks for structured output, which this server does not support: use type text",
-            ));
-        }
-    }
-    Ok(())
-}
-
-fn refuse(fields: &Fields<'_>, key: &str, what: &str) -> Result<(), FieldError> {
+/// Only a chat has turns that could call tools.
+fn refuse_tools(fields: &Fields<'_>, key: &str) -> Result<(), FieldError> {
     match fields.get(key) {
         Some(field) if !matches!(field.value, Value::Array(values) if values.is_empty()) => {
-            Err(field.refuse(format!(
-                "asks for {what}, which this server does not support"
-            )))
+            Err(field.refuse("needs messages: a completion calls no tools"))
         }
         _ => Ok(()),
     }
-}
-
-fn is_word(field: &Field<'_>, words: &[&str]) -> bool {
-    field
-        .value
-        .as_str()
-        .is_some_and(|text| words.contains(&text))
 }
 
 #[cfg(test)]

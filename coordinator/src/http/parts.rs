@@ -10,7 +10,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
-use common::request::{End, TokenLogprob};
+use common::request::{End, TokenLogprob, ToolCallDelta};
 use futures::stream::{SelectAll, Stream, StreamExt};
 use tokio::sync::mpsc;
 
@@ -35,6 +35,8 @@ pub(super) enum Part {
     },
     /// A prompt's embedding.
     Embedding { choice: usize, values: Vec<f32> },
+    /// A part of a call of a tool.
+    Call { choice: usize, part: ToolCallDelta },
     /// A choice is complete.
     End {
         choice: usize,
@@ -48,6 +50,8 @@ pub(super) enum Part {
 pub(super) enum Finish {
     Stop,
     Length,
+    /// As [`Finish::Stop`], with calls of tools.
+    ToolCalls,
 }
 
 impl Finish {
@@ -56,6 +60,7 @@ impl Finish {
         match self {
             Finish::Stop => "stop",
             Finish::Length => "length",
+            Finish::ToolCalls => "tool_calls",
         }
     }
 }
@@ -85,6 +90,8 @@ pub(super) struct Parts {
     first: Vec<usize>,
     /// By choice.
     ended: Vec<bool>,
+    /// By choice: whether it calls a tool.
+    called: Vec<bool>,
     /// By choice: tokens so far.
     tokens: Vec<u32>,
     /// By prompt: tokens from the prefix cache.
@@ -122,6 +129,7 @@ impl Parts {
         let choices = first.last().copied().unwrap_or(0);
         Parts {
             ended: vec![false; choices],
+            called: vec![false; choices],
             tokens: vec![0; choices],
             cached: vec![0; prompt_tokens.len()],
             first,
@@ -216,6 +224,11 @@ impl Parts {
             }
             Some(GenerationEvent::Delta(delta)) => {
                 let choice = self.open_choice(choices, delta.candidate)?;
+                self.called[choice] |= !delta.tool_calls.is_empty();
+                // Behind the text, whose turn is first.
+                let calls = delta.tool_calls.into_iter().rev();
+                self.pending
+                    .extend(calls.map(|part| Part::Call { choice, part }));
                 if !delta.text.is_empty() || !delta.logprobs.is_empty() {
                     self.pending.push(Part::Delta {
                         choice,
@@ -232,6 +245,7 @@ impl Parts {
             }) => {
                 let choice = self.open_choice(choices, candidate)?;
                 let finish = match end {
+                    End::Stop if self.called[choice] => Finish::ToolCalls,
                     End::Stop => Finish::Stop,
                     End::Length => Finish::Length,
                     End::Deadline if self.partial_on_deadline => Finish::Length,
@@ -350,6 +364,8 @@ pub(super) struct Choice {
     pub text: String,
     /// The tokens of `text`, when asked for.
     pub tokens: Vec<TokenLogprob>,
+    /// Calls of tools.
+    pub calls: Vec<ToolCall>,
     /// Why it is complete, once it is.
     pub finish: Option<Finish>,
     pub output_tokens: u32,
@@ -357,6 +373,14 @@ pub(super) struct Choice {
     pub output_logprobs: (f64, u32),
     /// Of the prompt, when that was asked for.
     pub embedding: Vec<f32>,
+}
+
+/// A call of a tool as far as it came.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct ToolCall {
+    pub id: String,
+    pub name: String,
+    pub arguments: String,
 }
 
 impl Choice {
@@ -376,6 +400,18 @@ impl Choice {
                 self.tokens.extend(logprobs);
             }
             Part::Embedding { values, .. } => self.embedding = values,
+            Part::Call { part, .. } => {
+                let index = part.index as usize;
+                if index >= self.calls.len() {
+                    // Calls come one after the other.
+                    self.calls.push(ToolCall::default());
+                }
+                if let Some(call) = self.calls.last_mut() {
+                    call.id.push_str(&part.id.unwrap_or_default());
+                    call.name.push_str(&part.name.unwrap_or_default());
+                    call.arguments.push_str(&part.arguments);
+                }
+            }
             Part::End {
                 finish,
                 output_tokens,
@@ -418,6 +454,7 @@ pub(super) fn gather(choices: &mut [Choice], part: Part) {
     let (Part::Prompt { choice, .. }
     | Part::Delta { choice, .. }
     | Part::Embedding { choice, .. }
+    | Part::Call { choice, .. }
     | Part::End { choice, .. }) = part;
     choices[choice].take(part);
 }

@@ -2,13 +2,13 @@
 //!
 //! Owns shapes only; what is in an answer is decided in `parts`.
 
-use common::request::TokenLogprob;
+use common::request::{TokenLogprob, ToolCallDelta};
 use serde::Serialize;
 use serde::ser::{SerializeMap, Serializer};
 
 use super::offsets::Offsets;
 use super::openai::Style;
-use super::parts::{Choice, Finish, Usage};
+use super::parts::{Choice, Finish, ToolCall, Usage};
 
 /// What JSON says for a probability of zero, as OpenAI does.
 const LOGPROB_LEAST: f32 = -9999.0;
@@ -111,7 +111,9 @@ impl<'a> OpenAiReply<'a> {
                 Style::Chat => ChoiceBody::Chat {
                     message: Message {
                         role: "assistant",
-                        content: &choice.text,
+                        content: Some(choice.text.as_str())
+                            .filter(|text| choice.calls.is_empty() || !text.is_empty()),
+                        tool_calls: choice.calls.iter().map(CallJson::of).collect(),
                     },
                 },
             },
@@ -133,6 +135,7 @@ impl<'a> OpenAiReply<'a> {
         let delta = MessageDelta {
             role: Some("assistant"),
             content: Some(""),
+            tool_calls: None,
         };
         let body = ChoiceBody::ChatChunk { delta };
         Self::frame(
@@ -160,6 +163,7 @@ impl<'a> OpenAiReply<'a> {
                 delta: MessageDelta {
                     role: None,
                     content: Some(text),
+                    tool_calls: None,
                 },
             },
         };
@@ -175,6 +179,24 @@ impl<'a> OpenAiReply<'a> {
         )
     }
 
+    /// A part of a call of a tool.
+    pub fn call(meta: &'a Meta, index: usize, part: &'a ToolCallDelta) -> Self {
+        let delta = MessageDelta {
+            role: None,
+            content: None,
+            tool_calls: Some([CallDelta::of(part)]),
+        };
+        Self::frame(
+            meta,
+            vec![OpenAiChoice {
+                index,
+                body: ChoiceBody::ChatChunk { delta },
+                finish_reason: None,
+                logprobs: None,
+            }],
+        )
+    }
+
     /// The last chunk of a choice.
     pub fn closing(meta: &'a Meta, index: usize, finish: Finish, suffix: &'a str) -> Self {
         let body = match meta.style {
@@ -183,6 +205,7 @@ impl<'a> OpenAiReply<'a> {
                 delta: MessageDelta {
                     role: None,
                     content: None,
+                    tool_calls: None,
                 },
             },
         };
@@ -243,7 +266,63 @@ enum ChoiceBody<'a> {
 #[derive(Serialize)]
 struct Message<'a> {
     role: &'static str,
-    content: &'a str,
+    content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<CallJson<'a>>,
+}
+
+/// A whole call.
+#[derive(Serialize)]
+struct CallJson<'a> {
+    id: &'a str,
+    #[serde(rename = "type")]
+    kind: &'static str,
+    function: FunctionJson<'a>,
+}
+
+#[derive(Serialize)]
+struct FunctionJson<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<&'a str>,
+    arguments: &'a str,
+}
+
+impl<'a> CallJson<'a> {
+    fn of(call: &'a ToolCall) -> Self {
+        CallJson {
+            id: &call.id,
+            kind: "function",
+            function: FunctionJson {
+                name: Some(&call.name),
+                arguments: &call.arguments,
+            },
+        }
+    }
+}
+
+/// A part of a call: the first one says whose it is, the others are arguments.
+#[derive(Serialize)]
+struct CallDelta<'a> {
+    index: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<&'a str>,
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    kind: Option<&'static str>,
+    function: FunctionJson<'a>,
+}
+
+impl<'a> CallDelta<'a> {
+    fn of(part: &'a ToolCallDelta) -> Self {
+        CallDelta {
+            index: part.index,
+            id: part.id.as_deref(),
+            kind: part.id.as_ref().map(|_| "function"),
+            function: FunctionJson {
+                name: part.name.as_deref(),
+                arguments: &part.arguments,
+            },
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -252,6 +331,8 @@ struct MessageDelta<'a> {
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tool_calls: Option<[CallDelta<'a>; 1]>,
 }
 
 #[derive(Serialize)]

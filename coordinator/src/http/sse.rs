@@ -157,6 +157,9 @@ impl Writer {
             }
             // Asked for whole only.
             Part::Embedding { .. } => {}
+            Part::Call { choice, part } => {
+                event(bytes, &OpenAiReply::call(meta, *choice, part));
+            }
             Part::End { choice, finish, .. } => {
                 event(bytes, &OpenAiReply::closing(meta, *choice, *finish, suffix));
             }
@@ -193,7 +196,7 @@ mod tests {
     use std::sync::Arc;
     use std::time::{Duration, Instant};
 
-    use common::request::{Delta, End, Failure, FailureKind, TokenLogprob};
+    use common::request::{Delta, End, Failure, FailureKind, TokenLogprob, ToolCallDelta};
 
     use super::super::account::tests::{Ledger, account};
     use super::super::parts::Deadline;
@@ -261,6 +264,55 @@ data: [DONE]
 
 "#;
         assert_eq!(transcript(Style::Chat, 2, false, events).await, expected);
+    }
+
+    #[tokio::test]
+    async fn a_chat_that_calls_a_tool_reads_like_this() {
+        let part = |id: Option<&str>, arguments: &str| ToolCallDelta {
+            index: 0,
+            id: id.map(str::to_owned),
+            name: id.map(|_| "f".to_owned()),
+            arguments: arguments.into(),
+        };
+        let called = |text: &str, parts: Vec<ToolCallDelta>| {
+            GenerationEvent::Delta(Delta {
+                candidate: 0,
+                ids: vec![1],
+                text: text.into(),
+                tool_calls: parts,
+                ..Delta::default()
+            })
+        };
+        let events = vec![
+            called("I look.", vec![part(Some("c1"), ""), part(None, "{\"a\"")]),
+            called("", vec![part(None, ": 1}")]),
+            end(0, 9, End::Stop),
+        ];
+        let chunk = |delta: &str, finish: &str| {
+            format!(
+                r#"data: {{"id":"id-1","object":"chat.completion.chunk","created":5,"model":"e","choices":[{{"index":0,"delta":{delta},"finish_reason":{finish},"logprobs":null}}]}}"#
+            )
+        };
+        let expected = [
+            chunk(r#"{"role":"assistant","content":""}"#, "null"),
+            chunk(r#"{"content":"I look."}"#, "null"),
+            chunk(
+                r#"{"tool_calls":[{"index":0,"id":"c1","type":"function","function":{"name":"f","arguments":""}}]}"#,
+                "null",
+            ),
+            chunk(
+                r#"{"tool_calls":[{"index":0,"function":{"arguments":"{\"a\""}}]}"#,
+                "null",
+            ),
+            chunk(
+                r#"{"tool_calls":[{"index":0,"function":{"arguments":": 1}"}}]}"#,
+                "null",
+            ),
+            chunk("{}", "\"tool_calls\""),
+        ];
+        let transcript = transcript(Style::Chat, 1, false, events).await;
+        let got: Vec<&str> = transcript.split("\n\n").take(6).collect();
+        assert_eq!(got, expected);
     }
 
     #[tokio::test]

@@ -7,6 +7,7 @@
 pub use crate::end::{EngineEnd, OnEnd};
 
 use crate::end::{EndCell, guarded};
+use crate::mask::MaskAhead;
 use crate::request::{EndReason, Event, Request, RequestKey, SequenceError};
 use crate::runner::{Runner, StepError};
 use crate::scheduler::{Backlog, Full, Scheduler, SchedulerConfig, check_backlog, check_request};
@@ -115,6 +116,7 @@ impl Engine {
         let thread = Thread {
             runner,
             scheduler,
+            masks: MaskAhead::new(&name),
             sink,
             events: Vec::new(),
             shared,
@@ -251,6 +253,7 @@ impl Inbox {
 struct Thread {
     runner: Box<dyn Runner>,
     scheduler: Scheduler,
+    masks: MaskAhead,
     sink: Sink,
     /// Not yet delivered.
     events: Vec<Event>,
@@ -321,6 +324,7 @@ impl Thread {
     }
 
     fn step(&mut self) -> Result<(), StepError> {
+        self.masks.compute(self.scheduler.masks());
         let (samples, scores, pools) = self.scheduler.rows();
         let ticket = self
             .runner

@@ -14,6 +14,7 @@ pub mod engine;
 pub mod follower;
 pub mod kv;
 pub mod layers;
+pub mod mask;
 pub mod model_runner;
 pub mod models;
 pub mod numerics;

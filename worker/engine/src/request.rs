@@ -2,6 +2,7 @@
 //!
 //! Owns the request and event types. Knows no text, wire or HTTP: the worker translates.
 
+use crate::mask::{MaskError, TokenMask};
 use std::time::Instant;
 
 /// A request's key inside one engine. Unique among the requests in flight.
@@ -83,6 +84,8 @@ pub struct Candidate {
     pub index: u32,
     /// Output ids emitted before (elsewhere, by an earlier attempt).
     pub emitted: Vec<u32>,
+    /// What the outputs are bound to, if they are; it has accepted the emitted ids already.
+    pub mask: Option<Box<dyn TokenMask>>,
 }
 
 /// A token's log-probability beside the most probable ones at its position.
@@ -106,6 +109,8 @@ pub enum EndReason {
         /// Present when asked for.
         logprob: Option<TokenLogprob>,
     },
+    /// The candidate's mask says that the output is complete: nothing may follow.
+    Complete,
     /// The most output tokens asked for, or the end of the context.
     Length,
     /// The request's deadline passed.
@@ -130,6 +135,9 @@ pub enum SequenceError {
         /// Blocks the pool has.
         available: u64,
     },
+    /// The output cannot go on within what it is bound to.
+    #[error("the answer cannot go on within its constraint: {0}")]
+    Mask(MaskError),
     /// The request is malformed (empty prompt, id outside the vocabulary, prompt beyond the context).
     #[error("{0}")]
     Invalid(String),

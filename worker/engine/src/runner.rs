@@ -3,6 +3,7 @@
 //! Owns the [`Runner`] trait, the one `dyn` of the engine. `submit`/`collect` are apart so that a device can run ahead
 //! of the CPU; the CPU backend computes in `submit` and hands out the result in `collect`.
 
+use crate::mask::MaskSlot;
 use crate::plan::StepPlan;
 use crate::request::{Sampling, SequenceError, TokenLogprob};
 
@@ -26,6 +27,8 @@ pub struct SampleRow<'a> {
     pub prompt: &'a [u32],
     /// Output ids so far, for the penalties.
     pub outputs: &'a [u32],
+    /// Which tokens may be chosen; all of them without one.
+    pub mask: Option<&'a MaskSlot>,
 }
 
 /// Log-probabilities wanted of prompt tokens: row `i` of the span scores the id `targets[i]`.

@@ -3,15 +3,16 @@
 //! In this order, on the row `x` of one position:
 //! 1. A row with NaN or an infinity is [`SequenceError::NotFinite`].
 //! 2. Log-probabilities, when asked for, are those of the raw row: `x[i] - max - ln(sum e^(x - max))`.
-//! 3. `x[i] += bias` for each entry of `logit_bias`.
-//! 4. `repetition_penalty` r, for each token in prompt or outputs: `x[i] = x[i] > 0 ? x[i] / r : x[i] * r`.
-//! 5. For each token that the outputs hold c > 0 times: `x[i] -= c * frequency_penalty + presence_penalty`.
-//! 6. Temperature 0: the token with the largest x; of equals, the lowest id. Done.
-//! 7. Probabilities are proportional to `e^((x[i] - max) / temperature)`.
-//! 8. `top_k` k > 0: the k most probable tokens stay (of equals, the lower ids).
-//! 9. `top_p` p < 1: of these, the fewest most probable ones whose share of their sum is at least p; one at least.
-//! 10. `min_p` m > 0: of these, those at least m times as probable as the most probable one.
-//! 11. The first token (by falling probability, or by id where nothing was sorted) at which the running sum exceeds
+//! 3. Tokens that the row's mask does not allow get `x[i] = -infinity`, and nothing below gives them back.
+//! 4. `x[i] += bias` for each entry of `logit_bias`.
+//! 5. `repetition_penalty` r, for each token in prompt or outputs: `x[i] = x[i] > 0 ? x[i] / r : x[i] * r`.
+//! 6. For each token that the outputs hold c > 0 times: `x[i] -= c * frequency_penalty + presence_penalty`.
+//! 7. Temperature 0: the token with the largest x; of equals, the lowest id. Done.
+//! 8. Probabilities are proportional to `e^((x[i] - max) / temperature)`.
+//! 9. `top_k` k > 0: the k most probable tokens stay (of equals, the lower ids).
+//! 10. `top_p` p < 1: of these, the fewest most probable ones whose share of their sum is at least p; one at least.
+//! 11. `min_p` m > 0: of these, those at least m times as probable as the most probable one.
+//! 12. The first token (by falling probability, or by id where nothing was sorted) at which the running sum exceeds
 //!     `u * total`; u is drawn by [`random::uniform`] from seed, candidate and output index.
 //!
 //! Reads no clock and keeps no state between calls but scratch memory.
@@ -31,7 +32,8 @@ use std::cmp::Ordering;
 /// Chooses the next token from `logits`, the full vocabulary's row, which is left changed by biases and penalties.
 ///
 /// # Errors
-/// [`SequenceError::NotFinite`] when the row holds NaN or an infinity; [`SequenceError::Invalid`] when it is empty.
+/// [`SequenceError::NotFinite`] when the row holds NaN or an infinity; [`SequenceError::Invalid`] when it is empty;
+/// [`SequenceError::Mask`] when the mask fails or allows nothing.
 pub fn sample(logits: &mut [f32], row: &SampleRow<'_>) -> Result<Sampled, SequenceError> {
     check(logits)?;
     SCRATCH.with_borrow_mut(|scratch| {
@@ -39,6 +41,9 @@ pub fn sample(logits: &mut [f32], row: &SampleRow<'_>) -> Result<Sampled, Sequen
             .sampling
             .logprobs
             .map(|top| RawRow::of(logits, top, &mut scratch.ranked));
+        if let Some(mask) = row.mask {
+            mask.restrict(logits)?;
+        }
         adjust(logits, row, scratch);
         let id = choose(logits, row, scratch);
         let raw_logit = |id: u32| {

@@ -11,6 +11,7 @@ use engine::collective::host::{
 use engine::collective::solo::Solo;
 use engine::engine::{Engine, EngineConfig, EngineEnd, EngineHandle};
 use engine::follower::{self, FollowerHandle};
+use engine::mask::{MaskError, Next, TokenMask, TokenSet};
 use engine::model_runner::{ModelRunner, RunnerOptions};
 use engine::models::checkpoint::Checkpoint;
 use engine::request::{Candidate, EndReason, Event, Request, RequestKey, Sampling, TokenLogprob};
@@ -91,6 +92,30 @@ enum Choice {
     Seeded,
 }
 
+/// Allows the ids that leave the same rest modulo 3 as the sum of those so far.
+#[derive(Debug, Clone)]
+struct Thirds(u32);
+
+impl TokenMask for Thirds {
+    fn allowed(&mut self, allowed: &mut TokenSet) -> Result<(), MaskError> {
+        allowed.copy_from(&[]);
+        (self.0 % 3..2048)
+            .step_by(3)
+            .for_each(|id| allowed.insert(id));
+        Ok(())
+    }
+
+    fn accept(&mut self, token: u32) -> Result<Next, MaskError> {
+        assert_eq!(token % 3, self.0 % 3, "the mask is obeyed");
+        self.0 += token;
+        Ok(Next::Open)
+    }
+
+    fn another(&self) -> Box<dyn TokenMask> {
+        Box::new(self.clone())
+    }
+}
+
 /// Random requests; some with several candidates, penalties or scored prompts, and some embeddings.
 fn requests(vocab: u32, choice: Choice) -> Vec<Request> {
     let number =
@@ -104,6 +129,7 @@ fn requests(vocab: u32, choice: Choice) -> Vec<Request> {
             .map(|index| Candidate {
                 index,
                 emitted: Vec::new(),
+                mask: (key % 7 == 3).then(|| Box::new(Thirds(0)) as _),
             })
             .collect(),
         sampling: Sampling {
@@ -353,6 +379,10 @@ fn resume(requests: &[Request], answers: &Answers) -> (Vec<Request>, Answers) {
                 .iter()
                 .map(|(id, _)| *id)
                 .collect();
+            for id in &candidate.emitted {
+                let accepted = candidate.mask.as_mut().map(|mask| mask.accept(*id));
+                assert!(matches!(accepted, None | Some(Ok(Next::Open))));
+            }
         }
         Request {
             prompt_logprobs: None,

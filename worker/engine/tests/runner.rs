@@ -249,6 +249,7 @@ fn samples_and_scores_get_the_rows_of_their_spans() {
         output_index: 0,
         prompt: &[1],
         outputs: &[],
+        mask: None,
     };
     // Two candidates share span 2's row: what one does to it is not seen by the other.
     let samples = [sample(2, &forced), sample(2, &greedy), sample(0, &greedy)];
@@ -303,6 +304,7 @@ fn rows_that_the_plan_does_not_give_cannot_be_sampled_scored_or_summed() {
         output_index: 0,
         prompt: &[1],
         outputs: &[],
+        mask: None,
     };
     for samples in [[sample(0)], [sample(2)], [sample(3)]] {
         assert!(matches!(

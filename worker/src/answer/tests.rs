@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::text::tests::text_model;
+use crate::text::tools::Family;
 
 const REQUEST: RequestId = RequestId(7);
 const KEY: RequestKey = 1;
@@ -407,4 +408,46 @@ proptest! {
         resumed.push_str(&run(&mut after, &ids[cut..], Some(EndReason::Length)).0);
         prop_assert_eq!(&resumed, &expected[delivered..]);
     }
+}
+
+#[test]
+fn calls_of_tools_come_beside_the_text_and_are_not_part_of_it() {
+    let text = text_model("tiny-llama");
+    let called =
+        ids("I look. <tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": 1}}\n</tool_call>");
+    let half = called.len() / 2;
+    for (emitted, delivered) in [(&called[..0], 0), (&called[..half], 8)] {
+        let mut answer = Answer::new(REQUEST, text.clone(), PromptPart::default());
+        answer.find_calls(CallParser::new(Family::Hermes, ["f".to_owned()], false));
+        answer.add_candidate(Utf8Stream::default(), &[], emitted, delivered);
+        let mut answers = Answers::default();
+        let mut outputs = answers.begin(KEY, answer);
+        let rest = &called[emitted.len()..];
+        let events = (0..).zip(rest).map(|(index, &id)| token(index, id, false));
+        for event in events.chain([ended(stop_token(None))]) {
+            outputs.extend(answers.step(vec![event]).outputs);
+        }
+        let (mut shown, mut calls) = (String::new(), Vec::new());
+        for output in outputs {
+            if let Output::Delta { delta, .. } = output {
+                shown.push_str(&delta.text);
+                calls.extend(delta.tool_calls);
+            }
+        }
+        assert_eq!(shown, if emitted.is_empty() { " I look." } else { "" });
+        assert_eq!(calls[0].name.as_deref(), Some("f"));
+        assert_eq!(calls[1].arguments, "{\"a\": 1}");
+        assert_eq!(calls.len(), 2);
+    }
+}
+
+#[test]
+fn what_a_stop_string_cuts_loses_nothing_in_front_of_it() {
+    let mut answer = Answer::new(REQUEST, text_model("tiny-llama"), PromptPart::default());
+    answer.find_calls(CallParser::new(Family::Hermes, ["f".to_owned()], false));
+    answer.add_candidate(Utf8Stream::default(), &["END".to_owned()], &[], 0);
+    let mut answers = Answers::default();
+    answers.begin(KEY, answer);
+    let (text, ..) = run(&mut answers, &ids("a <tool_call>{\"name\" END"), None);
+    assert_eq!(text, " a <tool_call>{\"name\" ");
 }

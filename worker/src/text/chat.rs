@@ -9,15 +9,16 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use common::request::{Chat, ChatMessage};
+use common::request::{Chat, ChatMessage, ToolChoice};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Value};
+use minijinja::value::{Kwargs, Serde, Value};
 use minijinja::{Environment, Error, ErrorKind, context};
 use minijinja_contrib::pycompat::unknown_method_callback;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
 use super::Render;
+use super::tools::{CallForm, prompt};
 
 /// Instructions a rendering may take: a long conversation takes some ten thousand.
 const FUEL: u64 = 2_000_000;
@@ -64,6 +65,8 @@ pub enum ChatError {
 pub struct TemplateSource {
     /// In Jinja. `None` for a model without a template.
     pub text: Option<String>,
+    /// The one for conversations with tools, where the model has one of its own for them.
+    pub tool_use: Option<String>,
     /// The name of the begin-of-text token.
     pub bos: Option<String>,
     /// The name of the end-of-text token.
@@ -84,6 +87,7 @@ impl TemplateSource {
         };
         let file = fs::read_to_string(folder.join("chat_template.jinja")).ok();
         Ok(TemplateSource {
+            tool_use: named(&config["chat_template"], "tool_use").filter(|_| file.is_none()),
             text: file.or_else(|| template_of(&config["chat_template"])),
             bos: token_of(&config["bos_token"]),
             eos: token_of(&config["eos_token"]),
@@ -91,9 +95,21 @@ impl TemplateSource {
     }
 }
 
+impl TemplateSource {
+    /// How the model takes tools.
+    pub fn call_form(&self) -> CallForm {
+        CallForm::of(self.tool_use.as_deref().or(self.text.as_deref()))
+    }
+}
+
 /// A model's chat template, compiled.
 pub struct ChatTemplate {
     environment: Result<Environment<'static>, ChatError>,
+    /// The one for conversations with tools, if there is one.
+    tool_use: Option<Result<Environment<'static>, ChatError>>,
+    form: CallForm,
+    /// Whether it speaks of system messages.
+    knows_system: bool,
     bos: Option<String>,
     eos: Option<String>,
 }
@@ -101,8 +117,17 @@ pub struct ChatTemplate {
 impl ChatTemplate {
     /// Compiles a template. One that does not compile fails conversations, not the model.
     pub fn new(source: TemplateSource) -> ChatTemplate {
-        let TemplateSource { text, bos, eos } = source;
+        let form = source.call_form();
+        let TemplateSource {
+            text,
+            tool_use,
+            bos,
+            eos,
+        } = source;
         ChatTemplate {
+            form,
+            knows_system: text.as_ref().is_some_and(|text| text.contains("system")),
+            tool_use: tool_use.map(environment),
             environment: text.ok_or(ChatError::Missing).and_then(environment),
             bos,
             eos,
@@ -112,13 +137,26 @@ impl ChatTemplate {
 
 impl Render for ChatTemplate {
     fn render(&self, chat: &Chat) -> Result<String, ChatError> {
-        let environment = self.environment.as_ref().map_err(Clone::clone)?;
+        let tools = tools_of(chat)?;
+        let environment = match &self.tool_use {
+            Some(tool_use) if !tools.is_empty() => tool_use,
+            _ => &self.environment,
+        };
+        let environment = environment.as_ref().map_err(Clone::clone)?;
+        let with_tools = self.form.in_template;
+        let messages: Vec<Value> = if with_tools {
+            chat.messages.iter().map(turn).collect()
+        } else {
+            let plain = prompt::plain(&chat.messages, &tools, self.knows_system);
+            plain.iter().map(turn).collect()
+        };
+        let tools = Some(tools).filter(|tools| with_tools && !tools.is_empty());
         let template = environment
             .get_template(NAME)
             .map_err(|e| ChatError::Invalid(message(&e)))?;
         let variables = context! {
-            messages => chat.messages.iter().map(turn).collect::<Vec<Value>>(),
-            tools => Value::from(()),
+            messages => messages,
+            tools => tools.map_or_else(|| Value::from(()), |tools| Value::from(Serde(tools))),
             documents => Value::from(()),
             add_generation_prompt => true,
             bos_token => self.bos.as_deref(),
@@ -138,12 +176,41 @@ impl Render for ChatTemplate {
     }
 }
 
-/// A turn as templates see it.
+/// The tools that the next turn may call.
+fn tools_of(chat: &Chat) -> Result<Vec<Json>, ChatError> {
+    match &chat.tools {
+        Some(tools) if chat.tool_choice != ToolChoice::None => {
+            serde_json::from_str(tools).map_err(|e| ChatError::Refused(format!("its tools: {e}")))
+        }
+        _ => Ok(Vec::new()),
+    }
+}
+
+/// A turn as templates see it: transformers' form, in which a call's arguments are a value and not its text.
 fn turn(message: &ChatMessage) -> Value {
-    Value::from_pairs([
-        ("role", message.role.as_str()),
-        ("content", message.content.as_str()),
-    ])
+    let mut turn = serde_json::json!({"role": message.role, "content": message.content});
+    let calls = message.tool_calls.as_ref();
+    if let Some(Json::Array(mut calls)) = calls.and_then(|calls| serde_json::from_str(calls).ok()) {
+        for call in &mut calls {
+            let arguments = &mut call["function"]["arguments"];
+            let value = arguments
+                .as_str()
+                .and_then(|text| serde_json::from_str(text).ok());
+            if let Some(value @ Json::Object(_)) = value {
+                *arguments = value;
+            }
+        }
+        turn["tool_calls"] = Json::Array(calls);
+    }
+    for (key, text) in [
+        ("tool_call_id", &message.tool_call_id),
+        ("name", &message.name),
+    ] {
+        if let Some(text) = text {
+            turn[key] = Json::from(text.as_str());
+        }
+    }
+    Value::from(Serde(turn))
 }
 
 /// The text of `chat_template` in its two forms.
@@ -157,6 +224,12 @@ fn template_of(entry: &Json) -> Option<String> {
         .find(|one| one["name"] == "default")
         .or(named.first())?;
     default["template"].as_str().map(str::to_owned)
+}
+
+/// The text of one of several templates.
+fn named(entry: &Json, name: &str) -> Option<String> {
+    let found = entry.as_array()?.iter().find(|one| one["name"] == name)?;
+    found["template"].as_str().map(str::to_owned)
 }
 
 /// A special token's name in its two forms.
@@ -360,6 +433,58 @@ mod tests {
             matches!(&error, ChatError::Invalid(why) if why.contains("line 2")),
             "{error}"
         );
+    }
+
+    fn with_call() -> Chat {
+        let calls =
+            r#"[{"id":"c1","type":"function","function":{"name":"f","arguments":"{\"a\": 1}"}}]"#;
+        let called = ChatMessage {
+            tool_calls: Some(calls.into()),
+            ..said("assistant", "")
+        };
+        let result = ChatMessage {
+            tool_call_id: Some("c1".into()),
+            name: Some("f".into()),
+            ..said("tool", "2")
+        };
+        Chat {
+            messages: vec![said("user", "hi"), called, result],
+            tools: Some(r#"[{"type":"function","function":{"name":"f","parameters":{}}}]"#.into()),
+            ..Chat::default()
+        }
+    }
+
+    #[test]
+    fn a_template_that_knows_tools_gets_them_as_in_transformers() {
+        let template = "{% if tools %}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{% endif %}|{% for m in messages %}{% if 'tool_calls' in m %}{% for call in m.tool_calls %}<tool_call>{{ call.function.name }} {{ call.function.arguments | tojson }}{% endfor %}{% elif m.role == 'tool' %} {{ m.tool_call_id }} {{ m.name }} {{ m.content }}{% endif %}{% endfor %}";
+        let template = with_template(template.into());
+        let expected = r#"{"type": "function", "function": {"name": "f", "parameters": {}}}|<tool_call>f {"a": 1} c1 f 2"#;
+        assert_eq!(template.render(&with_call()).unwrap(), expected);
+        let none = Chat {
+            tool_choice: ToolChoice::None,
+            ..with_call()
+        };
+        assert!(template.render(&none).unwrap().starts_with("|<tool_call>f"));
+    }
+
+    #[test]
+    fn a_template_that_knows_none_is_told_of_tools_in_its_own_words() {
+        let template = opened(&model_folder("tiny-llama"));
+        let rendered = template.render(&with_call()).unwrap();
+        assert!(rendered.starts_with("<s>[INST] You may call"), "{rendered}");
+        let turns = "\n\nhi [/INST] <tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": 1}}\n</tool_call></s><s>[INST] <tool_response>\n2\n</tool_response> [/INST]";
+        assert!(rendered.ends_with(turns), "{rendered}");
+    }
+
+    #[test]
+    fn a_template_of_its_own_for_tools_is_taken_when_there_are_tools() {
+        let list = serde_json::json!([{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "{{ tools | length }} tools <tool_call>"}]);
+        let template = with_template(list);
+        assert_eq!(
+            template.render(&with_call()).unwrap(),
+            "1 tools <tool_call>"
+        );
+        assert_eq!(template.render(&Chat::default()).unwrap(), "plain");
     }
 
     #[test]

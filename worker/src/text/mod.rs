@@ -3,19 +3,28 @@
 //! Owns the files of a tokenizer's folder. Knows no wire and no engine.
 
 pub mod chat;
+pub mod constraint;
 pub mod detokenize;
+pub mod helper;
 pub mod sandbox;
 pub mod stop;
 pub mod tokenizer;
+pub mod tools;
+pub mod trial;
 
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use common::request::{Chat, Prompt};
+use common::request::{Chat, Constraint, Generate, Prompt, ToolChoice};
 use serde_json::Value;
 
 use chat::{ChatError, TemplateSource};
+use constraint::{ConstraintError, Grammar, Grammars};
 use tokenizer::Tokenizer;
+use tools::grammar::Calls;
+use tools::parser::CallParser;
+use tools::{CallForm, Tool};
+use trial::Trial;
 
 /// Bytes of a prompt that are tokenized whatever the context is: for tokenizers that drop or join characters.
 const PROMPT_BYTES_MIN: usize = 64 << 10;
@@ -36,8 +45,19 @@ pub struct TextModel {
     /// Whether conversations become text.
     pub chat: bool,
     template: Box<dyn Render>,
+    grammars: Grammars,
+    call_form: CallForm,
     /// Ids that end an answer, unless a request ignores them.
     pub end_ids: Vec<u32>,
+}
+
+/// What stands between a model's tokens and an answer.
+#[derive(Default)]
+pub struct Binding {
+    /// What the answer is bound to.
+    pub grammar: Option<Grammar>,
+    /// What finds its calls.
+    pub calls: Option<CallParser>,
 }
 
 /// Why a prompt has no token ids.
@@ -90,7 +110,9 @@ impl TextModel {
         Ok(TextModel {
             tokenizer,
             chat: template.text.is_some(),
+            call_form: template.call_form(),
             template: renderer(template),
+            grammars: Grammars::default(),
             end_ids,
         })
     }
@@ -127,6 +149,89 @@ impl TextModel {
         (context_max as usize)
             .saturating_mul(self.tokenizer.token_bytes_max())
             .max(PROMPT_BYTES_MIN)
+    }
+
+    /// What the request's answers are bound to, if they are; what finds their calls of tools, if they may call any.
+    ///
+    /// # Errors
+    /// [`ConstraintError`].
+    pub fn binding(&self, generate: &Generate) -> Result<Binding, ConstraintError> {
+        let tools = match &generate.prompt {
+            Prompt::Chat(chat) if chat.tool_choice != ToolChoice::None => {
+                chat.tools.as_ref().map(|tools| (chat, Tool::all(tools)))
+            }
+            _ => None,
+        };
+        let Some((chat, tools)) = tools else {
+            return Ok(Binding {
+                grammar: self.grammar(generate.constraint.as_ref())?,
+                calls: None,
+            });
+        };
+        let what = "tools";
+        let tools = tools.map_err(|why| ConstraintError::Refused { what, why })?;
+        let family = self.call_form.family;
+        let single = chat.single_call || matches!(chat.tool_choice, ToolChoice::Function(_));
+        let names = tools.iter().map(|tool| tool.name.clone());
+        let calls = CallParser::new(family, names, single);
+        let or = generate
+            .constraint
+            .as_ref()
+            .filter(|_| chat.tool_choice == ToolChoice::Auto);
+        if chat.tool_choice == ToolChoice::Auto && or.is_none() {
+            // The model may say what it likes; what looks like a call and is none is text.
+            return Ok(Binding {
+                grammar: None,
+                calls: Some(calls),
+            });
+        }
+        or.map_or(Ok(()), constraint::check)?;
+        let wanted = Calls {
+            family,
+            tools: &tools,
+            choice: &chat.tool_choice,
+            single,
+            or,
+        };
+        // Tried with marks as texts: the ids of their tokens are this vocabulary's own.
+        let lark = |special: &dyn Fn(&str) -> Option<u32>| {
+            let lark = wanted.lark(special).map(Constraint::Grammar);
+            let why = |e: serde_json::Error| e.to_string();
+            lark.map_err(|e| ConstraintError::Refused { what, why: why(e) })
+        };
+        let (tried, lark) = (lark(&|_| None)?, lark(&|mark| self.special_id(mark))?);
+        let vocabulary = self.tokenizer.vocabulary();
+        let grammar = self
+            .grammars
+            .compile(&lark, &tried, vocabulary, &self.end_ids);
+        Ok(Binding {
+            grammar: Some(grammar.map_err(|error| error.about(what))?),
+            calls: Some(calls.trusting()),
+        })
+    }
+
+    fn grammar(&self, constraint: Option<&Constraint>) -> Result<Option<Grammar>, ConstraintError> {
+        let vocabulary = self.tokenizer.vocabulary();
+        let compile = |constraint| {
+            self.grammars
+                .of_request(constraint, vocabulary, &self.end_ids)
+        };
+        constraint.map(compile).transpose()
+    }
+
+    /// The same model, whose grammars are tried in another process before they are compiled in this one.
+    #[must_use]
+    pub fn with_trial(self, trial: Trial) -> TextModel {
+        TextModel {
+            grammars: self.grammars.with_trial(trial),
+            ..self
+        }
+    }
+
+    /// The id of a token that has a name and no text.
+    pub fn special_id(&self, name: &str) -> Option<u32> {
+        let id = self.tokenizer.token_id(name)?;
+        self.tokenizer.vocabulary().is_special(id).then_some(id)
     }
 
     fn encode(&self, text: &str, special: bool, context_max: u32) -> Result<Vec<u32>, PromptError> {

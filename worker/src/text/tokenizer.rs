@@ -154,6 +154,16 @@ impl Vocabulary {
         &self.bytes[start as usize..end as usize]
     }
 
+    /// Ids that have a place, with or without a token.
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// There are none.
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
     /// Bytes of the longest name.
     fn longest(&self) -> usize {
         let starts = std::iter::once(0).chain(self.ends.iter().copied());
@@ -168,7 +178,7 @@ impl Vocabulary {
 
     /// What a token adds to a text: its bytes, and nothing for special tokens.
     pub fn text(&self, id: u32) -> &[u8] {
-        if self.special.get(id as usize).copied().unwrap_or(true) {
+        if self.is_special(id) {
             &[]
         } else {
             self.name(id)

@@ -236,11 +236,11 @@ fn every_mistake_of_a_completion_is_told_with_its_field() {
         ),
         (
             at("tools", json!([{}])),
-            "tools asks for tools, which this server does not support",
+            "tools needs messages: a completion calls no tools",
         ),
         (
-            at("response_format", json!({"type": "json_object"})),
-            "response_format asks for structured output",
+            at("response_format", json!({"type": "xml"})),
+            "response_format.type must be \"text\", \"json_object\" or \"json_schema\"",
         ),
         (
             at("response_format", json!({})),
@@ -282,11 +282,19 @@ fn every_mistake_of_a_chat_is_told_with_its_field() {
         ),
         (
             message(json!({"role": "king", "content": "a"})),
-            "messages[1].role must be system, developer, user",
+            "messages[1].role must be system, developer, user, assistant or tool",
         ),
         (
             message(json!({"role": "tool", "content": "a"})),
-            "messages[1].role asks for tools",
+            "messages[1].tool_call_id is missing",
+        ),
+        (
+            message(json!({"role": "function", "name": "f", "content": "a"})),
+            "messages[1].role is the old form of \"tool\"",
+        ),
+        (
+            message(json!({"role": "assistant", "content": null, "tool_calls": []})),
+            "messages[1].content is missing",
         ),
         (
             message(json!({"role": "user"})),
@@ -302,7 +310,11 @@ fn every_mistake_of_a_chat_is_told_with_its_field() {
         ),
         (
             message(json!({"role": "assistant", "content": null, "tool_calls": [{}]})),
-            "messages[1].tool_calls asks for calls of tools",
+            "messages[1].tool_calls[0].id is missing",
+        ),
+        (
+            message(json!({"role": "assistant", "function_call": {"name": "f"}})),
+            "messages[1].function_call is the old form of tool_calls",
         ),
         (
             at("max_completion_tokens", json!(0)),
@@ -314,13 +326,24 @@ fn every_mistake_of_a_chat_is_told_with_its_field() {
         ),
         (
             at("tool_choice", json!("required")),
-            "tool_choice asks for tools",
+            "tool_choice asks for a call",
         ),
-        (at("tools", json!({"a": 1})), "tools asks for tools"),
-        (at("functions", json!([{}])), "functions asks for tools"),
+        (at("tools", json!({"a": 1})), "tools must be a list"),
+        (
+            at("functions", json!([{}])),
+            "functions is the old form of tools",
+        ),
+        (
+            with(
+                at("regex", json!("a")),
+                "tools",
+                json!([{"type": "function", "function": {"name": "f"}}]),
+            ),
+            "tools cannot stand beside a regular expression or a grammar",
+        ),
         (
             at("response_format", json!({"type": "json_schema"})),
-            "response_format asks for structured output",
+            "response_format.json_schema is missing",
         ),
     ];
     for (body, expected) in table {
@@ -331,4 +354,43 @@ fn every_mistake_of_a_chat_is_told_with_its_field() {
             error.message
         );
     }
+}
+
+#[test]
+fn calls_and_their_results_stay_with_their_turns() {
+    let call = json!({"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{\"a\": 1}"}});
+    let body = json!({
+        "messages": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": null, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c1", "content": "2"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+        "parallel_tool_calls": false,
+        "response_format": {"type": "json_object"},
+    });
+    let request = parse_chat(&body).unwrap();
+    let generate = &request.prompts[0];
+    let Prompt::Chat(chat) = &generate.prompt else {
+        panic!("a chat")
+    };
+    assert_eq!(chat.messages[1].tool_calls, Some(json!([call]).to_string()));
+    assert_eq!(chat.messages[1].content, "");
+    assert_eq!(chat.messages[2].tool_call_id.as_deref(), Some("c1"));
+    assert_eq!(
+        chat.tools.as_deref(),
+        Some(r#"[{"type":"function","function":{"name":"f"}}]"#)
+    );
+    assert_eq!(chat.tool_choice, ToolChoice::Function("f".into()));
+    assert!(chat.single_call);
+    assert_eq!(generate.constraint, Some(Constraint::JsonObject));
+    let plain = parse_completion(&json!({"prompt": ["a", "b"], "regex": "x+"})).unwrap();
+    let regex = Some(Constraint::Regex("x+".into()));
+    assert!(
+        plain
+            .prompts
+            .iter()
+            .all(|prompt| prompt.constraint == regex)
+    );
 }

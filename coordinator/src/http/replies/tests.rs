@@ -17,6 +17,7 @@ fn choice(text: &str, tokens: Vec<TokenLogprob>) -> Choice {
     Choice {
         text: text.into(),
         tokens,
+        calls: Vec::new(),
         finish: Some(Finish::Length),
         output_tokens: 2,
         ..Choice::default()
@@ -114,4 +115,30 @@ fn chat_logprobs_are_one_object_per_token() {
         json["choices"][0]["logprobs"],
         json!({"content": [expected]})
     );
+}
+
+#[test]
+fn calls_stand_beside_the_content_which_is_null_when_there_is_none() {
+    let call = |id: &str| ToolCall {
+        id: id.into(),
+        name: "f".into(),
+        arguments: "{\"a\": 1}".into(),
+    };
+    let called = |text: &str| Choice {
+        calls: vec![call("c1"), call("c2")],
+        finish: Some(Finish::ToolCalls),
+        ..choice(text, vec![])
+    };
+    let meta = meta(Style::Chat, false);
+    let message = |text: &str| {
+        let choices = [called(text)];
+        let reply = OpenAiReply::whole(&meta, &choices, Usage::default());
+        let json = serde_json::to_value(reply).unwrap();
+        assert_eq!(json["choices"][0]["finish_reason"], "tool_calls");
+        json["choices"][0]["message"].clone()
+    };
+    let json_call = |id: &str| json!({"id": id, "type": "function", "function": {"name": "f", "arguments": "{\"a\": 1}"}});
+    let expected = json!({"role": "assistant", "content": null, "tool_calls": [json_call("c1"), json_call("c2")]});
+    assert_eq!(message(""), expected);
+    assert_eq!(message("I look.")["content"], "I look.");
 }

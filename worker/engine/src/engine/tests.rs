@@ -75,6 +75,7 @@ fn request(key: RequestKey, rng: &mut Rng) -> Request {
             .map(|index| Candidate {
                 index,
                 emitted: Vec::new(),
+                mask: None,
             })
             .collect(),
         sampling: Sampling {

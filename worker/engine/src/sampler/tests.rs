@@ -1,6 +1,7 @@
 //! Tests of the sampler: each field's effect alone and together, and the distributions it draws from.
 
 use super::*;
+use crate::mask::MaskSlot;
 
 const ROW: [f32; 8] = [0.5, -1.0, 2.0, 1.5, 0.0, 2.0, -3.0, 1.0];
 
@@ -12,6 +13,7 @@ fn row<'a>(sampling: &'a Sampling, prompt: &'a [u32], outputs: &'a [u32]) -> Sam
         output_index: outputs.len() as u32,
         prompt,
         outputs,
+        mask: None,
     }
 }
 
@@ -21,6 +23,61 @@ fn draw(logits: &[f32], sampling: &Sampling, output_index: u32) -> u32 {
         ..row(sampling, &[], &[])
     };
     sample(&mut logits.to_vec(), &row).expect("finite").id
+}
+
+#[test]
+fn a_mask_is_obeyed_by_every_way_to_choose_and_logprobs_stay_those_of_the_raw_row() {
+    use crate::mask::tests::Steps;
+    let ways = [
+        Sampling::default(),
+        seeded(1.0),
+        seeded(50.0),
+        Sampling {
+            top_k: 5,
+            ..seeded(5.0)
+        },
+        Sampling {
+            top_p: 0.5,
+            ..seeded(5.0)
+        },
+        Sampling {
+            min_p: 0.9,
+            ..seeded(5.0)
+        },
+        Sampling {
+            logit_bias: vec![(2, 100.0)],
+            repetition_penalty: 2.0,
+            presence_penalty: 1.0,
+            ..seeded(5.0)
+        },
+    ];
+    let plain = score(&ROW, 0, 8).expect("finite");
+    for sampling in ways.map(|sampling| Sampling {
+        logprobs: Some(8),
+        ..sampling
+    }) {
+        let mut seen = [false; 8];
+        for output_index in 0..200 {
+            // Allows 4 and 5 of eight, and 4 alone each third time.
+            let mask = MaskSlot::new(Box::new(Steps {
+                vocab: 8,
+                last: 3,
+                left: output_index % 3,
+            }));
+            let row = SampleRow {
+                output_index,
+                mask: Some(&mask),
+                ..row(&sampling, &[1, 2], &[4, 2])
+            };
+            let sampled = sample(&mut ROW.to_vec(), &row).expect("some are allowed");
+            assert!(sampled.id == 4 || (sampled.id == 5 && output_index % 3 != 0));
+            seen[sampled.id as usize] = true;
+            let logprob = sampled.logprob.expect("asked for");
+            assert_eq!(logprob.top, plain.top);
+            assert!(plain.top.contains(&(sampled.id, logprob.logprob)));
+        }
+        assert!(seen[4] && seen[5], "{sampling:?}");
+    }
 }
 
 fn seeded(temperature: f32) -> Sampling {

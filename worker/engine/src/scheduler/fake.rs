@@ -1,6 +1,7 @@
 //! A runner without a model, for tests: its "K and V" at a position are a hash of the whole prefix up to there, its
 //! logits a function of that hash. So each mistake in blocks, positions or tokens shows as wrong content.
 
+use crate::mask::{MaskSlot, Next};
 use crate::plan::{BLOCK_TOKENS, NULL_BLOCK, Span, StepPlan};
 use crate::request::{Candidate, EndReason, Request, SequenceError, TokenLogprob};
 use crate::runner::{
@@ -206,6 +207,7 @@ pub(crate) fn expected(request: &Request, candidate: &Candidate, geometry: &Geom
     let mut outputs = candidate.emitted.clone();
     let mut tokens = Vec::new();
     let mut reason = EndReason::Length;
+    let mask = candidate.mask.clone().map(MaskSlot::new);
     let mut prefix = prefixes(request.prompt.iter().chain(&outputs).copied())
         .last()
         .expect("a prompt");
@@ -219,6 +221,7 @@ pub(crate) fn expected(request: &Request, candidate: &Candidate, geometry: &Geom
             output_index: outputs.len() as u32,
             prompt: &request.prompt,
             outputs: &outputs,
+            mask: mask.as_deref(),
         };
         match sampler::sample(&mut logits(prefix, geometry.vocab), &row) {
             Err(error) => reason = EndReason::Error(error),
@@ -229,7 +232,12 @@ pub(crate) fn expected(request: &Request, candidate: &Candidate, geometry: &Geom
             Ok(sampled) => {
                 outputs.push(sampled.id);
                 prefix = extend(prefix, sampled.id);
+                let next = mask.as_ref().map(|mask| mask.accept(sampled.id));
                 tokens.push(sampled);
+                if let Some(Ok(Next::Complete)) = next {
+                    reason = EndReason::Complete;
+                    break;
+                }
                 continue;
             }
         }

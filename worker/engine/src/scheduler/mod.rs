@@ -20,12 +20,14 @@ pub use limits::{Backlog, CANDIDATES_MAX, Full, LOGPROBS_MAX, check_backlog, che
 
 use crate::kv::blocks::BlockManager;
 use crate::kv::prefix::PrefixHasher;
+use crate::mask::MaskSlot;
 use crate::plan::StepPlan;
 use crate::request::{Candidate, EndReason, Event, Request, RequestKey};
 use crate::runner::{PoolRows, SampleRow, ScoreRows, StepError, StepOutput};
 use sequence::{Advance, Sequence};
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Numbers for the engine's statistics.
@@ -193,6 +195,12 @@ impl Scheduler {
             }
         }
         (samples, scores, pools)
+    }
+
+    /// The masks that the planned step will need.
+    pub fn masks(&self) -> impl Iterator<Item = &Arc<MaskSlot>> {
+        let sampled = self.planned.iter().filter(|planned| planned.sample);
+        sampled.filter_map(|planned| self.running[planned.running].mask.as_ref())
     }
 
     /// Takes what the planned step gave: tokens and scores become events, full blocks get their names, sequences that

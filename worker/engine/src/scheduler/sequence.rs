@@ -3,6 +3,7 @@
 //! Owns no blocks but through its table, and takes no decision about others.
 
 use crate::kv::table::BlockTable;
+use crate::mask::{MaskSlot, Next};
 use crate::request::{
     EndReason, Event, Request, RequestKey, Sampling, SequenceError, TokenLogprob,
 };
@@ -56,6 +57,8 @@ pub(super) struct Sequence {
     /// Prompt tokens found in the cache at the first admission; `None` before it.
     pub cached: Option<u32>,
     pub preemptions: u32,
+    /// What the outputs are bound to. It stands behind the last output, also after a preemption, which keeps outputs.
+    pub mask: Option<Arc<MaskSlot>>,
     /// Set once; the scheduler then retires the sequence.
     pub ended: Option<EndReason>,
 }
@@ -104,6 +107,7 @@ impl Sequence {
                 leads: false,
                 cached: None,
                 preemptions: 0,
+                mask: candidate.mask.map(MaskSlot::new),
                 ended: None,
             }
         };
@@ -150,6 +154,7 @@ impl Sequence {
             output_index: self.outputs().len() as u32,
             prompt: &self.tokens[..self.prompt_len],
             outputs: self.outputs(),
+            mask: self.mask.as_deref(),
         }
     }
 
@@ -228,6 +233,11 @@ impl Sequence {
             id,
             logprob,
         });
+        self.ended = match self.mask.as_ref().map(|mask| mask.accept(id)) {
+            None | Some(Ok(Next::Open)) => None,
+            Some(Ok(Next::Complete)) => Some(EndReason::Complete),
+            Some(Err(error)) => Some(EndReason::Error(error)),
+        };
     }
 
     /// Forgets what was computed; outputs are kept. The caller has taken the blocks.

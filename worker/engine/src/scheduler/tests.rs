@@ -3,6 +3,8 @@
 
 use super::fake::{Expected, Fake, Rng, expected, expected_embedding, expected_scores};
 use super::*;
+use crate::mask::TokenMask;
+use crate::mask::tests::Steps;
 use crate::plan::{BLOCK_TOKENS, first_visible_block};
 use crate::request::{Sampling, SequenceError};
 use crate::runner::{Geometry, Sampled};
@@ -374,12 +376,21 @@ fn random_request(rng: &mut Rng, key: RequestKey, harness: &Harness) -> Request 
             ..request(key, prompt, 0)
         };
     }
+    let mask = |rng: &mut Rng| -> Option<Box<dyn TokenMask>> {
+        let steps = Steps {
+            vocab,
+            last: 0,
+            left: rng.of(1..60) as u32,
+        };
+        rng.one_in(4).then(|| Box::new(steps) as _)
+    };
     let count = if rng.one_in(3) { rng.of(2..5) } else { 1 };
     Request {
         candidates: (0..count)
             .map(|i| Candidate {
                 index: i as u32 * 3,
                 emitted: emitted(rng),
+                mask: mask(rng),
             })
             .collect(),
         sampling: Sampling {
@@ -470,7 +481,14 @@ fn a_hundred_thousand_random_steps_break_no_invariant_and_change_no_token() {
     );
     assert_eq!(
         ends.keys().collect::<Vec<_>>(),
-        ["Cancelled", "Deadline", "Error", "Length", "StopToken"]
+        [
+            "Cancelled",
+            "Complete",
+            "Deadline",
+            "Error",
+            "Length",
+            "StopToken"
+        ]
     );
 }
 
@@ -541,6 +559,7 @@ fn candidates_share_the_prompts_full_blocks() {
         .map(|index| Candidate {
             index,
             emitted: Vec::new(),
+            mask: None,
         })
         .collect();
     harness.submit(Request {
@@ -587,6 +606,7 @@ fn siblings_go_on_when_their_leader_ends_early() {
         .map(|index| Candidate {
             index,
             emitted: Vec::new(),
+            mask: None,
         })
         .collect();
     harness.submit(Request {
@@ -785,6 +805,7 @@ fn what_has_nothing_to_do_or_can_never_run_ends_at_once() {
     let emitted = Candidate {
         index: 0,
         emitted: vec![1, 2],
+        mask: None,
     };
     harness.submit(Request {
         candidates: vec![emitted],
@@ -845,6 +866,7 @@ fn the_backlog_counts_what_was_never_admitted() {
         .map(|index| Candidate {
             index,
             emitted: vec![],
+            mask: None,
         })
         .collect();
     let first = Request {

@@ -101,6 +101,7 @@ pub(crate) fn commands() -> Vec<(&'static str, Command)> {
         }],
         tools: Some(text("[{}]")),
         tool_choice: ToolChoice::Function(text("f")),
+        single_call: true,
     };
     let remote = ShardSpec {
         source: ModelSource::Remote(RemoteModel {
