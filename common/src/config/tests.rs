@@ -377,3 +377,39 @@ fn a_file_that_is_not_there_is_named() {
     fs::remove_file(folder.file()).unwrap();
     assert!(folder.mistakes()[0].starts_with("cluster.toml: cannot be read"));
 }
+
+#[test]
+fn the_first_caller_is_the_admin_unless_the_file_says_otherwise() {
+    let token = |user: &str, more: &str| {
+        format!("[[auth.tokens]]\nuser = \"{user}\"\nfile = \"var/{user}\"\n{more}")
+    };
+    let read = |tokens: &[String]| {
+        let folder = Folder::with(&tokens.concat());
+        let tokens = load(&folder.file()).unwrap().auth.tokens.into_iter();
+        tokens
+            .map(|token| (token.user, token.admin, token.groups))
+            .collect::<Vec<_>>()
+    };
+    let plain = |name: &str, admin| (name.to_owned(), admin, vec![]);
+    let both = [token("a", ""), token("b", "")];
+    assert_eq!(read(&both), [plain("a", true), plain("b", false)]);
+    let turned = [token("a", "admin = false\n"), token("b", "admin = true\n")];
+    assert_eq!(read(&turned), [plain("a", false), plain("b", true)]);
+    let grouped = [token("a", ""), token("b", "groups = [\"team\", \"x\"]\n")];
+    assert_eq!(read(&grouped)[1].2, ["team", "x"]);
+}
+
+#[test]
+fn callers_without_an_admin_and_built_in_groups_are_mistakes() {
+    let folder = Folder::with(
+        "[[auth.tokens]]\nuser = \"a\"\nfile = \"a\"\nadmin = false\ngroups = [\"users\", \" \"]\n",
+    );
+    begin_with(
+        &folder.mistakes(),
+        &[
+            "cluster.toml:1: auth.tokens: none is an admin",
+            "cluster.toml:5: auth.tokens[0].groups[0]: \"users\" is built in",
+            "cluster.toml:5: auth.tokens[0].groups[1]: must be a group's name",
+        ],
+    );
+}

@@ -43,6 +43,7 @@ pub struct Door {
     gate: Gate,
     split: Split,
     entities: Vec<Entity>,
+    falls_back: bool,
     meters: Arc<Meters>,
     wake: Arc<Notify>,
 }
@@ -69,6 +70,7 @@ impl Door {
             gate,
             split: Split::default(),
             entities: Vec::new(),
+            falls_back: false,
             meters,
             wake,
         }
@@ -76,6 +78,7 @@ impl Door {
 
     fn configure(&mut self, configure: Configure, now: Instant) {
         self.gate = configure.gate;
+        self.falls_back = configure.falls_back;
         let mut before = std::mem::take(&mut self.entities);
         for serving in configure.entities {
             let kept = before
@@ -277,7 +280,7 @@ impl Door {
             for ticket in entity.shared.take_returned().into_iter().rev() {
                 entity.queue.push_front(ticket);
             }
-            entity.clean(&self.name, now);
+            entity.clean(&self.name, self.falls_back, now);
             while entity.shared.running() < entity.concurrency()
                 && entity.is_within_rate(now)
                 && entity.dispatch_one(now)
@@ -396,7 +399,7 @@ impl Entity {
         ApiError::new(ErrorKind::Unavailable, message).retry_after(2)
     }
 
-    fn clean(&mut self, endpoint: &str, now: Instant) {
+    fn clean(&mut self, endpoint: &str, falls_back: bool, now: Instant) {
         let up = self
             .serving
             .replicas
@@ -410,6 +413,8 @@ impl Entity {
         self.down_since = down_since;
         let gone =
             down_since.is_some_and(|since| now.saturating_duration_since(since) > RECOVERY_WAIT);
+        // What a worker has accepted has its served entity's name on it, and waits for that one.
+        let elsewhere = |ticket: &Ticket| falls_back && !up && ticket.accepted.is_some();
         for ticket in std::mem::take(&mut self.queue) {
             if ticket.is_cancelled() {
                 ticket.meters.ended("cancelled");
@@ -418,7 +423,7 @@ impl Entity {
                     ErrorKind::Deadline,
                     "the request's time was up before it could run",
                 ));
-            } else if gone {
+            } else if gone || elsewhere(&ticket) {
                 ticket.refuse(self.down(endpoint));
             } else {
                 self.queue.push_back(ticket);

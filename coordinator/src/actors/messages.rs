@@ -215,6 +215,8 @@ pub struct Configure {
     pub gate: Gate,
     /// The active configuration's entities.
     pub entities: Vec<Serving>,
+    /// What one of them cannot take is given to another: nothing waits for one that is down.
+    pub falls_back: bool,
 }
 
 /// Whether an endpoint takes calls.

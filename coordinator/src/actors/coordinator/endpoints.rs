@@ -25,6 +25,7 @@ pub(super) struct Told {
     version: u64,
     replicas: Vec<(ReplicaId, Generation)>,
     waits: Vec<Option<String>>,
+    falls_back: bool,
 }
 
 impl CoordinatorActor {
@@ -177,11 +178,17 @@ impl CoordinatorActor {
                 version,
                 replicas,
                 waits: entities.iter().map(|entity| entity.waits.clone()).collect(),
+                falls_back: endpoint.record.settings.falls_back(),
             };
             if endpoint.told.as_ref() != Some(&told) {
+                let falls_back = told.falls_back;
                 endpoint.told = Some(told);
                 // Control, and it must arrive before clients see the state it belongs to.
-                endpoint.door.do_send(Configure { gate, entities });
+                endpoint.door.do_send(Configure {
+                    gate,
+                    entities,
+                    falls_back,
+                });
             }
         }
     }

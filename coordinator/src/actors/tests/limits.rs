@@ -105,17 +105,21 @@ async fn tokens_are_counted_while_they_come() {
     assert_eq!(whole(answer).await, ("b".into(), End::Stop));
 }
 
-/// An endpoint with all of its traffic for `tiny-1`, and `other-1` beside it on the same worker.
+/// All of the traffic for `tiny-1`, and `other-1` beside it.
+fn both() -> ConfigSpec {
+    let (tiny, other) = (config("tiny", "CPU"), config("other", "CPU"));
+    ConfigSpec {
+        entities: [tiny.entities, other.entities].concat(),
+        ..tiny
+    }
+}
+
+/// A ready endpoint with both on one worker.
 async fn two() -> (TempDir, Core, FakeWorker) {
     let folder = tempfile::tempdir().unwrap();
     let core = cluster(folder.path(), |text| text).await;
     let mut worker = FakeWorker::join(&core, "0").await;
-    let (tiny, other) = (config("tiny", "CPU"), config("other", "CPU"));
-    let both = ConfigSpec {
-        entities: [tiny.entities, other.entities].concat(),
-        ..tiny
-    };
-    core.create("e", both).await.unwrap();
+    core.create("e", both()).await.unwrap();
     worker.serve().await;
     worker.serve().await;
     core.until_ready("e").await;
@@ -166,4 +170,32 @@ async fn a_call_that_its_entity_refuses_is_taken_by_another_one_when_that_is_wis
         (refused.kind, refused.message.as_str()),
         (ErrorKind::Overloaded, "the first")
     );
+}
+
+#[actix::test]
+async fn what_waits_for_an_entity_that_is_lost_falls_back_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let core = cluster(folder.path(), |text| text).await;
+    let mut one = FakeWorker::join(&core, "0").await;
+    let mut other = FakeWorker::join(&core, "1").await;
+    core.create("e", both()).await.unwrap();
+    // The emptiest device takes the next shard: each worker has one.
+    one.serve().await;
+    other.serve().await;
+    core.until_ready("e").await;
+    amend(&core, fallback(true)).await;
+    let asked = core.ask("e", "p");
+    tokio::pin!(asked);
+    // Whoever is asked first has the traffic.
+    let (lost, mut kept) = tokio::select! {
+        _ = one.start() => (one, other),
+        _ = other.start() => (other, one),
+        answer = &mut asked => panic!("nobody has answered: {answer:?}"),
+    };
+    drop(lost);
+    let (answer, ()) = tokio::join!(asked, async {
+        let start = kept.accept().await;
+        kept.end(&start, End::Stop).await;
+    });
+    assert_eq!(answer.unwrap().served_entity, "other-1");
 }
