@@ -285,6 +285,14 @@ fn routes(fields: &Fields<'_>, entities: &[EntitySpec]) -> Result<Vec<Route>, Fi
         let route = field.item(i, value).fields()?;
         let name_field = route.need_any(["served_model_name", "served_entity_name"])?;
         let name = name_field.text()?;
+        // Replies carry both names, and clients send them back.
+        if let Some(other) = route.get("served_entity_name")
+            && other.text()? != name
+        {
+            return Err(other.refuse(format!(
+                "must be the same as served_model_name ('{name}'), or be left out"
+            )));
+        }
         if !entities.iter().any(|entity| entity.name == name) {
             let names: Vec<&str> = entities.iter().map(|entity| entity.name.as_str()).collect();
             return Err(name_field.refuse(format!(

@@ -288,6 +288,11 @@ fn every_mistake_is_told_with_its_field() {
             "traffic_percentage must be a whole number between 0 and 100, got 101",
         ),
         (
+            routes(json!([{"served_model_name": "a", "served_entity_name": "b",
+                "traffic_percentage": 100}])),
+            "routes[0].served_entity_name must be the same as served_model_name ('a')",
+        ),
+        (
             routes(json!([{"traffic_percentage": 1}])),
             "routes[0].served_model_name is missing",
         ),
