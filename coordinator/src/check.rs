@@ -1,4 +1,4 @@
-//! `coordinator check`: what would be placed where, from cluster.toml and the models' headers alone.
+//! `coordinator check`: what would be placed where, from cluster.toml and the models' headers (in their registries) alone.
 //!
 //! Takes every worker to be there. Starts nothing and writes nothing.
 
@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use common::config::Cluster;
+use common::model_ref::ModelRef;
 use common::tls;
 use common::wire::message::DeviceKind;
 
@@ -16,7 +17,7 @@ use crate::policy::fit::{self, Fit, Wish};
 use crate::policy::memory_plan;
 use crate::policy::placement::Place;
 use crate::policy::workload;
-use crate::registry::{LocalRegistry, ModelFacts};
+use crate::registry::{ModelFacts, Registry, RegistryError};
 use crate::seed;
 use crate::table;
 
@@ -34,16 +35,39 @@ pub struct Report {
 /// # Errors
 /// Never for what is wrong with the cluster: that is in the report.
 pub fn report(cluster: &Cluster) -> Result<Report> {
-    let registry = LocalRegistry::new(cluster.models.clone());
+    let registry = Models::new(cluster)?;
     let mut report = Report {
         text: String::new(),
         well: true,
     };
     certificates(cluster, &mut report)?;
     devices(cluster, &mut report)?;
+    registries(&registry.registry, &mut report)?;
     models(cluster, &registry, &mut report)?;
     endpoints(cluster, &registry, &mut report)?;
     Ok(report)
+}
+
+/// The registries, for programs that ask one question at a time. Blocks.
+pub(crate) struct Models {
+    registry: Registry,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Models {
+    /// The registries of cluster.toml.
+    pub(crate) fn new(cluster: &Cluster) -> std::io::Result<Models> {
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        Ok(Models {
+            registry: Registry::new(cluster, &::registry::environment),
+            runtime: runtime.enable_all().build()?,
+        })
+    }
+
+    /// What is known of a model without its weights.
+    pub(crate) fn facts(&self, model: &ModelRef) -> Result<Arc<ModelFacts>, RegistryError> {
+        self.runtime.block_on(self.registry.facts(model))
+    }
 }
 
 /// The devices of cluster.toml, all there and with nothing on them.
@@ -105,8 +129,26 @@ fn devices(cluster: &Cluster, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
+/// Says nothing where there are none.
+fn registries(registry: &Registry, report: &mut Report) -> Result<()> {
+    let mut lines = Vec::new();
+    for (name, address) in registry.registries() {
+        match address {
+            Ok(address) => lines.push(format!("  {name:<24} {address}")),
+            Err(error) => {
+                report.well = false;
+                lines.push(format!("  {name:<24} {error}"));
+            }
+        }
+    }
+    if !lines.is_empty() {
+        writeln!(report.text, "Registries\n{}\n", lines.join("\n"))?;
+    }
+    Ok(())
+}
+
 /// One line per model and workload type: bytes per rank, and how many sequences at the longest context then fit.
-fn models(cluster: &Cluster, registry: &LocalRegistry, report: &mut Report) -> Result<()> {
+fn models(cluster: &Cluster, registry: &Models, report: &mut Report) -> Result<()> {
     writeln!(
         report.text,
         "Models by workload type, bytes on each rank (KV sized for workload size Large where there is room)"
@@ -125,7 +167,7 @@ fn models(cluster: &Cluster, registry: &LocalRegistry, report: &mut Report) -> R
     let mut rows: Vec<[String; 9]> = vec![head.map(str::to_owned)];
     let mut notes = Vec::new();
     let places = places(cluster);
-    for (i, model) in registry.models().enumerate() {
+    for (i, model) in registry.registry.models().enumerate() {
         let name = format!("{} v{}", model.name, model.version);
         let facts = match registry.facts(model) {
             Ok(facts) => facts,
@@ -185,7 +227,7 @@ fn models(cluster: &Cluster, registry: &LocalRegistry, report: &mut Report) -> R
 }
 
 /// The endpoints of cluster.toml, placed one after another.
-fn endpoints(cluster: &Cluster, registry: &LocalRegistry, report: &mut Report) -> Result<()> {
+fn endpoints(cluster: &Cluster, registry: &Models, report: &mut Report) -> Result<()> {
     if cluster.endpoints.is_empty() {
         writeln!(
             report.text,
@@ -199,7 +241,6 @@ fn endpoints(cluster: &Cluster, registry: &LocalRegistry, report: &mut Report) -
         for entity in seed::config(entry).entities {
             let placed = registry
                 .facts(&entity.model)
-                .map(Arc::new)
                 .map_err(|e| e.to_string())
                 .and_then(|facts: Arc<ModelFacts>| {
                     let workload = workload::resolve(

@@ -40,7 +40,7 @@ use actors::messages::{Died, Who};
 use actors::record;
 use http::{HttpState, TokenTable};
 use logs::Logs;
-use registry::LocalRegistry;
+use registry::Registry;
 use store::{EmbeddedStore, SharedStore, Store};
 use tables::Tables;
 use workers::Doorkeeper;
@@ -179,7 +179,13 @@ impl Core {
         seed::endpoints(&cluster, &store).await?;
         actors::meters::describe();
         let opened = Arc::downgrade(&store);
-        let registry = Arc::new(LocalRegistry::new(cluster.models.clone()));
+        let registry = Arc::new(Registry::new(&cluster, &::registry::environment));
+        for (name, address) in registry.registries() {
+            match address {
+                Ok(address) => tracing::info!(registry = name, address, "models are looked for"),
+                Err(error) => tracing::warn!(registry = name, %error, "a registry cannot be used"),
+            }
+        }
         let directory = Arc::new(Directory::default());
         let means = Means {
             logs: logs.clone(),

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
-use common::config::{self, Cluster};
+use common::config::{self, Cluster, ModelOrigin};
 use coordinator::plan::{self, Question};
 use coordinator::{Listeners, check, facts, http};
 
@@ -126,12 +126,16 @@ fn print_plan(cluster: &Cluster, asked: PlanArguments) -> anyhow::Result<ExitCod
 
 /// Not an error: a folder may come later, and endpoints of other models can be served.
 fn warn_of_missing_models(cluster: &Cluster) {
-    for entry in cluster.models.iter().filter(|entry| !entry.path.is_dir()) {
-        tracing::warn!(
-            model = %entry.model,
-            path = %entry.path.display(),
-            "a registered model's folder is not there; nothing can be served from it"
-        );
+    for entry in &cluster.models {
+        if let ModelOrigin::Folder(path) = &entry.origin
+            && !path.is_dir()
+        {
+            tracing::warn!(
+                model = %entry.model,
+                path = %path.display(),
+                "a registered model's folder is not there; nothing can be served from it"
+            );
+        }
     }
 }
 

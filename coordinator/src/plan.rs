@@ -5,18 +5,20 @@
 
 use std::fmt::Write;
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Result, bail};
-use common::config::{Cluster, WorkloadType};
+use common::config::{Cluster, ServingDefaults, WorkloadType};
 use common::model_ref::ModelRef;
 use common::wire::message::{DeviceKind, KvDtype};
 
-use crate::check::places;
+use crate::check::{Models, places};
 use crate::policy::bytes_text;
 use crate::policy::fit::{self, NoFit, Wish};
 use crate::policy::memory_plan::{self, RankNeed};
 use crate::policy::placement::Place;
-use crate::registry::{self, LocalRegistry, ModelFacts, RegistryError};
+use crate::registry::files::Folder;
+use crate::registry::{self, Context, ModelFacts, RegistryError};
 use crate::table;
 
 /// What is asked beside the model.
@@ -56,7 +58,9 @@ pub fn facts(
     let version = version.map_or_else(newest, str::to_owned);
     let model =
         ModelRef::new(model, &version).map_err(|e| RegistryError::Unknown(e.to_string()))?;
-    LocalRegistry::new(cluster.models.clone()).facts(&model)
+    let models = Models::new(cluster)
+        .map_err(|e| RegistryError::Unavailable(format!("no registry can be asked: {e}")))?;
+    models.facts(&model).map(Arc::unwrap_or_clone)
 }
 
 /// The facts of a model that lies at a path: a folder, of which the weights may be missing, or a `config.json` alone.
@@ -74,15 +78,16 @@ fn facts_at(path: &Path) -> Result<ModelFacts, RegistryError> {
     let model = ModelRef::new(&plain, "1")
         .map_err(|e| RegistryError::Broken(format!("{}: {e}", path.display())))?;
     if path.is_file() {
-        return registry::read_config_facts(&model, path, KvDtype::default());
+        return registry::read_config_facts(&model, path);
     }
-    match registry::mlmodel::layout(path) {
+    let files = Folder::open(path)?;
+    match registry::mlmodel::layout(&files) {
         // Weights may come later; their headers, when they are there, must be right.
-        Ok(layout) if !registry::tensors::has_weights(&layout.weights) => {
-            let file = layout.weights.join("config.json");
-            registry::read_config_facts(&model, &file, KvDtype::default())
+        Ok(layout) if !registry::tensors::has_weights(&files, &layout.weights) => {
+            let file = path.join(layout.weights).join("config.json");
+            registry::read_config_facts(&model, &file)
         }
-        _ => registry::read_facts(&model, path, KvDtype::default(), None),
+        _ => registry::read_facts(&Context::exact(&model, ServingDefaults::default()), path),
     }
 }
 

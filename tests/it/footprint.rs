@@ -18,7 +18,10 @@ fn both(config: &Value, ranks: u32, kv: KvDtype) -> (RankNeed, Footprint) {
     let file = folder.path().join("config.json");
     std::fs::write(&file, config.to_string()).unwrap();
     let model = ModelRef::new("m", "1").unwrap();
-    let facts: ModelFacts = read_config_facts(&model, &file, kv).unwrap();
+    let facts = ModelFacts {
+        kv_dtype: kv,
+        ..read_config_facts(&model, &file).unwrap()
+    };
     let need = memory_plan::need(&facts, DeviceKind::Cpu, ranks, 4).unwrap();
     let spec = ModelSpec::from_config(&config.to_string()).unwrap();
     let footprint = |rank| of_rank(&spec, rank, &need, kv);

@@ -16,6 +16,7 @@ mod memory;
 mod openai;
 mod provisioned;
 mod recovery;
+mod registry;
 mod startup;
 mod structured;
 mod tables;

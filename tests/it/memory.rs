@@ -3,10 +3,11 @@
 use cluster_tests::cluster::Cluster;
 use cluster_tests::random_model::{self, LlamaShape};
 use cluster_tests::settings::{Model, Settings};
+use common::config::ServingDefaults;
 use common::model_ref::ModelRef;
-use common::wire::message::{DeviceKind, KvDtype};
+use common::wire::message::DeviceKind;
 use coordinator::policy::memory_plan;
-use coordinator::registry::read_facts;
+use coordinator::registry::{Context, read_facts};
 use serde_json::json;
 
 /// Sequences of this length fill the cache: long enough to touch all of it, short enough to be computed in a minute.
@@ -49,7 +50,11 @@ async fn planned_bytes_are_within_3_percent_of_resident_ones_for_a_billion_param
     cluster.client.invoke("billion", &chat).await.ok();
 
     let name = ModelRef::new("ml.demo.billion", "1").unwrap();
-    let facts = read_facts(&name, folder.path(), KvDtype::Bf16, Some(CONTEXT)).unwrap();
+    let serving = ServingDefaults {
+        context_max: Some(CONTEXT),
+        ..ServingDefaults::default()
+    };
+    let facts = read_facts(&Context::exact(&name, serving), folder.path()).unwrap();
     let need = memory_plan::need(&facts, DeviceKind::Cpu, 1, REQUESTS).unwrap();
     let plan = need.fit(4 << 30, REQUESTS).unwrap();
     let (planned, measured) = (plan.bytes(), cluster.worker(0).own_bytes());

@@ -161,6 +161,24 @@ fn the_worker_knows_no_rest_and_no_store() {
 }
 
 #[test]
+fn registries_are_asked_through_one_crate() {
+    not_of(
+        "common/registry",
+        &[
+            "actix",
+            "actix-web",
+            "coordinator",
+            "engine",
+            "redb",
+            "worker",
+        ],
+    );
+    for member in ["common", "coordinator", "worker"] {
+        not_of(member, &["reqwest", "object_store"]);
+    }
+}
+
+#[test]
 fn common_knows_neither_process() {
     not_of(
         "common",
@@ -331,6 +349,7 @@ fn unsafe_stands_only_where_it_must() {
     }
     none("unsafe outside the places that need it", offenders);
     let forbid = [
+        "common/registry/src/lib.rs",
         "common/src/lib.rs",
         "coordinator/src/lib.rs",
         "coordinator/src/main.rs",
@@ -428,6 +447,7 @@ fn tests_wait_for_conditions_and_do_not_sleep() {
 fn all_members_take_the_workspaces_lints() {
     let members = [
         "common",
+        "common/registry",
         "coordinator",
         "worker",
         "worker/engine",

@@ -10,6 +10,7 @@ pub mod client;
 pub mod cluster;
 pub mod events;
 pub mod fake_coordinator;
+pub mod fake_registry;
 pub mod fake_worker;
 pub mod fault;
 pub mod golden;

@@ -1,7 +1,12 @@
 //! A model's folder: where its weights and its tokenizer are, and its task.
 //!
 //! Reads two layouts: a plain Hugging Face folder, and MLflow's transformers flavour. Looks at names and at `MLmodel`
-//! alone; runs no code of the artifact and never leaves the folder.
+//! alone; runs no code of the artifact and never leaves the folder. How the folder came to this machine is the
+//! [`library`]'s business.
+
+mod cache;
+mod fetch;
+pub mod library;
 
 use std::fs;
 use std::path::{Component, Path, PathBuf};

@@ -4,12 +4,14 @@
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use common::config::Cluster;
 use tokio_util::sync::CancellationToken;
+use worker::artifacts::library::Library;
 use worker::device::Device;
 use worker::session::{Session, SessionConfig};
 use worker::text::{sandbox, trial};
@@ -119,6 +121,7 @@ async fn run(cluster: Cluster, name: String) -> Result<()> {
     let Some(secret) = secret(&cluster.auth.worker_secret_file, &shutdown).await? else {
         return Ok(());
     };
+    let library = Library::new(&cluster.registries, &cluster.cache, &registry::environment);
     let worker = entry.worker.clone();
     let ready = format!("worker ready {worker}\n");
     let config = SessionConfig {
@@ -126,6 +129,7 @@ async fn run(cluster: Cluster, name: String) -> Result<()> {
         addresses: cluster.coordinator.addresses.clone(),
         tls,
         secret,
+        library: Arc::new(library),
     };
     // Whoever started this process may not listen any more.
     let on_ready = move || drop(std::io::stdout().write_all(ready.as_bytes()));

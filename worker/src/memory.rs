@@ -111,6 +111,12 @@ impl Lease {
         self.memory.lock().held.entry(self.id).or_default().leaving = true;
         self.memory.changed.notify_all();
     }
+
+    /// It was said that these bytes will be given back: nobody wants the shard any more.
+    pub fn is_leaving(&self) -> bool {
+        let leases = self.memory.lock();
+        leases.held.get(&self.id).is_some_and(|held| held.leaving)
+    }
 }
 
 impl Drop for Lease {

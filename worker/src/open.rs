@@ -4,7 +4,6 @@
 //! weights are read) and what a running shard consists of. Runs on a thread of its own and blocks; who asked for it, and
 //! what becomes of it, is the shard actor's part.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -23,6 +22,7 @@ use tokio::sync::mpsc;
 
 use crate::answering::{self, Work};
 use crate::artifacts::ModelFolder;
+use crate::artifacts::library::Library;
 use crate::device::Device;
 use crate::group;
 use crate::logs::ShardLog;
@@ -56,6 +56,8 @@ pub struct Opening {
     pub spec: ShardSpec,
     /// On which device.
     pub device: Arc<Device>,
+    /// Where its files come from.
+    pub library: Arc<Library>,
     /// The shard's part of the device's memory.
     pub lease: Arc<Lease>,
     /// Where a leader's answers go.
@@ -135,17 +137,28 @@ pub fn open(opening: Opening) -> Result<Opened, Failure> {
     let Opening {
         spec,
         device,
+        library,
         lease,
         outbox,
         log,
         progress,
         on_end,
     } = opening;
+    progress("looking for the model's files", 0, 0);
+    let wanted = || !lease.is_leaving();
+    let held = library.folder(&spec.source, &*progress, &wanted)?;
+    if let ModelSource::Remote(remote) = &spec.source {
+        log.build(format!(
+            "{} files of {} in registry {} are in {} after {}",
+            remote.files.len(),
+            remote.uri,
+            remote.registry,
+            held.folder.display(),
+            ms(started)
+        ));
+    }
     progress("reading the model's files", 0, 0);
-    let ModelSource::Folder(folder) = &spec.source else {
-        return Err(bad("models of a registry cannot be fetched yet".to_owned()));
-    };
-    let folder = ModelFolder::find(Path::new(folder)).map_err(|e| bad(e.to_string()))?;
+    let folder = ModelFolder::find(&held.folder).map_err(|e| bad(e.to_string()))?;
     let text = (spec.rank == 0).then(|| open_text(&folder)).transpose()?;
     let checkpoint = Checkpoint::open(&folder.weights).map_err(|e| bad(e.to_string()))?;
     let model = &checkpoint.spec;
@@ -197,7 +210,7 @@ pub fn open(opening: Opening) -> Result<Opened, Failure> {
         embeds: folder.task.as_deref() == Some(EMBEDDINGS_TASK),
     };
     let on_end: OnEnd = Box::new(move |end| {
-        drop(lease);
+        drop((lease, held));
         on_end(end);
     });
     let loading = Loading {

@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::actors::messages::{CancelRequest, LinkLost, Serve, Unload};
 use crate::actors::shard::ShardActor;
+use crate::artifacts::library::Library;
 use crate::device::Device;
 use crate::outbox::{Outbox, Queue};
 
@@ -51,6 +52,8 @@ pub struct SessionConfig {
     pub tls: Option<Arc<ClientConfig>>,
     /// The cluster's shared secret.
     pub secret: String,
+    /// Where models come from.
+    pub library: Arc<Library>,
 }
 
 /// A worker's side of the cluster.
@@ -300,7 +303,12 @@ impl Session {
         }
         // An older generation's memory is needed by the newer one.
         self.unload(replica, generation).await;
-        let shard = ShardActor::load(spec, self.device.clone(), self.outbox.clone());
+        let shard = ShardActor::load(
+            spec,
+            self.device.clone(),
+            self.config.library.clone(),
+            self.outbox.clone(),
+        );
         self.shards.insert(replica, (generation, shard));
     }
 

@@ -8,15 +8,16 @@ use std::str::FromStr;
 
 use super::auth::tokens;
 use super::cluster::{
-    AuthConfig, Cluster, CoordinatorConfig, DeviceEntry, Limits, ModelEntry, Node, TlsFiles,
-    WorkloadType,
+    AuthConfig, Cluster, CoordinatorConfig, DeviceEntry, Limits, Node, TlsFiles, WorkloadType,
 };
 use super::endpoints::{Known, endpoint};
-use super::raw::{Raw, RawDevice, RawModel, RawNode, RawWorkloadType};
+use super::models::{cache, hub_registry, model};
+use super::raw::{Raw, RawDevice, RawNode, RawWorkloadType};
 use super::reader::Reader;
+use super::registries::registry;
 use crate::ids::WorkerId;
 use crate::model_ref::ModelRef;
-use crate::wire::message::{DeviceKind, KvDtype};
+use crate::wire::message::DeviceKind;
 
 /// Where the HTTP API listens unless told: loopback only.
 const LISTEN_DEFAULT: &str = "127.0.0.1:8470";
@@ -45,6 +46,8 @@ pub(super) fn check(raw: Raw, root: &Path, r: &mut Reader<'_>) -> Cluster {
         nodes,
         workload_types,
         models,
+        registries,
+        worker,
         endpoints,
     } = raw;
     let has_worker_listen = coordinator.worker_listen.is_some();
@@ -163,11 +166,15 @@ pub(super) fn check(raw: Raw, root: &Path, r: &mut Reader<'_>) -> Cluster {
     let nodes = each(nodes, |n| node(n, &mut seen, r));
     let mut type_names = Vec::new();
     let workload_types = each(workload_types, |w| workload_type(w, &mut type_names, r));
+    let mut seen = Vec::new();
+    let mut registries = each(registries, |entry| registry(entry, root, &mut seen, r));
+    registries.extend(hub_registry(&models, &registries));
     let mut registered = Vec::new();
-    let models = each(models, |m| model(m, root, &mut registered, r));
+    let models = each(models, |m| model(m, root, &registries, &mut registered, r));
     let known = Known {
         workload_types: &type_names,
         models: &registered,
+        registries: &registries,
     };
     let mut seen = Vec::new();
     let endpoints = each(endpoints, |e| endpoint(e, known, &mut seen, r));
@@ -180,6 +187,8 @@ pub(super) fn check(raw: Raw, root: &Path, r: &mut Reader<'_>) -> Cluster {
         nodes,
         workload_types,
         models,
+        registries,
+        cache: cache(worker, root, r),
         endpoints,
     }
 }
@@ -221,8 +230,8 @@ fn memory(bytes: Option<u64>, key: &str, r: &mut Reader<'_>) -> Option<u64> {
     bytes
 }
 
-/// The name of a node, device or workload type. Gives also a wrong one, so that the check can go on with it.
-fn identifier(
+/// The name of a node, device, workload type or registry. Gives also a wrong one, so that the check can go on with it.
+pub(super) fn identifier(
     text: Option<String>,
     seen: &mut Vec<String>,
     key: &str,
@@ -414,57 +423,5 @@ fn workload_type(
         shards: shards?,
         memory_bytes,
         stands_in_for: raw.stands_in_for,
-    })
-}
-
-fn model(
-    raw: RawModel,
-    root: &Path,
-    seen: &mut Vec<ModelRef>,
-    r: &mut Reader<'_>,
-) -> Option<ModelEntry> {
-    let at = |key: &str| format!("{}.{key}", raw.path);
-    let keys = [at("name"), at("version")];
-    let model = model_ref(
-        raw.name,
-        raw.version,
-        keys.each_ref().map(String::as_str),
-        r,
-    );
-    if let Some(model) = &model {
-        if seen.contains(model) {
-            r.mistake(&raw.path, format!("{model} is registered twice"));
-        }
-        seen.push(model.clone());
-    }
-    let kv_dtype = match raw.kv_dtype.as_deref() {
-        None | Some("bf16") => KvDtype::Bf16,
-        Some("f32") => KvDtype::F32,
-        Some(other) => {
-            r.mistake(
-                &at("kv_dtype"),
-                format!("must be \"bf16\" or \"f32\", got \"{other}\""),
-            );
-            KvDtype::Bf16
-        }
-    };
-    let context_max = match raw.context_max {
-        None => None,
-        Some(n) => match u32::try_from(n) {
-            Ok(n) if n > 0 => Some(n),
-            _ => {
-                r.mistake(
-                    &at("context_max"),
-                    format!("must be a number of tokens above 0, got {n}"),
-                );
-                None
-            }
-        },
-    };
-    Some(ModelEntry {
-        model: model?,
-        path: root.join(raw.folder?),
-        kv_dtype,
-        context_max,
     })
 }

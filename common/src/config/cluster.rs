@@ -28,8 +28,12 @@ pub struct Cluster {
     pub nodes: Vec<Node>,
     /// What an endpoint may ask for.
     pub workload_types: Vec<WorkloadType>,
-    /// The local registry.
+    /// Models that are registered here, by name and version.
     pub models: Vec<ModelEntry>,
+    /// Where all other models are looked for, in this order.
+    pub registries: Vec<RegistryEntry>,
+    /// The workers' cache of fetched models.
+    pub cache: CacheConfig,
     /// Endpoints that shall exist from the first start that names them.
     pub endpoints: Vec<EndpointEntry>,
 }
@@ -149,17 +153,97 @@ pub struct WorkloadType {
     pub stands_in_for: Option<String>,
 }
 
-/// A model of the local registry.
+/// A model registered in cluster.toml.
 #[derive(Debug, Clone)]
 pub struct ModelEntry {
     /// Its name and version.
     pub model: ModelRef,
-    /// Its folder: Hugging Face or MLflow.
-    pub path: PathBuf,
+    /// Where its files are.
+    pub origin: ModelOrigin,
+    /// How it is served.
+    pub serving: ServingDefaults,
+}
+
+/// Where the files of a [`ModelEntry`] are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelOrigin {
+    /// A folder: Hugging Face or MLflow.
+    Folder(PathBuf),
+    /// In a registry, under its own kind of name.
+    Registry {
+        /// The registry's name.
+        registry: String,
+        /// `hf://org/name@revision`, `runs:/RUN/model`, `models:/NAME@ALIAS` and so on.
+        uri: String,
+    },
+}
+
+/// How a model is served unless it is asked for otherwise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ServingDefaults {
     /// Type of K and V in the cache.
     pub kv_dtype: KvDtype,
     /// Longest sequence served; `None` is the model's own.
     pub context_max: Option<u32>,
+}
+
+/// A registry that models come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RegistryEntry {
+    /// Its name, which workers know it by as well.
+    pub name: String,
+    /// What it is.
+    pub kind: RegistryKind,
+    /// Its address; `None` takes the one that its own clients take from the environment.
+    pub url: Option<String>,
+    /// How to sign in.
+    pub credentials: Credentials,
+    /// An authority's certificates (PEM) beside those of the system.
+    pub ca_file: Option<PathBuf>,
+    /// Take any certificate: for tests on a private network.
+    pub insecure_tls: bool,
+    /// How its models are served. A `context_max` beyond a model's own is that model's own.
+    pub serving: ServingDefaults,
+}
+
+/// Kinds of registries.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RegistryKind {
+    /// An MLflow tracking server.
+    Mlflow,
+    /// Databricks' Unity Catalog.
+    UnityCatalog,
+    /// The Hugging Face hub; finds only what `[[models]]` names by `hub`.
+    HuggingFace,
+    /// A folder that holds `NAME/VERSION/`.
+    Folder(PathBuf),
+}
+
+/// How to sign in at a registry. With nothing given, the environment variables of the registry's own clients count.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Credentials {
+    /// A bearer token.
+    pub token: Option<SecretSource>,
+    /// A user and a password; they win over a token, as MLflow has it.
+    pub basic: Option<(String, SecretSource)>,
+}
+
+/// A secret itself is never in cluster.toml.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SecretSource {
+    /// A file that holds it; read anew for each connection, so that it may be changed.
+    File(PathBuf),
+    /// An environment variable.
+    Variable(String),
+}
+
+/// The workers' cache of fetched models.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CacheConfig {
+    /// Its folder; workers of one machine share it.
+    pub folder: PathBuf,
+    /// Versions not in use go, the longest unused first, when it would become larger. `None` keeps all.
+    pub bytes_max: Option<u64>,
 }
 
 /// An endpoint that shall exist.

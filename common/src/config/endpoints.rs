@@ -1,7 +1,7 @@
 //! `[[endpoints]]` of cluster.toml: names, shares and references, by the same rules as the API's.
 
 use super::check::{model_ref, unique};
-use super::cluster::{ENTITIES_MAX, EndpointEntry, ServedEntityEntry};
+use super::cluster::{ENTITIES_MAX, EndpointEntry, RegistryEntry, RegistryKind, ServedEntityEntry};
 use super::raw::{RawEndpoint, RawServedEntity};
 use super::reader::Reader;
 use crate::model_ref::ModelRef;
@@ -12,6 +12,18 @@ use crate::names;
 pub(super) struct Known<'a> {
     pub workload_types: &'a [String],
     pub models: &'a [ModelRef],
+    pub registries: &'a [RegistryEntry],
+}
+
+impl Known<'_> {
+    /// A registry may know it, as far as one can say without asking. The hub knows none by such names.
+    fn may_have(&self, model: &ModelRef) -> bool {
+        self.models.contains(model)
+            || self
+                .registries
+                .iter()
+                .any(|registry| registry.kind != RegistryKind::HuggingFace)
+    }
 }
 
 pub(super) fn endpoint(
@@ -104,7 +116,7 @@ fn served_entity(
         r,
     );
     if let Some(model) = &model
-        && !known.models.contains(model)
+        && !known.may_have(model)
     {
         r.mistake(&keys[0], format!("{model} is not among [[models]]"));
     }

@@ -8,9 +8,11 @@ mod auth;
 mod check;
 mod cluster;
 mod endpoints;
+mod models;
 mod raw;
 mod reader;
 mod tables;
+mod registries;
 #[cfg(test)]
 mod tests;
 

@@ -13,6 +13,8 @@ pub(super) struct Raw {
     pub nodes: Vec<RawNode>,
     pub workload_types: Vec<RawWorkloadType>,
     pub models: Vec<RawModel>,
+    pub registries: Vec<RawRegistry>,
+    pub worker: RawWorker,
     pub endpoints: Vec<RawEndpoint>,
 }
 
@@ -86,8 +88,35 @@ pub(super) struct RawModel {
     pub name: Option<String>,
     pub version: Option<String>,
     pub folder: Option<String>,
+    pub hub: Option<String>,
+    pub revision: Option<String>,
+    pub uri: Option<String>,
+    pub registry: Option<String>,
     pub kv_dtype: Option<String>,
     pub context_max: Option<u64>,
+}
+
+pub(super) struct RawRegistry {
+    pub path: String,
+    pub name: Option<String>,
+    pub kind: Option<String>,
+    pub url: Option<String>,
+    pub folder: Option<String>,
+    pub token_file: Option<String>,
+    pub token_env: Option<String>,
+    pub username: Option<String>,
+    pub password_file: Option<String>,
+    pub password_env: Option<String>,
+    pub ca_file: Option<String>,
+    pub insecure_tls: Option<bool>,
+    pub kv_dtype: Option<String>,
+    pub context_max: Option<u64>,
+}
+
+#[derive(Default)]
+pub(super) struct RawWorker {
+    pub cache_dir: Option<String>,
+    pub cache_bytes_max: Option<u64>,
 }
 
 pub(super) struct RawEndpoint {
@@ -130,6 +159,11 @@ impl Raw {
             nodes: each(root.tables(r, "nodes"), r, node),
             workload_types: each(root.tables(r, "workload_types"), r, workload_type),
             models: each(root.tables(r, "models"), r, model),
+            registries: each(root.tables(r, "registries"), r, registry),
+            worker: root
+                .table(r, "worker")
+                .map(|t| worker(t, r))
+                .unwrap_or_default(),
             endpoints: each(root.tables(r, "endpoints"), r, endpoint),
         };
         root.close(r);
@@ -244,9 +278,43 @@ fn model<'a>(mut t: Table<'a>, r: &mut Reader<'a>) -> RawModel {
         path: t.path.clone(),
         name: t.need(r, "name"),
         version: t.need(r, "version"),
-        folder: t.need(r, "path"),
+        folder: t.text(r, "path"),
+        hub: t.text(r, "hub"),
+        revision: t.text(r, "revision"),
+        uri: t.text(r, "uri"),
+        registry: t.text(r, "registry"),
         kv_dtype: t.text(r, "kv_dtype"),
         context_max: t.number(r, "context_max"),
+    };
+    t.close(r);
+    raw
+}
+
+fn registry<'a>(mut t: Table<'a>, r: &mut Reader<'a>) -> RawRegistry {
+    let raw = RawRegistry {
+        path: t.path.clone(),
+        name: t.need(r, "name"),
+        kind: t.need(r, "kind"),
+        url: t.text(r, "url"),
+        folder: t.text(r, "path"),
+        token_file: t.text(r, "token_file"),
+        token_env: t.text(r, "token_env"),
+        username: t.text(r, "username"),
+        password_file: t.text(r, "password_file"),
+        password_env: t.text(r, "password_env"),
+        ca_file: t.text(r, "ca_file"),
+        insecure_tls: t.flag(r, "insecure_tls"),
+        kv_dtype: t.text(r, "kv_dtype"),
+        context_max: t.number(r, "context_max"),
+    };
+    t.close(r);
+    raw
+}
+
+fn worker<'a>(mut t: Table<'a>, r: &mut Reader<'a>) -> RawWorker {
+    let raw = RawWorker {
+        cache_dir: t.text(r, "cache_dir"),
+        cache_bytes_max: t.bytes(r, "cache_bytes_max"),
     };
     t.close(r);
     raw

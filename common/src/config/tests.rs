@@ -72,7 +72,14 @@ fn defaults_are_loopback_and_paths_are_beside_the_file() {
     let cluster = load(&folder.file()).unwrap();
     assert!(cluster.coordinator.listen.ip().is_loopback());
     assert_eq!(cluster.coordinator.addresses, ["127.0.0.1:8471"]);
-    assert_eq!(cluster.models[0].path, folder.0.path().join("models/tiny"));
+    assert_eq!(
+        cluster.models[0].origin,
+        ModelOrigin::Folder(folder.0.path().join("models/tiny"))
+    );
+    assert_eq!(
+        cluster.cache.folder,
+        folder.0.path().join("var/cache/models")
+    );
     assert_eq!(
         cluster.device("local/cpu0").unwrap().1.memory_bytes,
         Some(2 << 30)
@@ -352,8 +359,10 @@ fn mistakes_in_a_list_name_the_layer_that_has_the_list() {
 
 #[test]
 fn a_missing_key_names_its_table_and_a_syntax_error_its_line() {
-    let missing = Folder::with(&SMALL.replace("path = \"models/tiny\"", "")).mistakes();
-    assert_eq!(missing, ["cluster.toml:14: models[0].path: is missing"]);
+    let missing = Folder::with(&SMALL.replace("version = 1", "")).mistakes();
+    assert_eq!(missing, ["cluster.toml:14: models[0].version: is missing"]);
+    let nowhere = Folder::with(&SMALL.replace("path = \"models/tiny\"", "")).mistakes();
+    begin_with(&nowhere, &["cluster.toml:14: models[0]: needs one of path"]);
     let broken = Folder::with("[coordinator\nlisten = 1").mistakes();
     assert!(
         broken[0].starts_with("cluster.toml:1: not TOML"),
@@ -412,4 +421,104 @@ fn callers_without_an_admin_and_built_in_groups_are_mistakes() {
             "cluster.toml:5: auth.tokens[0].groups[1]: must be a group's name",
         ],
     );
+}
+
+const MLFLOW: &str = r#"
+[[registries]]
+name = "tracking"
+kind = "mlflow"
+url = "https://mlflow.example/prefix"
+username = "reader"
+password_file = "var/mlflow.password"
+kv_dtype = "f32"
+context_max = 2048
+"#;
+
+#[test]
+fn registries_keep_their_order_and_their_secrets_are_named_not_written() {
+    let folder = Folder::with(&format!(
+        "{SMALL}{MLFLOW}[[registries]]\nname = \"shelf\"\nkind = \"folder\"\npath = \"shelf\"\n\
+         [worker]\ncache_dir = \"/srv/cache\"\ncache_bytes_max = \"2GiB\"\n"
+    ));
+    let cluster = load_with(&folder.file(), Default::default()).unwrap();
+    let [tracking, shelf] = &cluster.registries[..] else {
+        panic!("{:?}", cluster.registries)
+    };
+    let password = SecretSource::File(folder.0.path().join("var/mlflow.password"));
+    assert_eq!(tracking.kind, RegistryKind::Mlflow);
+    assert_eq!(
+        tracking.credentials.basic,
+        Some(("reader".into(), password))
+    );
+    assert_eq!(tracking.serving.context_max, Some(2048));
+    assert_eq!(
+        shelf.kind,
+        RegistryKind::Folder(folder.0.path().join("shelf"))
+    );
+    assert_eq!(cluster.cache.folder, PathBuf::from("/srv/cache"));
+    assert_eq!(cluster.cache.bytes_max, Some(2 << 30));
+}
+
+#[test]
+fn a_model_on_the_hub_brings_the_hub_with_it_and_an_alias_needs_its_registry() {
+    let hub = SMALL.replace("path = \"models/tiny\"", "hub = \"org/name\"");
+    let cluster = load_with(&Folder::with(&hub).file(), Default::default()).unwrap();
+    let origin = |registry: &str, uri: &str| ModelOrigin::Registry {
+        registry: registry.into(),
+        uri: uri.into(),
+    };
+    assert_eq!(
+        cluster.models[0].origin,
+        origin("huggingface", "hf://org/name@main")
+    );
+    assert_eq!(cluster.registries[0].kind, RegistryKind::HuggingFace);
+    let alias = SMALL.replace("path = \"models/tiny\"", "uri = \"models:/llama@champion\"");
+    let mistakes = Folder::with(&alias).mistakes();
+    let expected = "cluster.toml:14: models[0].registry: needs a [[registries]] of kind \"mlflow\"";
+    assert_eq!(mistakes, [expected]);
+    let folder = Folder::with(&format!("{alias}{MLFLOW}"));
+    let cluster = load_with(&folder.file(), Default::default()).unwrap();
+    assert_eq!(
+        cluster.models[0].origin,
+        origin("tracking", "models:/llama@champion")
+    );
+}
+
+#[test]
+fn mistakes_in_registries_are_told_and_repeat_no_secret() {
+    let text = format!(
+        "{SMALL}{}{}",
+        MLFLOW
+            .replace("https://mlflow.example", "https://me:hush@mlflow.example")
+            .replace("username = \"reader\"\n", ""),
+        "[[registries]]\nname = \"tracking\"\nkind = \"git\"\n\
+         [[registries]]\nname = \"shelf\"\nkind = \"folder\"\nurl = \"ftp://x\"\n\
+         [[models]]\nname = \"h\"\nversion = 1\nhub = \"../x\"\n\
+         [[models]]\nname = \"i\"\nversion = 1\npath = \"x\"\nuri = \"runs:/1/model\"\n"
+    );
+    let mistakes = Folder::with(&text).mistakes();
+    begin_with(
+        &mistakes,
+        &[
+            "cluster.toml:19: registries[0].username: username and password_file",
+            "cluster.toml:22: registries[0].url: must not hold a user or a password",
+            "cluster.toml:27: registries[1].name: another registry is already called",
+            "cluster.toml:28: registries[1].kind: must be \"mlflow\"",
+            "cluster.toml:29: registries[2].path: is missing",
+            "cluster.toml:32: registries[2].url: must begin with https://",
+            "cluster.toml:36: models[1].hub: must be a model's id",
+            "cluster.toml:37: models[2]: needs one of path",
+        ],
+    );
+    assert!(!mistakes.join("\n").contains("hush"));
+}
+
+#[test]
+fn an_endpoint_may_name_a_model_that_only_a_registry_knows() {
+    let endpoint = "[[endpoints]]\nname = \"e\"\n[[endpoints.served_entities]]\n\
+                    entity_name = \"elsewhere\"\nentity_version = 3\nworkload_type = \"GPU_LARGE\"\n";
+    let unknown = Folder::with(&format!("{SMALL}{endpoint}")).mistakes();
+    assert!(unknown[0].contains("elsewhere version 3 is not among [[models]]"));
+    let folder = Folder::with(&format!("{SMALL}{MLFLOW}{endpoint}"));
+    load_with(&folder.file(), Default::default()).unwrap();
 }

@@ -39,7 +39,7 @@ use super::slot::{Slot, Stage};
 use crate::api::{ApiError, EndpointView};
 use crate::logs::Logs;
 use crate::policy::lifecycle::{Entity, Event};
-use crate::registry::LocalRegistry;
+use crate::registry::Registry;
 use crate::store::{Entry, Expect, SharedStore, StoreError};
 use crate::tables::Tables;
 use endpoints::Told;
@@ -58,7 +58,7 @@ pub struct Means {
     /// The configuration.
     pub cluster: Arc<Cluster>,
     /// The models.
-    pub registry: Arc<LocalRegistry>,
+    pub registry: Arc<Registry>,
     /// The truth.
     pub store: SharedStore,
     /// Where it publishes addresses.

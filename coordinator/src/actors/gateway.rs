@@ -33,6 +33,9 @@ use common::request::{Generate, Prompt};
 /// Longest prompt that a frame to a worker carries, in bytes; longer than any context served.
 const PROMPT_BYTES_MAX: usize = 6 << 20;
 
+/// When to come again after a registry did not answer.
+const REGISTRY_PAUSE_S: u64 = 5;
+
 /// A store that takes longer to answer `/health` does not answer.
 const STORE_WAIT: Duration = Duration::from_secs(1);
 
@@ -77,7 +80,7 @@ impl ActorGateway {
         found.ok_or_else(|| not_found(&name))
     }
 
-    /// Reads the models' headers.
+    /// Looks the models up in their registries and reads their headers.
     async fn facts(&self, config: &ConfigSpec) -> Result<Vec<Arc<ModelFacts>>, ApiError> {
         for entity in &config.entities {
             workload::resolve(
@@ -92,15 +95,8 @@ impl ActorGateway {
             .map_err(no_model)
     }
 
-    /// Reads a model's headers on the blocking pool.
     async fn facts_of(&self, model: &ModelRef) -> Result<Arc<ModelFacts>, RegistryError> {
-        let (registry, model) = (self.means.registry.clone(), model.clone());
-        let facts = tokio::task::spawn_blocking(move || registry.facts(&model).map(Arc::new)).await;
-        facts.unwrap_or_else(|e| {
-            Err(RegistryError::Broken(format!(
-                "reading the model failed: {e}"
-            )))
-        })
+        self.means.registry.facts(model).await
     }
 
     async fn offer(&self, facts: Arc<ModelFacts>) -> Result<Option<Offer>, ApiError> {
@@ -414,6 +410,9 @@ fn no_model(error: RegistryError) -> ApiError {
     match error {
         RegistryError::Unknown(message) => ApiError::new(ErrorKind::NotFound, message),
         RegistryError::Broken(message) => ApiError::new(ErrorKind::InvalidParameter, message),
+        RegistryError::Unavailable(message) => {
+            ApiError::new(ErrorKind::Unavailable, message).retry_after(REGISTRY_PAUSE_S)
+        }
     }
 }
 

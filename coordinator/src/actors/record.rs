@@ -4,7 +4,7 @@
 //! `replicas/ID` holds where a replica was placed, so that a restarted coordinator finds its shards again.
 
 use common::ids::{Generation, ReplicaId, Term, WorkerId};
-use common::wire::message::{KvDtype, ShardOptions};
+use common::wire::message::{KvDtype, ModelSource, RemoteFile, RemoteModel, ShardOptions};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -90,10 +90,73 @@ pub struct Assignment {
     pub endpoint: String,
     /// The workers of ranks 0, 1, ...
     pub members: Vec<WorkerId>,
-    /// The model's folder.
-    pub folder: String,
+    /// The model's files.
+    pub source: StoredSource,
     /// How its shards are run.
     pub options: StoredOptions,
+}
+
+/// [`ModelSource`] in the store's own words.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StoredSource {
+    /// A folder that every worker sees.
+    Folder(String),
+    /// Files that workers fetch.
+    Remote {
+        /// The registry's name.
+        registry: String,
+        /// Where in it.
+        uri: String,
+        /// Tells this version from any other.
+        identity: String,
+        /// Path, length and SHA-256 of each file.
+        files: Vec<(String, Option<u64>, Option<String>)>,
+    },
+}
+
+impl StoredSource {
+    /// What workers are told.
+    pub fn of(source: &ModelSource) -> Self {
+        match source {
+            ModelSource::Folder(folder) => StoredSource::Folder(folder.clone()),
+            ModelSource::Remote(remote) => StoredSource::Remote {
+                registry: remote.registry.clone(),
+                uri: remote.uri.clone(),
+                identity: remote.identity.clone(),
+                files: remote
+                    .files
+                    .iter()
+                    .map(|file| (file.path.clone(), file.bytes, file.sha256.clone()))
+                    .collect(),
+            },
+        }
+    }
+
+    /// As the wire says it.
+    pub fn wire(&self) -> ModelSource {
+        match self {
+            StoredSource::Folder(folder) => ModelSource::Folder(folder.clone()),
+            StoredSource::Remote {
+                registry,
+                uri,
+                identity,
+                files,
+            } => ModelSource::Remote(RemoteModel {
+                registry: registry.clone(),
+                uri: uri.clone(),
+                identity: identity.clone(),
+                files: files
+                    .iter()
+                    .map(|(path, bytes, sha256)| RemoteFile {
+                        path: path.clone(),
+                        bytes: *bytes,
+                        sha256: sha256.clone(),
+                    })
+                    .collect(),
+            }),
+        }
+    }
 }
 
 /// [`ShardOptions`] in the store's own words: wire types never change their bytes, records may.

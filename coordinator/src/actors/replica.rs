@@ -10,7 +10,7 @@ use actix::fut::ActorFutureExt;
 use actix::{Actor, ActorContext, AsyncContext, Context, Handler, Recipient, WrapFuture};
 use common::ids::{Generation, ReplicaId, WorkerId};
 use common::request::FailureKind;
-use common::wire::message::{Command, GroupMember, HeldShard, ModelSource, ShardSpec, ShardState};
+use common::wire::message::{Command, GroupMember, HeldShard, ShardSpec, ShardState};
 
 use tokio_util::sync::CancellationToken;
 
@@ -112,7 +112,7 @@ impl Replica {
                 rank: rank as u32,
                 members: group.clone(),
                 group_key,
-                source: ModelSource::Folder(assignment.folder.clone()),
+                source: assignment.source.wire(),
                 options: assignment.options.wire(),
             };
             member.link.command(Command::Load {

@@ -205,19 +205,14 @@ mod tests {
     use std::path::Path;
 
     use common::model_ref::ModelRef;
-    use common::wire::message::KvDtype;
 
     use super::*;
 
     fn tiny_llama() -> ModelFacts {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/tiny-llama");
-        crate::registry::read_facts(
-            &ModelRef::new("m", "1").unwrap(),
-            &folder,
-            KvDtype::Bf16,
-            None,
-        )
-        .unwrap()
+        let model = ModelRef::new("m", "1").unwrap();
+        let context = crate::registry::Context::exact(&model, Default::default());
+        crate::registry::read_facts(&context, &folder).unwrap()
     }
 
     fn workload(name: &str, shards: u32, memory_bytes: Option<u64>) -> WorkloadType {

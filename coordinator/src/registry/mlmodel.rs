@@ -1,22 +1,29 @@
-//! The layout of a model folder: a plain Hugging Face folder, or MLflow's transformers flavour with its `MLmodel` file.
+//! The layout of a model: a plain Hugging Face folder, or MLflow's transformers flavour with its `MLmodel` file.
 //!
-//! Owns where the weights are and which task is named. The tokenizer is the worker's business.
-
-use std::path::{Component, Path, PathBuf};
+//! Owns where the weights and the tokenizer are and which task is named. What is in them is read elsewhere.
 
 use serde::Deserialize;
 
-use super::{RegistryError, read_bounded};
+use super::RegistryError;
+use super::files::{Files, within};
 
+/// The file that makes a folder a model of MLflow.
+pub const MLMODEL: &str = "MLmodel";
 /// Greatest `MLmodel` file that is read: real ones hold a few kilobytes, with large signatures some hundred.
 const MLMODEL_BYTES_MAX: u64 = 4 << 20;
+/// Where MLflow keeps the tokenizer.
+const TOKENIZER: &str = "components/tokenizer";
+/// Tasks that can be served.
+pub const TASKS: [&str; 3] = ["llm/v1/completions", "llm/v1/chat", "llm/v1/embeddings"];
 
-/// Where a model's parts are.
+/// Where a model's parts are: paths in the model, empty for the model itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
     /// The folder with `config.json` and the safetensors.
-    pub weights: PathBuf,
-    /// `metadata.task`, else the flavour's `inference_task`.
+    pub weights: String,
+    /// The folder with the tokenizer's files.
+    pub tokenizer: String,
+    /// `metadata.task`, else the flavour's `inference_task`. A plain folder names none.
     pub task: Option<String>,
 }
 
@@ -42,25 +49,21 @@ struct Metadata {
 struct Transformers {
     model_binary: Option<String>,
     source_model_name: Option<String>,
-    source_model_revision: Option<String>,
     inference_task: Option<String>,
     peft_adaptor: Option<String>,
 }
 
-/// Finds the parts of the model in `folder`.
+/// Finds the parts of a model.
 ///
 /// # Errors
-/// [`RegistryError::Broken`]: not a model folder, or a layout that cannot be served; says why.
-pub fn layout(folder: &Path) -> Result<Layout, RegistryError> {
-    let broken = |reason: String| RegistryError::Broken(format!("{}: {reason}", folder.display()));
-    if !folder.is_dir() {
-        return Err(broken("is not a folder".into()));
-    }
-    let file = folder.join("MLmodel");
-    if !file.is_file() {
-        return match folder.join("config.json").is_file() {
+/// [`RegistryError::Broken`]: not a model, or a layout that cannot be served; says why.
+pub fn layout(files: &dyn Files) -> Result<Layout, RegistryError> {
+    let broken = |reason: String| files.broken("", &reason);
+    if !files.has(MLMODEL) {
+        return match files.has("config.json") {
             true => Ok(Layout {
-                weights: folder.to_owned(),
+                weights: String::new(),
+                tokenizer: String::new(),
                 task: None,
             }),
             false => Err(broken(
@@ -68,7 +71,7 @@ pub fn layout(folder: &Path) -> Result<Layout, RegistryError> {
             )),
         };
     }
-    let text = read_bounded(&file, MLMODEL_BYTES_MAX)?;
+    let text = files.read(MLMODEL, MLMODEL_BYTES_MAX)?;
     let parsed: MlModel = serde_yaml_ng::from_slice(&text)
         .map_err(|e| broken(format!("MLmodel is not readable: {e}")))?;
     let Some(flavor) = parsed.flavors.transformers else {
@@ -82,41 +85,64 @@ pub fn layout(folder: &Path) -> Result<Layout, RegistryError> {
             "is an adapter (peft_adaptor); merge it into its base model and log that".into(),
         ));
     }
-    let weights = weights(folder, &flavor).map_err(broken)?;
-    let task = parsed
-        .metadata
-        .and_then(|metadata| metadata.task)
-        .or(flavor.inference_task);
-    Ok(Layout { weights, task })
+    let weights = weights(files, &flavor).map_err(broken)?;
+    let named = parsed.metadata.and_then(|metadata| metadata.task);
+    let task = task(named.or(flavor.inference_task)).map_err(broken)?;
+    let tokenizer = match ["tokenizer.json", "tokenizer_config.json", "tokenizer.model"]
+        .iter()
+        .any(|file| files.has(&within(TOKENIZER, file)))
+    {
+        true => TOKENIZER.to_owned(),
+        false => weights.clone(),
+    };
+    Ok(Layout {
+        weights,
+        tokenizer,
+        task: Some(task),
+    })
+}
+
+/// The task that a model was logged for, if it can be served.
+fn task(named: Option<String>) -> Result<String, String> {
+    let help = format!(
+        "log it with mlflow.transformers.log_model(..., task=\"{0}\", metadata={{\"task\": \"{0}\"}}), or another of {1}",
+        TASKS[0],
+        TASKS.join(", ")
+    );
+    match named {
+        Some(task) if TASKS.contains(&task.as_str()) => Ok(task),
+        Some(task) => Err(format!(
+            "was logged for the task '{task}', which is not served; {help}"
+        )),
+        None => Err(format!("was logged without a task; {help}")),
+    }
 }
 
 /// `model_binary`; else `pipeline/`, where MLflow before 2.4.1 put them; else wherever a config.json is.
-fn weights(folder: &Path, flavor: &Transformers) -> Result<PathBuf, String> {
+fn weights(files: &dyn Files, flavor: &Transformers) -> Result<String, String> {
+    let has_config = |folder: &str| files.has(&within(folder, "config.json"));
     if let Some(inside) = &flavor.model_binary {
         // A stranger's text: it must not lead out of the folder.
-        if !Path::new(inside)
-            .components()
-            .all(|part| matches!(part, Component::Normal(_) | Component::CurDir))
-        {
+        let folder = inside.trim_start_matches("./").trim_end_matches('/');
+        let folder = if folder == "." { "" } else { folder };
+        if !folder.is_empty() && registry::check_path(folder).is_err() {
             return Err(format!(
                 "model_binary '{inside}' leads out of the model's folder"
             ));
         }
-        let weights = folder.join(inside);
-        return match weights.join("config.json").is_file() {
-            true => Ok(weights),
+        return match has_config(folder) {
+            true => Ok(folder.to_owned()),
             false => Err(format!("model_binary '{inside}' has no config.json")),
         };
     }
-    let found = ["pipeline", "model", "."]
-        .map(|name| folder.join(name))
+    let found = ["pipeline", "model", ""]
         .into_iter()
-        .find(|at| at.join("config.json").is_file());
-    found.ok_or_else(|| match (&flavor.source_model_name, &flavor.source_model_revision) {
-        (Some(name), Some(_)) => format!(
+        .find(|folder| has_config(folder));
+    found.map(str::to_owned).ok_or_else(|| match &flavor.source_model_name {
+        Some(name) => format!(
             "holds a reference to {name} instead of weights (save_pretrained=False); log the model with its weights"
         ),
-        _ => "has no config.json in model/, pipeline/ or the folder itself".to_owned(),
+        None => "has no config.json in model/, pipeline/ or the folder itself".to_owned(),
     })
 }
 
@@ -125,6 +151,7 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::registry::files;
 
     struct Folder(tempfile::TempDir);
 
@@ -139,59 +166,80 @@ mod tests {
             Folder(folder)
         }
 
-        fn layout(&self) -> Result<(String, Option<String>), String> {
-            match layout(self.0.path()) {
-                Ok(found) => {
-                    let weights = found
-                        .weights
-                        .strip_prefix(self.0.path())
-                        .unwrap()
-                        .display()
-                        .to_string();
-                    Ok((weights, found.task))
-                }
-                Err(e) => Err(e.to_string()),
-            }
+        fn layout(&self) -> Result<Layout, String> {
+            let files = files::Folder::open(self.0.path()).unwrap();
+            layout(&files).map_err(|e| e.to_string())
         }
+    }
+
+    fn found(weights: &str, tokenizer: &str, task: Option<&str>) -> Result<Layout, String> {
+        Ok(Layout {
+            weights: weights.into(),
+            tokenizer: tokenizer.into(),
+            task: task.map(str::to_owned),
+        })
     }
 
     const OLD: &str =
         "flavors:\n  transformers:\n    task: text-generation\n    torch_dtype: torch.bfloat16\n";
+    const TASK: &str = "metadata:\n  task: llm/v1/completions\n";
+    const COMPLETIONS: Option<&str> = Some(TASKS[0]);
 
     #[test]
     fn a_plain_folder_is_its_own_weights() {
-        assert_eq!(
-            Folder::with(&[("config.json", "{}")]).layout(),
-            Ok((String::new(), None))
-        );
+        let folder = Folder::with(&[("config.json", "{}")]);
+        assert_eq!(folder.layout(), found("", "", None));
     }
 
     #[test]
     fn mlflow_names_the_weights_and_the_task() {
-        let new = format!(
-            "{OLD}    model_binary: model\nmetadata:\n  task: llm/v1/completions\nsignature: {{inputs: x}}\n"
-        );
-        let folder = Folder::with(&[("MLmodel", &new), ("model/config.json", "{}")]);
+        let new = format!("{OLD}    model_binary: model\n{TASK}signature: {{inputs: x}}\n");
+        let folder = Folder::with(&[
+            ("MLmodel", &new),
+            ("model/config.json", "{}"),
+            ("components/tokenizer/tokenizer.json", "{}"),
+        ]);
         assert_eq!(
             folder.layout(),
-            Ok(("model".into(), Some("llm/v1/completions".into())))
+            found("model", "components/tokenizer", COMPLETIONS)
         );
-        let inferred = format!("{OLD}    model_binary: model\n    inference_task: llm/v1/chat\n");
+        let inferred =
+            format!("{OLD}    model_binary: ./model/\n    inference_task: llm/v1/chat\n");
         let folder = Folder::with(&[("MLmodel", &inferred), ("model/config.json", "{}")]);
         assert_eq!(
             folder.layout(),
-            Ok(("model".into(), Some("llm/v1/chat".into())))
+            found("model", "model", Some("llm/v1/chat"))
         );
     }
 
     #[test]
     fn logs_from_before_mlflow_2_4_1_have_them_in_pipeline() {
         let folder = Folder::with(&[
-            ("MLmodel", OLD),
+            ("MLmodel", &format!("{OLD}{TASK}")),
             ("pipeline/config.json", "{}"),
             ("model/config.json", "{}"),
         ]);
-        assert_eq!(folder.layout(), Ok(("pipeline".into(), None)));
+        assert_eq!(folder.layout(), found("pipeline", "pipeline", COMPLETIONS));
+    }
+
+    #[test]
+    fn a_log_without_a_task_or_with_another_says_what_to_log() {
+        let message = |text: &str| {
+            let text = format!("{OLD}    model_binary: model\n{text}");
+            let folder = Folder::with(&[("MLmodel", &text), ("model/config.json", "{}")]);
+            folder.layout().unwrap_err()
+        };
+        let says = "metadata={\"task\": \"llm/v1/completions\"}";
+        let none = message("");
+        assert!(
+            none.contains("without a task") && none.contains(says),
+            "{none}"
+        );
+        let other = message("metadata: {task: text-classification}\n");
+        assert!(
+            other.contains("'text-classification', which is not served") && other.contains(says),
+            "{other}"
+        );
     }
 
     #[test]
@@ -202,10 +250,14 @@ mod tests {
             message(&[("MLmodel", "flavors: {sklearn: {}}")]).contains("no transformers flavour")
         );
         assert!(message(&[("MLmodel", "{{{")]).contains("MLmodel is not readable"));
-        let escape = format!("{OLD}    model_binary: ../../etc\n");
-        assert!(message(&[("MLmodel", &escape)]).contains("leads out of the model's folder"));
-        let absolute = format!("{OLD}    model_binary: /etc\n");
-        assert!(message(&[("MLmodel", &absolute)]).contains("leads out of the model's folder"));
+        for outside in ["../../etc", "/etc", "model/../../etc"] {
+            let escape = format!("{OLD}    model_binary: {outside}\n");
+            let message = message(&[("MLmodel", &escape)]);
+            assert!(
+                message.contains("leads out of the model's folder"),
+                "{message}"
+            );
+        }
         let adapter = format!("{OLD}    model_binary: model\n    peft_adaptor: peft\n");
         assert!(message(&[("MLmodel", &adapter)]).contains("adapter"));
         let reference = format!(
@@ -216,9 +268,9 @@ mod tests {
 
     #[test]
     fn a_folder_that_is_not_there_is_named() {
+        let error = files::Folder::open(std::path::Path::new("/no/such/model")).unwrap_err();
         assert!(
-            layout(Path::new("/no/such/model"))
-                .unwrap_err()
+            error
                 .to_string()
                 .starts_with("/no/such/model: is not a folder")
         );

@@ -1,25 +1,31 @@
-//! Where models come from: a name and a version -> a folder, and the facts of it that the memory plan needs.
+//! Where models come from: a name and a version -> where the files are, and the facts that the memory plan needs.
 //!
-//! * [`local`]: the registry in cluster.toml.
-//! * [`mlmodel`]: the layout of a folder, plain Hugging Face or MLflow.
+//! * [`lookup`]: the models of cluster.toml, then its registries.
+//! * [`files`], [`remote`]: a model's files in a folder or in a registry.
+//! * [`mlmodel`]: the layout of a model, plain Hugging Face or MLflow.
 //! * [`shape`]: `config.json`, the numbers that decide memory.
 //! * [`tensors`]: safetensors headers; no weight is ever read here.
+//! * [`needed`]: which files workers need.
 //!
-//! Everything in a model folder is a stranger's: sizes are bounded, and a hostile file is an error that names it.
+//! Everything in a model is a stranger's: sizes are bounded, and a hostile file is an error that names it.
 
-pub mod local;
+pub mod files;
+pub mod lookup;
 pub mod mlmodel;
+pub mod needed;
+pub mod remote;
 pub mod shape;
 pub mod tensors;
 
-use std::fs::File;
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use common::config::ServingDefaults;
 use common::model_ref::ModelRef;
-use common::wire::message::KvDtype;
+use common::wire::message::{KvDtype, ModelSource};
+use registry::Error;
 
-pub use local::LocalRegistry;
+pub use files::Files;
+pub use lookup::Registry;
 pub use shape::Shape;
 pub use tensors::WeightTensor;
 
@@ -29,9 +35,22 @@ pub enum RegistryError {
     /// No such model, or no such version of it.
     #[error("{0}")]
     Unknown(String),
-    /// Its files are broken or of a kind that is not supported. Names the file.
+    /// Its files are broken or of a kind that is not supported, or its registry refuses them. Names the file.
     #[error("{0}")]
     Broken(String),
+    /// Its registry does not answer; it may later.
+    #[error("{0}")]
+    Unavailable(String),
+}
+
+/// A registry's error as one about a model.
+fn error(error: Error) -> RegistryError {
+    let message = error.to_string();
+    match error {
+        Error::NoModel(_) | Error::NoVersion { .. } => RegistryError::Unknown(message),
+        Error::Unavailable(_) => RegistryError::Unavailable(message),
+        Error::Unusable(_) => RegistryError::Broken(message),
+    }
 }
 
 /// What is known of a model without reading its weights.
@@ -39,8 +58,8 @@ pub enum RegistryError {
 pub struct ModelFacts {
     /// Which.
     pub model: ModelRef,
-    /// The folder that workers are told.
-    pub folder: PathBuf,
+    /// Where workers find its files.
+    pub source: ModelSource,
     /// The task in its metadata, `llm/v1/completions` for example.
     pub task: Option<String>,
     /// Its sizes.
@@ -53,70 +72,99 @@ pub struct ModelFacts {
     pub context_max: u32,
 }
 
-/// Reads the facts of the model in `folder`.
+/// Which model, and what cluster.toml says of it.
+#[derive(Debug, Clone)]
+pub struct Context {
+    /// Which.
+    pub model: ModelRef,
+    serving: ServingDefaults,
+    /// A `context_max` beyond the model's own is a mistake: it was written for this model.
+    exact: bool,
+}
+
+impl Context {
+    /// A model with an entry of its own.
+    pub fn exact(model: &ModelRef, serving: ServingDefaults) -> Context {
+        Context {
+            model: model.clone(),
+            serving,
+            exact: true,
+        }
+    }
+
+    /// A model of a registry, whose settings are for all its models.
+    pub fn at_most(model: &ModelRef, serving: ServingDefaults) -> Context {
+        Context {
+            exact: false,
+            ..Context::exact(model, serving)
+        }
+    }
+}
+
+/// Reads the facts of the model in `folder`. Blocks.
 ///
 /// # Errors
 /// [`RegistryError::Broken`] names the file and what is wrong with it.
-pub fn read_facts(
-    model: &ModelRef,
-    folder: &Path,
-    kv_dtype: KvDtype,
-    context_max: Option<u32>,
+pub fn read_facts(context: &Context, folder: &Path) -> Result<ModelFacts, RegistryError> {
+    let source = ModelSource::Folder(folder.display().to_string());
+    read_from(&files::Folder::open(folder)?, context, &|_| source.clone())
+}
+
+/// Reads a model's facts from its files. `source` makes of the files that workers need what they are told. Blocks.
+///
+/// # Errors
+/// [`RegistryError::Broken`] names the file and what is wrong with it.
+pub fn read_from(
+    files: &dyn Files,
+    context: &Context,
+    source: &dyn Fn(&[String]) -> ModelSource,
 ) -> Result<ModelFacts, RegistryError> {
-    let layout = mlmodel::layout(folder)?;
-    let shape = Shape::read(&layout.weights.join("config.json"))?;
-    let tensors = tensors::read(&layout.weights, &shape)?;
+    let Context {
+        model,
+        serving,
+        exact,
+    } = context;
+    let layout = mlmodel::layout(files)?;
+    let shape = Shape::read(files, &files::within(&layout.weights, "config.json"))?;
+    let (weights, tensors) = tensors::read(files, &layout.weights, &shape)?;
     let own = shape.context_max;
-    let context_max = match context_max {
-        Some(asked) if asked > own => {
+    let context_max = match serving.context_max {
+        Some(asked) if asked > own && *exact => {
             return Err(RegistryError::Broken(format!(
                 "{model}: context_max = {asked} in cluster.toml is beyond the model's own {own}"
             )));
         }
-        asked => asked.unwrap_or(own),
+        asked => asked.unwrap_or(own).min(own),
     };
     Ok(ModelFacts {
         model: model.clone(),
-        folder: folder.to_owned(),
+        source: source(&needed::files(files, &layout, &weights)),
         task: layout.task,
         shape,
         tensors,
-        kv_dtype,
+        kv_dtype: serving.kv_dtype,
         context_max,
     })
 }
 
-/// The facts that a `config.json` alone tells: the tensors are those that its family has.
+/// The facts that a `config.json` alone tells: the tensors are those that its family has. Blocks.
 ///
 /// # Errors
 /// [`RegistryError::Broken`] names the file and what is wrong with it.
-pub fn read_config_facts(
-    model: &ModelRef,
-    file: &Path,
-    kv_dtype: KvDtype,
-) -> Result<ModelFacts, RegistryError> {
-    let shape = Shape::read(file)?;
+pub fn read_config_facts(model: &ModelRef, file: &Path) -> Result<ModelFacts, RegistryError> {
+    let folder = match file.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    let name = file.file_name().unwrap_or_default().to_string_lossy();
+    let shape = Shape::read(&files::Folder::open(folder)?, &name)?;
     Ok(ModelFacts {
         model: model.clone(),
-        folder: file.parent().unwrap_or(Path::new(".")).to_owned(),
+        source: ModelSource::Folder(folder.display().to_string()),
         task: None,
         tensors: tensors::of_shape(&shape),
-        kv_dtype,
+        kv_dtype: KvDtype::default(),
         context_max: shape.context_max,
         shape,
     })
-}
-
-/// A small file's bytes.
-fn read_bounded(path: &Path, bytes_max: u64) -> Result<Vec<u8>, RegistryError> {
-    let broken = |reason: String| RegistryError::Broken(format!("{}: {reason}", path.display()));
-    let file = File::open(path).map_err(|e| broken(e.to_string()))?;
-    let mut bytes = Vec::new();
-    file.take(bytes_max + 1)
-        .read_to_end(&mut bytes)
-        .map_err(|e| broken(e.to_string()))?;
-    if bytes.len() as u64 > bytes_max {
-        return Err(broken(format!("is longer than {bytes_max} bytes")));
-    }
-    Ok(bytes)
 }

@@ -3,11 +3,10 @@
 //! A small reader of its own, because the coordinator knows no tensors. What a config asks for beyond sizes (rope types,
 //! activations) is checked by the worker's engine, which says no before it loads anything.
 
-use std::path::Path;
-
 use serde_json::{Map, Value};
 
-use super::{RegistryError, read_bounded};
+use super::RegistryError;
+use super::files::Files;
 
 /// Greatest `config.json` that is read.
 const CONFIG_BYTES_MAX: u64 = 16 << 20;
@@ -81,14 +80,13 @@ impl Shape {
         }
     }
 
-    /// Reads the file.
+    /// Reads a `config.json`, by whatever name.
     ///
     /// # Errors
     /// [`RegistryError::Broken`] names the file and the key; an unknown architecture comes with the known ones.
-    pub fn read(path: &Path) -> Result<Shape, RegistryError> {
-        let bytes = read_bounded(path, CONFIG_BYTES_MAX)?;
-        Self::parse(&bytes)
-            .map_err(|reason| RegistryError::Broken(format!("{}: {reason}", path.display())))
+    pub fn read(files: &dyn Files, path: &str) -> Result<Shape, RegistryError> {
+        let bytes = files.read(path, CONFIG_BYTES_MAX)?;
+        Self::parse(&bytes).map_err(|reason| files.broken(path, &reason))
     }
 
     fn parse(bytes: &[u8]) -> Result<Shape, String> {

@@ -4,15 +4,15 @@
 //! a missing tensor and an odd shape are found here, before a worker is asked to load anything.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::Read;
 use std::path::{Component, Path};
 
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::RegistryError;
+use super::files::{Files, Opened, within};
 use super::shape::{Family, Shape};
-use super::{RegistryError, read_bounded};
 
 /// Greatest header that is read: that of safetensors itself.
 const HEADER_BYTES_MAX: u64 = 100_000_000;
@@ -22,6 +22,8 @@ const INDEX_BYTES_MAX: u64 = 64 << 20;
 const SHARDS_MAX: usize = 4096;
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+/// What torch writes without safetensors.
+const PICKLED: [&str; 2] = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
 
 /// How the ranks of a group share a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,13 +55,17 @@ pub struct WeightTensor {
     pub by_columns: bool,
 }
 
-/// The tensors that `shape` needs, from the headers of the files in `folder`.
+/// The tensors that `shape` needs, from the headers of the files in a folder of the model, and the names of these files.
 ///
 /// # Errors
 /// [`RegistryError::Broken`] names the file or the tensor.
-pub fn read(folder: &Path, shape: &Shape) -> Result<Vec<WeightTensor>, RegistryError> {
-    let found = headers(folder)?;
-    let broken = |reason: String| RegistryError::Broken(format!("{}: {reason}", folder.display()));
+pub fn read(
+    files: &dyn Files,
+    folder: &str,
+    shape: &Shape,
+) -> Result<(Vec<String>, Vec<WeightTensor>), RegistryError> {
+    let (names, found) = headers(files, folder)?;
+    let broken = |reason: String| files.broken(folder, &reason);
     let (roots, embedding) = roots(shape.family);
     let Some(root) = roots
         .iter()
@@ -91,7 +97,7 @@ pub fn read(folder: &Path, shape: &Shape) -> Result<Vec<WeightTensor>, RegistryE
         }
         tensors.push(weight_tensor((name, dims, slice)));
     }
-    Ok(tensors)
+    Ok((names, tensors))
 }
 
 /// The tensors that `shape` needs, where no file can be looked at.
@@ -115,11 +121,11 @@ fn weight_tensor((name, dims, slice): Expected) -> WeightTensor {
     }
 }
 
-/// Whether there are weights in `folder`, right or wrong.
-pub fn has_weights(folder: &Path) -> bool {
+/// Whether there are weights in a folder of the model, right or wrong.
+pub fn has_weights(files: &dyn Files, folder: &str) -> bool {
     [SINGLE, INDEX]
         .iter()
-        .any(|name| folder.join(name).is_file())
+        .any(|name| files.has(&within(folder, name)))
 }
 
 #[derive(Debug, Deserialize)]
@@ -129,23 +135,35 @@ struct Header {
     data_offsets: [u64; 2],
 }
 
-fn headers(folder: &Path) -> Result<BTreeMap<String, Header>, RegistryError> {
-    if folder.join(SINGLE).is_file() {
-        return header(&folder.join(SINGLE));
+type Headers = BTreeMap<String, Header>;
+
+/// The headers of a checkpoint, and the files that it consists of.
+fn headers(files: &dyn Files, folder: &str) -> Result<(Vec<String>, Headers), RegistryError> {
+    let single = within(folder, SINGLE);
+    if files.has(&single) {
+        return Ok((vec![SINGLE.to_owned()], header(files, &single)?));
     }
-    if !folder.join(INDEX).is_file() {
-        let reason = format!(
-            "has neither {SINGLE} nor {INDEX}; other formats must be converted to safetensors first"
-        );
-        return Err(RegistryError::Broken(format!(
-            "{}: {reason}",
-            folder.display()
-        )));
+    let index = within(folder, INDEX);
+    if !files.has(&index) {
+        let pickled = PICKLED.iter().any(|name| files.has(&within(folder, name)));
+        let reason = if pickled {
+            format!(
+                "has its weights as pytorch_model.bin and not as {SINGLE}: pickled weights are programs and are not \
+                 loaded; log the model again with safetensors (save_pretrained(..., safe_serialization=True), what \
+                 transformers does by itself since 4.35)"
+            )
+        } else {
+            format!(
+                "has neither {SINGLE} nor {INDEX}; other formats must be converted to safetensors first"
+            )
+        };
+        return Err(files.broken(folder, &reason));
     }
     let mut all = BTreeMap::new();
-    for (file, names) in shards(&folder.join(INDEX))? {
-        let mut found = header(&folder.join(&file))?;
-        for name in names {
+    let mut names = vec![INDEX.to_owned()];
+    for (file, tensors) in shards(files, &index)? {
+        let mut found = header(files, &within(folder, &file))?;
+        for name in tensors {
             match found.remove(&name) {
                 Some(tensor) => all.insert(name, tensor),
                 None => {
@@ -155,21 +173,22 @@ fn headers(folder: &Path) -> Result<BTreeMap<String, Header>, RegistryError> {
                 }
             };
         }
+        names.push(file);
     }
-    Ok(all)
+    Ok((names, all))
 }
 
 /// The index: file -> the tensors in it.
-fn shards(path: &Path) -> Result<BTreeMap<String, Vec<String>>, RegistryError> {
+fn shards(files: &dyn Files, path: &str) -> Result<BTreeMap<String, Vec<String>>, RegistryError> {
     #[derive(Deserialize)]
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
-    let broken = |reason: String| RegistryError::Broken(format!("{}: {reason}", path.display()));
-    let bytes = read_bounded(path, INDEX_BYTES_MAX)?;
+    let broken = |reason: String| files.broken(path, &reason);
+    let bytes = files.read(path, INDEX_BYTES_MAX)?;
     let index: Index =
         serde_json::from_slice(&bytes).map_err(|e| broken(format!("is not an index: {e}")))?;
-    let mut files: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut shards: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for (tensor, file) in index.weight_map {
         // A stranger's text: a file beside the index, and nothing else.
         let mut parts = Path::new(&file).components();
@@ -181,34 +200,38 @@ fn shards(path: &Path) -> Result<BTreeMap<String, Vec<String>>, RegistryError> {
                 "names the file '{file}', which is not beside it"
             )));
         }
-        files.entry(file).or_default().push(tensor);
+        shards.entry(file).or_default().push(tensor);
     }
-    if files.len() > SHARDS_MAX {
+    if shards.len() > SHARDS_MAX {
         return Err(broken(format!(
             "names {} files; at most {SHARDS_MAX} are read",
-            files.len()
+            shards.len()
         )));
     }
-    Ok(files)
+    Ok(shards)
 }
 
 /// One file's header, believed only when it agrees with the file's length.
-fn header(path: &Path) -> Result<BTreeMap<String, Header>, RegistryError> {
-    let broken = |reason: String| RegistryError::Broken(format!("{}: {reason}", path.display()));
-    let corrupt = |reason: String| broken(format!("is corrupt or cut short: {reason}"));
-    let mut file = File::open(path).map_err(|e| broken(e.to_string()))?;
-    let file_bytes = file.metadata().map_err(|e| broken(e.to_string()))?.len();
+fn header(files: &dyn Files, path: &str) -> Result<Headers, RegistryError> {
+    let corrupt =
+        |reason: String| files.broken(path, &format!("is corrupt or cut short: {reason}"));
+    let Opened { bytes, mut reader } = files.open(path)?;
+    // A source that does not say the length is believed; the worker sees whether it holds.
+    let file_bytes = bytes.unwrap_or(u64::MAX);
     let mut length = [0; 8];
-    file.read_exact(&mut length)
-        .map_err(|_| corrupt(format!("{file_bytes} bytes cannot hold a header")))?;
+    reader
+        .read_exact(&mut length)
+        .map_err(|e| cut(files, path, file_bytes, &e))?;
     let length = u64::from_le_bytes(length);
     if length > HEADER_BYTES_MAX || length > file_bytes.saturating_sub(8) {
         return Err(corrupt(format!(
             "its header claims {length} bytes and the file has {file_bytes}"
         )));
     }
-    let mut text = vec![0; length as usize];
-    file.read_exact(&mut text)
+    let mut text = Vec::new();
+    reader
+        .take(length)
+        .read_to_end(&mut text)
         .map_err(|e| corrupt(e.to_string()))?;
     let mut values: BTreeMap<String, Value> = serde_json::from_slice(&text)
         .map_err(|e| corrupt(format!("its header is not JSON: {e}")))?;
@@ -243,6 +266,17 @@ fn header(path: &Path) -> Result<BTreeMap<String, Header>, RegistryError> {
         tensors.insert(name, tensor);
     }
     Ok(tensors)
+}
+
+/// A file that ends, or breaks off, before its header.
+fn cut(files: &dyn Files, path: &str, file_bytes: u64, error: &std::io::Error) -> RegistryError {
+    match error.kind() {
+        std::io::ErrorKind::UnexpectedEof => files.broken(
+            path,
+            &format!("is corrupt or cut short: {file_bytes} bytes cannot hold a header"),
+        ),
+        _ => files.broken(path, &error.to_string()),
+    }
 }
 
 /// The prefixes in use, and the embedding's name behind them.

@@ -22,6 +22,7 @@ use super::messages::{
     CancelRequest, EngineEnded, LinkLost, OpeningDone, PromptPrepared, Serve, Unload,
 };
 use crate::answering::Work;
+use crate::artifacts::library::Library;
 use crate::device::Device;
 use crate::health::HealthReporter;
 use crate::logs::{RunLog, ShardLog};
@@ -52,13 +53,19 @@ pub struct ShardActor {
 
 impl ShardActor {
     /// Begins to load a shard.
-    pub fn load(spec: ShardSpec, device: Arc<Device>, outbox: Arc<Outbox>) -> Addr<ShardActor> {
+    pub fn load(
+        spec: ShardSpec,
+        device: Arc<Device>,
+        library: Arc<Library>,
+        outbox: Arc<Outbox>,
+    ) -> Addr<ShardActor> {
         let lease = Arc::new(device.memory.lease());
         let shard = Shard {
             log: ShardLog::new(&spec, outbox.clone()),
             run_log: RunLog::new(Instant::now()),
             spec,
             device,
+            library,
             outbox,
             lease,
             phase: Phase::Opening,
@@ -164,6 +171,7 @@ struct Shard {
     log: ShardLog,
     run_log: RunLog,
     device: Arc<Device>,
+    library: Arc<Library>,
     outbox: Arc<Outbox>,
     lease: Arc<Lease>,
     phase: Phase,
@@ -225,6 +233,7 @@ impl Shard {
         let opening = Opening {
             spec: self.spec.clone(),
             device: self.device.clone(),
+            library: self.library.clone(),
             lease: self.lease.clone(),
             outbox: self.outbox.clone(),
             log: self.log.clone(),

@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::path::Path;
 
-use common::config::{DeviceEntry, Node, TlsFiles};
+use common::config::{CacheConfig, DeviceEntry, Node, TlsFiles};
 use common::ids::RequestId;
 use common::request::{End, Generate, Prompt, Resume};
 use common::wire::message::{
@@ -220,6 +220,15 @@ fn device(name: &str) -> Device {
     .unwrap()
 }
 
+/// A library without registries.
+fn library() -> Arc<Library> {
+    let cache = CacheConfig {
+        folder: "/no/such/cache".into(),
+        bytes_max: None,
+    };
+    Arc::new(Library::new(&[], &cache, &|_| None))
+}
+
 /// A worker's session, running until the token is cancelled.
 fn worker(
     name: &str,
@@ -233,6 +242,7 @@ fn worker(
         addresses: vec![coordinator.to_owned()],
         tls: None,
         secret: SECRET.into(),
+        library: library(),
     };
     let shutdown = CancellationToken::new();
     let session = Session::new(config, device(name), || ());

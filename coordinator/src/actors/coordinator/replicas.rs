@@ -11,7 +11,7 @@ use common::wire::message::LogPhase;
 use super::CoordinatorActor;
 use crate::actors::messages::{Assigned, FactsRead, ReplicaStatus, Retire, Status};
 use crate::actors::permit::Credits;
-use crate::actors::record::{Assignment, StoredOptions, encode, replica_key};
+use crate::actors::record::{Assignment, StoredOptions, StoredSource, encode, replica_key};
 use crate::actors::replica::{Member, Replica, ReplicaActor};
 use crate::actors::slot::{ROOM_PAUSE, Running, Slot, Stage};
 use crate::policy::fit::{self, NoFit, Wish};
@@ -207,15 +207,12 @@ impl CoordinatorActor {
                 );
                 self.means.logs.note(replica, LogPhase::Build, &text);
                 let (registry, model) = (self.means.registry.clone(), entity.spec.model.clone());
+                // A task of its own: headers and answers of registries are not parsed on the actors' thread.
+                let reading = tokio::spawn(async move { registry.facts(&model).await });
                 let read = async move {
-                    let facts =
-                        tokio::task::spawn_blocking(move || registry.facts(&model).map(Arc::new))
-                            .await;
-                    facts.unwrap_or_else(|e| {
-                        Err(RegistryError::Broken(format!(
-                            "reading the model failed: {e}"
-                        )))
-                    })
+                    let failed =
+                        |e| RegistryError::Broken(format!("reading the model failed: {e}"));
+                    reading.await.map_err(failed).flatten()
                 };
                 ctx.spawn(
                     read.into_actor(self)
@@ -244,7 +241,8 @@ impl CoordinatorActor {
                 slot.stage = Stage::Waiting(facts, Instant::now());
             }
             Err(error) => {
-                self.formation_over(message.replica, true, served, error.to_string());
+                let fatal = !matches!(error, RegistryError::Unavailable(_));
+                self.formation_over(message.replica, fatal, served, error.to_string());
             }
         }
     }
@@ -306,7 +304,7 @@ impl CoordinatorActor {
             generation: slot.generation,
             endpoint: slot.endpoint.clone(),
             members,
-            folder: facts.folder.display().to_string(),
+            source: StoredSource::of(&facts.source),
             options: StoredOptions::of(&plan, facts.kv_dtype),
         };
         let text = format!(

@@ -4,7 +4,7 @@ use common::ids::{BootId, Term};
 use tokio::sync::mpsc;
 
 use super::*;
-use crate::actors::record::StoredOptions;
+use crate::actors::record::{StoredOptions, StoredSource};
 
 fn member(name: &str) -> (Member, mpsc::Receiver<Command>) {
     let worker = WorkerId(format!("n/{name}"));
@@ -34,7 +34,7 @@ fn pair(members: &[Member], now: Instant) -> Replica {
         generation: Generation(1),
         endpoint: "e".into(),
         members: members.iter().map(|m| m.link.worker.clone()).collect(),
-        folder: "/models/m".into(),
+        source: StoredSource::Folder("/models/m".into()),
         options,
     };
     let meters = Arc::new(Meters::new("e"));

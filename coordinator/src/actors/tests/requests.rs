@@ -229,7 +229,7 @@ async fn a_replica_runs_as_many_requests_as_its_memory_has_room_for() {
     let core = cluster(folder.path(), |text| text).await;
     let config = config("tiny", "CPU");
     let registry = &core.gateway.means.registry;
-    let facts = registry.facts(&config.entities[0].model).unwrap();
+    let facts = registry.facts(&config.entities[0].model).await.unwrap();
     let need = memory_plan::need(&facts, DeviceKind::Cpu, 1, 4).unwrap();
     let mut hello = FakeWorker::hello(&core, "0");
     hello.device.memory_bytes = need.bytes_for(2);

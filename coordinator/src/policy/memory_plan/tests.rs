@@ -1,12 +1,12 @@
 //! The plan against models whose numbers are known.
 
 use common::model_ref::ModelRef;
-use common::wire::message::KvDtype;
+use common::wire::message::{KvDtype, ModelSource};
 use proptest::prelude::*;
 
 use super::*;
-use crate::registry::Shape;
 use crate::registry::shape::Family;
+use crate::registry::{Context, Shape};
 
 /// A bf16 Llama of this shape, with the tensors its checkpoint would have.
 fn llama(
@@ -61,10 +61,9 @@ fn llama(
     }
     add("norm", &[hidden], Slice::Whole);
     let model = ModelRef::new("m", "1").unwrap();
-    let folder = "/m".into();
     ModelFacts {
         model,
-        folder,
+        source: ModelSource::Folder("/m".into()),
         task: None,
         shape,
         tensors,
@@ -93,7 +92,9 @@ fn the_plan_agrees_with_what_the_engine_takes() {
             .join("../tests/models")
             .join(name);
         let model = ModelRef::new("m", "1").unwrap();
-        let facts = crate::registry::read_facts(&model, &folder, KvDtype::Bf16, None).unwrap();
+        let facts =
+            crate::registry::read_facts(&Context::exact(&model, Default::default()), &folder)
+                .unwrap();
         let planned = need(&facts, DeviceKind::Cpu, ranks, 4)
             .unwrap()
             .weight_bytes;

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use super::*;
+use crate::registry::files::Folder;
 
 /// A copy of a tiny model's folder that tests may break.
 struct Checkpoint(tempfile::TempDir);
@@ -42,8 +43,10 @@ impl Checkpoint {
     }
 
     fn read(&self) -> Result<Vec<WeightTensor>, String> {
-        let shape = Shape::read(&self.0.path().join("config.json")).unwrap();
-        read(self.0.path(), &shape).map_err(|e| e.to_string())
+        let files = Folder::open(self.0.path()).unwrap();
+        let shape = Shape::read(&files, "config.json").unwrap();
+        let read = read(&files, "", &shape).map_err(|e| e.to_string())?;
+        Ok(read.1)
     }
 
     fn message(&self) -> String {
@@ -129,13 +132,19 @@ fn a_dtype_that_cannot_be_served_is_named() {
 }
 
 #[test]
-fn pickled_weights_must_be_converted() {
+fn pickled_weights_must_be_logged_as_safetensors() {
     let checkpoint = Checkpoint::tiny_llama();
     fs::rename(
         checkpoint.file(),
         checkpoint.0.path().join("pytorch_model.bin"),
     )
     .unwrap();
+    let message = checkpoint.message();
+    assert!(
+        message.contains("log the model again with safetensors"),
+        "{message}"
+    );
+    fs::remove_file(checkpoint.0.path().join("pytorch_model.bin")).unwrap();
     assert!(
         checkpoint
             .message()
