@@ -11,8 +11,8 @@ mod endpoints;
 mod models;
 mod raw;
 mod reader;
-mod tables;
 mod registries;
+mod tables;
 #[cfg(test)]
 mod tests;
 
