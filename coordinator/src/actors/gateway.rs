@@ -21,7 +21,7 @@ use super::messages::{
 use super::record::{EndpointRecord, TERM, decode, encode, endpoint_key};
 use crate::api::{
     Access, Amendment, Answer, ApiError, Call, ClusterHealth, ConfigSpec, CreateEndpoint,
-    EndpointView, ErrorKind, Gateway, Generation, OptimizationInfo,
+    EndpointView, EntitySpec, ErrorKind, Gateway, Generation, OptimizationInfo,
 };
 use crate::policy::lifecycle::{Event, Lifecycle};
 use crate::policy::{fallback, settings, throughput, workload};
@@ -124,12 +124,25 @@ impl ActorGateway {
         }))
     }
 
-    /// Chooses type and size of what is sized by throughput, and fills in its rates.
-    async fn provision(&self, mut config: ConfigSpec) -> Result<ConfigSpec, ApiError> {
+    /// Chooses type and size of what is sized by throughput, and fills in its rates. What one of `before` has stays.
+    async fn provision(
+        &self,
+        mut config: ConfigSpec,
+        before: &[EntitySpec],
+    ) -> Result<ConfigSpec, ApiError> {
         for entity in &mut config.entities {
             let Some(asked) = entity.provisioned else {
                 continue;
             };
+            let kept = before
+                .iter()
+                .find(|old| throughput::is_unchanged(old, entity));
+            if let Some(old) = kept {
+                entity.provisioned = old.provisioned;
+                entity.workload_size = old.workload_size;
+                entity.workload_type.clone_from(&old.workload_type);
+                continue;
+            }
             let refuse = |message: String| ApiError::new(ErrorKind::InvalidParameter, message);
             let facts = self.facts_of(&entity.model).await.map_err(no_model)?;
             let Some(offer) = self.offer(facts).await? else {
@@ -185,7 +198,7 @@ impl ActorGateway {
         {
             return Err(taken());
         }
-        endpoint.config = self.provision(endpoint.config).await?;
+        endpoint.config = self.provision(endpoint.config, &[]).await?;
         self.check(&endpoint.config, None).await?;
         let now_ms = now_ms();
         let record = EndpointRecord {
@@ -234,8 +247,10 @@ impl ActorGateway {
         let Some(entry) = self.means.store.get(key.clone()).await.map_err(internal)? else {
             return Err(not_found(&name));
         };
-        updating(&mut decode(&key, &entry.value).map_err(internal)?, &config)?;
-        let config = self.provision(config).await?;
+        let mut record: EndpointRecord = decode(&key, &entry.value).map_err(internal)?;
+        let before: Vec<EntitySpec> = record.life.specs().cloned().collect();
+        updating(&mut record, &config)?;
+        let config = self.provision(config, &before).await?;
         self.check(&config, Some(name.clone())).await?;
         self.edit(name, |record| updating(record, &config)).await
     }

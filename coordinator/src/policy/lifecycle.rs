@@ -135,6 +135,14 @@ impl Lifecycle {
         )
     }
 
+    /// What was asked for of the entities of all its configurations, the active one's first.
+    pub fn specs(&self) -> impl Iterator<Item = &EntitySpec> {
+        let deployments = self.active.iter().chain(&self.pending);
+        deployments
+            .flat_map(|deployment| &deployment.entities)
+            .map(|entity| &entity.spec)
+    }
+
     /// The replicas that shall exist, each with its entity.
     pub fn wanted(&self) -> Vec<(ReplicaId, &Entity)> {
         let pending = self

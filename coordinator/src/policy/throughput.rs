@@ -9,7 +9,7 @@ use std::time::Instant;
 use common::wire::message::DeviceRates;
 
 use super::memory_plan::{BLOCK_TOKENS, MemoryPlan, WEIGHT_BYTES};
-use crate::api::{Provisioned, WorkloadSize};
+use crate::api::{EntitySpec, Provisioned, WorkloadSize};
 
 /// A chunk is this part of what one replica gives on the smallest workload type that fits, so that a device can be
 /// divided among a few endpoints.
@@ -109,6 +109,22 @@ pub fn settle(asked: Provisioned, chunk: u64) -> Result<Provisioned, String> {
         }
     }
     Ok(asked)
+}
+
+/// The entity asks for what `old` has: its rates, type and size stay, also where devices were measured anew since.
+pub fn is_unchanged(old: &EntitySpec, new: &EntitySpec) -> bool {
+    let (Some(had), Some(asked)) = (old.provisioned, new.provisioned) else {
+        return false;
+    };
+    let same = match asked.model_units {
+        Some(units) => had.model_units == Some(units),
+        None => {
+            (had.min_tokens_per_s, had.max_tokens_per_s)
+                == (asked.min_tokens_per_s, asked.max_tokens_per_s)
+        }
+    };
+    let free = new.workload_type.is_empty() || new.workload_type == old.workload_type;
+    same && free && old.model == new.model
 }
 
 /// Keeps a rate: tokens that were spent are waited for before anything new begins. What runs is not slowed down, so that

@@ -5,8 +5,10 @@ use std::time::Duration;
 use common::model_ref::ModelRef;
 use common::request::End;
 
-use crate::actors::testing::{FakeWorker, call, cluster, config, soon, whole};
-use crate::api::{ConfigSpec, ErrorKind, Gateway, OptimizationInfo, Provisioned};
+use crate::actors::testing::{FakeWorker, call, cluster, config, held, soon, whole};
+use crate::api::{
+    ConfigSpec, EndpointView, ErrorKind, Gateway, OptimizationInfo, Provisioned, UpdateState,
+};
 
 fn provisioned(min: u64, max: u64, units: Option<u64>) -> ConfigSpec {
     let mut config = config("tiny", "");
@@ -91,6 +93,41 @@ async fn the_smallest_type_is_chosen_and_shown_and_rates_are_whole_chunks() {
     let asked = updated.pending.or(updated.active).unwrap();
     let now = asked.entities[0].spec.provisioned.unwrap();
     assert_eq!((now.min_tokens_per_s, now.max_tokens_per_s), (0, 4 * chunk));
+}
+
+#[actix::test]
+async fn what_an_endpoint_has_it_keeps_when_devices_are_measured_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    let core = cluster(folder.path(), |text| text).await;
+    let mut worker = FakeWorker::join(&core, "0").await;
+    let created = core.create("e", provisioned(0, 0, Some(1))).await.unwrap();
+    let had = created.pending.unwrap().entities[0].spec.clone();
+    let shard = worker.serve().await;
+    core.until_ready("e").await;
+    let rate = had.provisioned.unwrap().max_tokens_per_s;
+    drop(worker);
+    let mut slower = FakeWorker::hello(&core, "0");
+    slower.shards = vec![held(&shard)];
+    if let Some(rates) = &mut slower.device.rates {
+        rates.flops_per_s /= 3;
+    }
+    let mut worker = FakeWorker::dial(&core, slower).await;
+    assert!(worker.command().await.is_some(), "welcomed");
+    let settled =
+        |view: &EndpointView| view.ready && view.update == UpdateState::NotUpdating;
+    core.until("e", "settled", settled).await;
+    for same in [provisioned(0, 0, Some(1)), provisioned(rate, rate, None)] {
+        core.gateway
+            .update("user".into(), "e".into(), same)
+            .await
+            .unwrap();
+        let view = core.until("e", "settled", settled).await;
+        let now = view.active.unwrap().entities[0].spec.clone();
+        assert_eq!(now, had, "nothing is deployed anew");
+    }
+    let other = core.create("f", provisioned(0, rate, None)).await;
+    let other = other.unwrap_err();
+    assert!(other.message.contains("cannot be had"), "{other}");
 }
 
 #[actix::test]
