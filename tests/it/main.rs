@@ -9,6 +9,7 @@ mod embeddings;
 mod fake_replica;
 mod footprint;
 mod golden_text;
+mod hostile;
 mod lifecycle;
 mod load;
 mod logs;

@@ -163,7 +163,7 @@ fn check_task(generate: &Generate, limits: Limits) -> Result<(), Failure> {
     match (generate.embedding, limits.embeds) {
         (true, false) => Err(bad(
             "this model gives text, not embeddings: for embeddings log it with the task llm/v1/embeddings \
-             (metadata={\"task\": \"llm/v1/embeddings\"}), or write task = \"llm/v1/embeddings\" to it in [[models]]",
+             (metadata={\"task\": \"llm/v1/embeddings\"})",
         )),
         (false, true) => Err(bad(
             "this model's task is llm/v1/embeddings: give it 'input' to embed; to let it write text log it with the \

@@ -8,6 +8,8 @@ use serde_json::Value;
 use super::json::{Field, FieldError, Fields, Object};
 use super::sampling::{NAMES, Options, PREDICTIONS, check_size};
 
+/// Names that a message shows of those that were sent.
+const NAMES_SHOWN: usize = 8;
 /// The column that holds prompts.
 const PROMPT: &str = "prompt";
 
@@ -66,7 +68,9 @@ fn split(input: &Field<'_>) -> Result<Vec<Row>, FieldError> {
         });
     }
     let Some(prompt_at) = names.iter().position(|name| name == PROMPT) else {
-        let why = format!("must have a column named \"{PROMPT}\", got {names:?}");
+        let shown = &names[..names.len().min(NAMES_SHOWN)];
+        let more = if shown.len() < names.len() { " and more" } else { "" };
+        let why = format!("must have a column named \"{PROMPT}\", got {shown:?}{more}");
         return Err(columns.refuse(why));
     };
     // Which of two such columns counts would be a guess.
