@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import secrets
+import shutil
 
 import requests
 
@@ -50,6 +51,16 @@ name = "GPU_LARGE_2"
 device = "cpu"
 shards = 2
 stands_in_for = "2 x A100 80 GB"
+"""
+
+EMBEDDINGS = """
+flavors:
+  transformers:
+    task: feature-extraction
+    model_binary: model
+    components: [tokenizer]
+metadata:
+  task: llm/v1/embeddings
 """
 
 
@@ -103,7 +114,16 @@ class Cluster:
         for name in ("tiny-llama", "tiny-mistral", "tiny-mpt"):
             lines.append(model(f"ml.demo.{name}", MODELS / name))
         lines.append(model("ml.demo.tiny-llama-f32", MODELS / "tiny-llama", kv_dtype="f32"))
+        lines.append(model("ml.demo.tiny-llama-embeddings", self.embedding_model()))
         return "\n".join(lines)
+
+    def embedding_model(self):
+        """A folder as MLflow logs a model whose task is embeddings."""
+        folder = self.folder / "embeddings"
+        for part in ("model", "components/tokenizer"):
+            shutil.copytree(MODELS / "tiny-llama", folder / part)
+        (folder / "MLmodel").write_text(EMBEDDINGS)
+        return folder
 
     def health(self):
         for process in self.processes:

@@ -149,3 +149,28 @@ def test_a_stream_that_is_left_frees_its_place(cluster, client, llama):
                                        extra_body={"ignore_eos": True}) as stream:
             next(iter(stream))
     assert client.chat.completions.create(model=llama, messages=ASKED, **GREEDY).choices[0].message.content.strip() == ANSWER
+
+
+@pytest.fixture(scope="module")
+def embedder(cluster):
+    """An endpoint of a model whose task is embeddings."""
+    return cluster.create("embedder", "ml.demo.tiny-llama-embeddings")["name"]
+
+
+def test_embeddings_come_as_floats_one_per_text_whatever_they_travel_as(client, embedder):
+    texts = ["What is Apache Spark?", "What is a token?", "What is Apache Spark?"]
+    # Without a word about the format the client asks for base64, and gives floats.
+    answer = client.embeddings.create(model=embedder, input=texts)
+    vectors = [item.embedding for item in answer.data]
+    assert [item.index for item in answer.data] == [0, 1, 2]
+    assert vectors[0] == vectors[2] != vectors[1] and len(vectors[0]) == 128
+    floats = client.embeddings.create(model=embedder, input=texts[0], encoding_format="float").data[0].embedding
+    assert floats == pytest.approx(vectors[0], abs=1e-6)
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens > 0
+
+
+def test_a_model_of_another_task_says_what_to_log(client, llama, embedder):
+    with pytest.raises(openai.BadRequestError, match="llm/v1/embeddings"):
+        client.embeddings.create(model=llama, input="x")
+    with pytest.raises(openai.BadRequestError, match="llm/v1/"):
+        client.completions.create(model=embedder, prompt="x")
