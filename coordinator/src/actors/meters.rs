@@ -69,6 +69,31 @@ pub fn describe() {
     );
     counts!("tandem_preemptions_total", "sequences preempted");
     gauges!("tandem_workers", "workers with a link");
+    times!(
+        "tandem_e2e_request_latency_seconds",
+        Unit::Seconds,
+        "from a call's coming to its end"
+    );
+    times!(
+        "tandem_request_prompt_tokens",
+        Unit::Count,
+        "prompt tokens of a call that was taken"
+    );
+    times!(
+        "tandem_request_generation_tokens",
+        Unit::Count,
+        "output tokens of a call that was taken"
+    );
+    counts!("tandem_table_rows_total", "rows written, by table");
+    counts!(
+        "tandem_table_rows_lost_total",
+        "rows that could not be written, by table and reason"
+    );
+    gauges!("tandem_table_bytes", "bytes of the tables' files");
+    counts!(
+        "tandem_log_lines_dropped_total",
+        "lines of served models' logs that could not be written"
+    );
 }
 
 /// One endpoint's meters.

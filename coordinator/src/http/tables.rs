@@ -99,9 +99,12 @@ async fn show_totals(
     });
     let mut whole = Sums::default();
     totals.iter().for_each(|total| whole.add(&total.sums));
-    let keys: Vec<[String; 2]> = totals
+    let keys: Vec<[String; 3]> = totals
         .iter()
-        .map(|total| [total.user.clone(), total.endpoint.clone()])
+        .map(|total| {
+            let (user, endpoint) = (total.user.clone(), total.endpoint.clone());
+            [user, endpoint, total.endpoint_id.clone()]
+        })
         .collect();
     let sums = totals.iter().map(|total| &total.sums);
     let groups = keys.iter().map(|keys| &keys[..]).zip(sums);

@@ -339,6 +339,7 @@ impl Desk {
             if synced.elapsed() >= SYNC_EVERY {
                 synced = Instant::now();
                 self.upkeep(|table| table.journal.sync());
+                self.meter();
             }
             if retained.is_none_or(|at| at.elapsed() >= RETAIN_EVERY) {
                 retained = Some(Instant::now());
@@ -481,11 +482,11 @@ impl Desk {
             self.tables.remove(&name);
             let _ = std::fs::remove_dir_all(self.folder_of(&name));
         }
-        let bytes: u64 = self
-            .tables
-            .values()
-            .map(|table| table.journal.bytes())
-            .sum();
+    }
+
+    fn meter(&self) {
+        let tables = self.tables.values();
+        let bytes: u64 = tables.map(|table| table.journal.bytes()).sum();
         metrics::gauge!("tandem_table_bytes", "table" => self.kind.word()).set(bytes as f64);
     }
 

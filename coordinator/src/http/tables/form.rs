@@ -23,7 +23,7 @@ pub(super) enum Form {
 }
 
 /// What totals are by.
-pub(super) const TOTAL_KEYS: [&str; 2] = ["user", "endpoint"];
+pub(super) const TOTAL_KEYS: [&str; 3] = ["user", "endpoint", "endpoint_id"];
 
 /// Columns of sums behind their keys.
 const SUMS_COLUMNS: [&str; 10] = [

@@ -131,7 +131,11 @@ async fn sums_rows_and_totals_agree_with_the_calls() {
         assert_eq!(sums["total"]["total_tokens"], 10);
         let totals = server.get(&format!("{base}/usage/totals")).await.ok();
         assert_eq!(totals["total"], sums["total"]);
-        assert_eq!(totals["totals"][0]["endpoint"], "e");
+        let first = &totals["totals"][0];
+        assert_eq!(
+            (&first["endpoint"], &first["endpoint_id"]),
+            (&json!("e"), &json!(endpoint_view("e").id))
+        );
     }
     let rows = server.get(&format!("{ONE}/usage/rows")).await.ok();
     let rows = rows["rows"].as_array().unwrap();
