@@ -1,4 +1,4 @@
-"""What all suites share: one real cluster with the tiny models, for the whole session.
+"""What all suites share: one real cluster with the tiny models, and one real MLflow server, for the whole session.
 
 Clients are real and unmodified; they are told a host and a token, as for the cloud. Nothing leaves this machine.
 """
@@ -23,6 +23,7 @@ for name in ("OPENAI_API_KEY", "DATABRICKS_CONFIG_PROFILE", "HTTP_PROXY", "http_
     os.environ.pop(name, None)
 
 from cluster import Cluster  # noqa: E402
+from registry import Registry, log_models  # noqa: E402
 
 failures = 0
 
@@ -46,10 +47,25 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def cluster(folder):
+def registry(folder):
+    """The tracking server, which takes its time to start: who needs it waits for it."""
+    registry = Registry(folder / "mlflow")
+    yield registry
+    registry.stop()
+
+
+@pytest.fixture(scope="session")
+def logged(registry):
+    """Versions of the registered models by their last names; see `registry.log_models`."""
+    registry.wait()
+    return log_models()
+
+
+@pytest.fixture(scope="session")
+def cluster(folder, registry):
     cluster = Cluster(folder / "cluster")
     try:
-        cluster.start()
+        cluster.start(f'[[registries]]\nname = "tracking"\nkind = "mlflow"\nurl = "{registry.url}"\n')
         yield cluster
     finally:
         cluster.stop()

@@ -16,6 +16,8 @@ INPUT_EXAMPLE = [
     "### Instruction:\nWhat is Apache Spark?\n\n### Response:\n"
 ]
 CATALOG = "ml.llm-catalog"
+# The page's model name and version.
+PAGE_MODEL, PAGE_VERSION = f"{CATALOG}.llama-13b", 3
 TASK = "llm/v1/completions"
 
 
@@ -48,10 +50,28 @@ class Registry:
         self.process.stop()
 
 
-def log_model(folder, registered_name, **options):
+def log_models():
+    """Logs the tiny models as the documentation shows, and gives their versions by the last part of their names."""
+    import mlflow
+
+    versions = {}
+    for name in ("tiny-llama", "tiny-mistral", "tiny-mpt"):
+        versions[name] = log_model(name, f"{CATALOG}.{name}", task=TASK, metadata={"task": TASK})
+    # As somebody logs it who has not read that the task matters.
+    versions["no-task"] = log_model("tiny-llama", f"{CATALOG}.no-task", task="text-generation")
+    # The page's model has three versions.
+    versions["page"] = log_model("tiny-llama", PAGE_MODEL, task=TASK, metadata={"task": TASK})
+    source = mlflow.MlflowClient().get_model_version(PAGE_MODEL, str(versions["page"])).source
+    while versions["page"] < PAGE_VERSION:
+        versions["page"] = int(mlflow.register_model(source, PAGE_MODEL).version)
+    return versions
+
+
+def log_model(folder, registered_name, **described):
     """The documentation's own call, with a model of ours; gives the registered version.
 
-    Today's MLflow wants the task as an argument too: contract of `mlflow.transformers` since 2.9.
+    Today's MLflow wants the task as an argument beside the metadata. Without `pip_requirements` it would run the model in
+    another environment, to see what it imports.
     """
     import mlflow
     import torch
@@ -65,10 +85,9 @@ def log_model(folder, registered_name, **options):
             artifact_path="model",
             transformers_model=components,
             input_example=INPUT_EXAMPLE,
-            metadata={"task": TASK},
-            task=TASK,
             registered_model_name=registered_name,
-            **options,
+            pip_requirements=["torch", "transformers"],
+            **described,
         )
     return int(info.registered_model_version)
 
