@@ -48,7 +48,7 @@ fn logged(workers: usize) -> Logged {
 }
 
 /// What MLflow's transformers flavour writes of a model whose task is embeddings.
-fn log(at: &Path, name: &str) {
+pub(super) fn log(at: &Path, name: &str) {
     for part in ["model", "components/tokenizer"] {
         fs::create_dir_all(at.join(part)).expect("folders");
         for file in fs::read_dir(model_folder(name)).expect("a model") {

@@ -15,6 +15,7 @@ mod load;
 mod logs;
 mod memory;
 mod openai;
+mod openapi;
 mod provisioned;
 mod recovery;
 mod registry;

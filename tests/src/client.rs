@@ -26,6 +26,8 @@ pub struct Reply {
     pub retry_after_s: Option<u64>,
     /// The header `served-model-name`.
     pub served_model_name: Option<String>,
+    /// The header `content-type`.
+    pub content_type: Option<String>,
     /// The body.
     pub text: String,
 }
@@ -360,16 +362,14 @@ async fn reply(response: Response) -> Result<Reply, reqwest::Error> {
             .and_then(|v| v.to_str().ok())
             .map(str::to_owned)
     };
-    let (status, retry_after, served_model_name) = (
-        response.status().as_u16(),
-        header("retry-after"),
-        header("served-model-name"),
-    );
+    let (status, retry_after) = (response.status().as_u16(), header("retry-after"));
+    let (served_model_name, content_type) = (header("served-model-name"), header("content-type"));
     let retry_after_s = retry_after.map(|s| s.parse().expect("Retry-After is whole seconds"));
     Ok(Reply {
         status,
         retry_after_s,
         served_model_name,
+        content_type,
         text: response.text().await?,
     })
 }

@@ -8,6 +8,7 @@ pub mod binaries;
 pub mod certificates;
 pub mod client;
 pub mod cluster;
+pub mod document;
 pub mod events;
 pub mod fake_coordinator;
 pub mod fake_registry;

@@ -15,6 +15,7 @@ use subtle::ConstantTimeEq;
 
 use super::HttpState;
 use super::error::Fault;
+use super::openapi;
 pub(super) use crate::api::Caller;
 
 /// The callers and the SHA-256 of their tokens; the tokens themselves are not kept.
@@ -79,12 +80,14 @@ pub(super) async fn require_token(
     Ok(next.call(request).await?.map_into_boxed_body())
 }
 
-/// Health and metrics are for the machine's operators; clients ask `/.well-known` before they have a token.
+/// Health and metrics are for the machine's operators; clients ask `/.well-known` before they have a token; people read
+/// the API's document before they use it.
 fn is_open(path: &str) -> bool {
     matches!(
         path,
         "/health" | "/health/live" | "/health/ready" | "/metrics"
     ) || path.starts_with("/.well-known/")
+        || openapi::is_open(path)
 }
 
 fn caller(tokens: &TokenTable, headers: &HeaderMap) -> Result<Caller, Fault> {

@@ -17,6 +17,7 @@ mod logs;
 mod metrics;
 mod offsets;
 mod openai;
+mod openapi;
 mod ops;
 mod parts;
 mod permissions;
@@ -134,6 +135,7 @@ fn app(
         .app_data(state)
         .app_data(PayloadConfig::new(bytes_max))
         .configure(ops::routes)
+        .configure(openapi::routes)
         .configure(provisioned::routes)
         .configure(endpoints::routes)
         .configure(logs::routes)

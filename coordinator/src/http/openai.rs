@@ -11,9 +11,9 @@ use super::sampling::{CHAT, COMPLETIONS, Options, check_size, token_ids};
 use super::tools::{Tools, call_id, calls, tools};
 
 /// Most messages of a conversation.
-const MESSAGES_MAX: usize = 4096;
+pub(super) const MESSAGES_MAX: usize = 4096;
 /// Longest `suffix` in bytes.
-const SUFFIX_BYTES_MAX: usize = 64 << 10;
+pub(super) const SUFFIX_BYTES_MAX: usize = 64 << 10;
 
 /// Which of the two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

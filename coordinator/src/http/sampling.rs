@@ -12,7 +12,7 @@ pub(super) const PROMPTS_MAX: usize = 256;
 /// Most answers of one call, over all its prompts.
 pub(super) const CHOICES_MAX: usize = 1024;
 /// Most stop token ids.
-const STOP_TOKEN_IDS_MAX: usize = 256;
+pub(super) const STOP_TOKEN_IDS_MAX: usize = 256;
 
 /// Every name that [`Options::read`] knows, over all formats.
 pub(super) const NAMES: [&str; 17] = [

@@ -13,13 +13,13 @@ use crate::api::{
 use crate::policy::settings::{GRANTS_MAX, TAGS_MAX};
 
 /// Longest tag, name, environment variable or description in bytes: what the store is willing to keep.
-const TEXT_BYTES_MAX: usize = 4096;
+pub(super) const TEXT_BYTES_MAX: usize = 4096;
 /// Most limits of an endpoint: each is looked at with every call.
-const LIMITS_MAX: usize = 64;
+pub(super) const LIMITS_MAX: usize = 64;
 /// Most addresses of a notification.
-const ADDRESSES_MAX: usize = 64;
+pub(super) const ADDRESSES_MAX: usize = 64;
 /// Highest limit; higher ones would not be told apart from it.
-const LIMIT_MAX: i128 = 1_000_000_000_000;
+pub(super) const LIMIT_MAX: i128 = 1_000_000_000_000;
 
 /// The settings in the body of a create.
 pub(super) fn settings(fields: &Fields<'_>) -> Result<Settings, FieldError> {

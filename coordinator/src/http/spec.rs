@@ -17,11 +17,11 @@ use super::throughput;
 use crate::api::{ConcurrencyRange, ConfigSpec, CreateEndpoint, EntitySpec, Route, WorkloadSize};
 
 /// Most environment variables of a served entity.
-const VARIABLES_MAX: usize = 64;
+pub(super) const VARIABLES_MAX: usize = 64;
 /// Concurrency is provisioned in units of so many requests at a time, as in the cloud.
-const CONCURRENCY_UNIT: u32 = 4;
+pub(super) const CONCURRENCY_UNIT: u32 = 4;
 /// Highest provisioned concurrency; what memory has room for is the plan's matter.
-const CONCURRENCY_MAX: u32 = 1024;
+pub(super) const CONCURRENCY_MAX: u32 = 1024;
 /// The vendor's own text, which notebooks show.
 const SCALE_TO_ZERO_UNDEFINED: &str =
     "scaleToZeroEnabled is undefined. Please set it to either true or false.";

@@ -9,6 +9,8 @@ use actix_web::web::{Data, Path, ServiceConfig, resource};
 use actix_web::{HttpRequest, HttpResponse};
 
 use self::form::{INFERENCE_COLUMNS, TOTAL_KEYS, USAGE_COLUMNS};
+pub(super) use self::question::{BYTES_MAX as PARAMETER_BYTES_MAX, ROWS_MAX};
+
 use self::question::Question;
 use super::HttpState;
 use super::auth::Caller;

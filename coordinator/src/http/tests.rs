@@ -7,6 +7,7 @@ pub(super) mod fake;
 mod fuzz;
 mod invoke;
 mod logs;
+mod openapi;
 mod permissions;
 mod provisioned;
 mod server;

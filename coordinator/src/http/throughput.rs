@@ -6,7 +6,7 @@ use super::json::{Field, FieldError, Fields};
 use crate::api::Provisioned;
 
 /// No more is believed.
-const RATE_MAX: i128 = 1_000_000_000_000;
+pub(super) const RATE_MAX: i128 = 1_000_000_000_000;
 /// What throughput stands instead of.
 const INSTEAD_OF: [&str; 3] = [
     "workload_size",

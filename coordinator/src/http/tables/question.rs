@@ -16,9 +16,9 @@ use crate::tables::segment::Position;
 /// Rows of a page unless told.
 const ROWS_DEFAULT: usize = 1000;
 /// Most rows of a page.
-const ROWS_MAX: usize = 10_000;
+pub(in crate::http) const ROWS_MAX: usize = 10_000;
 /// Longest parameter: names are shorter.
-const BYTES_MAX: usize = 256;
+pub(in crate::http) const BYTES_MAX: usize = 256;
 
 /// Parameters of sums.
 pub(super) const SUMS: &[&str] = &["start", "end", "user", "endpoint", "group_by", "format"];
