@@ -69,7 +69,11 @@ fn split(input: &Field<'_>) -> Result<Vec<Row>, FieldError> {
     }
     let Some(prompt_at) = names.iter().position(|name| name == PROMPT) else {
         let shown = &names[..names.len().min(NAMES_SHOWN)];
-        let more = if shown.len() < names.len() { " and more" } else { "" };
+        let more = if shown.len() < names.len() {
+            " and more"
+        } else {
+            ""
+        };
         let why = format!("must have a column named \"{PROMPT}\", got {shown:?}{more}");
         return Err(columns.refuse(why));
     };

@@ -113,8 +113,7 @@ async fn what_an_endpoint_has_it_keeps_when_devices_are_measured_anew() {
     }
     let mut worker = FakeWorker::dial(&core, slower).await;
     assert!(worker.command().await.is_some(), "welcomed");
-    let settled =
-        |view: &EndpointView| view.ready && view.update == UpdateState::NotUpdating;
+    let settled = |view: &EndpointView| view.ready && view.update == UpdateState::NotUpdating;
     core.until("e", "settled", settled).await;
     for same in [provisioned(0, 0, Some(1)), provisioned(rate, rate, None)] {
         core.gateway

@@ -11,8 +11,8 @@ use super::errors;
 use super::operation::{Example, Operation};
 use super::parameters::{ENDPOINT, endpoint_name};
 use super::schema::{
-    Field, Shape, any_number, any_of, anything, at_least, filled_list, flag, formed, list, list_of, map,
-    may, named, need, number, number_above, object, one_of, text, text_of, whole, words,
+    Field, Shape, any_number, any_of, anything, at_least, filled_list, flag, formed, list, list_of,
+    map, may, named, need, number, number_above, object, one_of, text, text_of, whole, words,
 };
 use crate::http::openai::{MESSAGES_MAX, SUFFIX_BYTES_MAX};
 use crate::http::sampling::{PROMPTS_MAX, STOP_TOKEN_IDS_MAX};
@@ -482,8 +482,16 @@ fn openai() -> Vec<Field> {
             ]),
             "What form the answer must have: tokens that would break it are never chosen.",
         ),
-        may("regex", text(), "A regular expression that the whole answer must match."),
-        may("grammar", text(), "A grammar in Lark's notation of which the answer must be."),
+        may(
+            "regex",
+            text(),
+            "A regular expression that the whole answer must match.",
+        ),
+        may(
+            "grammar",
+            text(),
+            "A grammar in Lark's notation of which the answer must be.",
+        ),
         may("stream", flag(), "Answer as a stream of events."),
         may(
             "stream_options",
@@ -532,7 +540,11 @@ fn message() -> Shape {
             list(map(anything(), None)),
             "An assistant's calls of tools, as they were answered.",
         ),
-        may("tool_call_id", text(), "Which call a tool's turn answers; needed there."),
+        may(
+            "tool_call_id",
+            text(),
+            "Which call a tool's turn answers; needed there.",
+        ),
     ])
 }
 
@@ -541,7 +553,11 @@ fn tools() -> [Field; 3] {
     let function = object([
         need("name", formed("^[A-Za-z0-9_-]+$", 64), "Its name."),
         may("description", text(), "What it does."),
-        may("parameters", map(anything(), None), "A JSON schema of its arguments."),
+        may(
+            "parameters",
+            map(anything(), None),
+            "A JSON schema of its arguments.",
+        ),
     ]);
     let tool = object([
         need("type", words(&["function"]), "What it is."),

@@ -187,7 +187,11 @@ fn chat_choice() -> Shape {
             "function",
             object([
                 need("name", text(), "Which function."),
-                need("arguments", text(), "Its arguments: the text of a JSON object."),
+                need(
+                    "arguments",
+                    text(),
+                    "Its arguments: the text of a JSON object.",
+                ),
             ]),
             "The function.",
         ),
@@ -217,7 +221,11 @@ fn chat_delta() -> Shape {
     let call = object([
         need("index", at_least(0), "Which call of the turn."),
         may("id", text(), "The call's id, in its first part."),
-        may("type", words(&["function"]), "What is called, in its first part."),
+        may(
+            "type",
+            words(&["function"]),
+            "What is called, in its first part.",
+        ),
         need(
             "function",
             object([
