@@ -3,13 +3,16 @@
 //! Bounds come from the constants by which requests are checked.
 
 use common::request::{Generate, Sampling, Stop};
-use serde_json::json;
 use utoipa::openapi::path::ParameterIn;
 use utoipa::openapi::{ComponentsBuilder, HttpMethod, PathsBuilder};
 
 use super::errors;
-use super::operation::{Example, Operation};
-use super::parameters::{ENDPOINT, endpoint_name};
+use super::examples::{
+    EMBEDDING_ENDPOINT, chat_examples, completion_examples, embedding_examples, input_examples,
+    with_model,
+};
+use super::operation::Operation;
+use super::parameters::endpoint_name;
 use super::schema::{
     Field, Shape, any_number, any_of, anything, at_least, filled_list, flag, formed, list, list_of,
     map, may, named, need, number, number_above, object, one_of, text, text_of, whole, words,
@@ -44,7 +47,7 @@ pub(super) fn paths(paths: PathsBuilder) -> PathsBuilder {
         with_model(completion_examples()),
     )
     .gives(named("CompletionReply"), "The completions.")
-    .gives_as(200, EVENTS, text(), STREAM)
+    .streams()
     .with_header(ENTITY_HEADER, ENTITY_SAYS)
     .put(paths);
     let paths = generates(
@@ -55,7 +58,7 @@ pub(super) fn paths(paths: PathsBuilder) -> PathsBuilder {
     .about(ALIASED)
     .body(named("ChatRequest"), with_model(chat_examples()))
     .gives(named("ChatReply"), "The next turn.")
-    .gives_as(200, EVENTS, text(), STREAM)
+    .streams()
     .with_header(ENTITY_HEADER, ENTITY_SAYS)
     .put(paths);
     let paths = generates(
@@ -101,11 +104,10 @@ pub(super) fn paths(paths: PathsBuilder) -> PathsBuilder {
 }
 
 const ALIASED: &str = "The endpoint is the one that `model` names. Also under `/serving-endpoints/v1`, `/ai-gateway/mlflow/v1` \
-                       and `/ai-gateway/openai/v1`.";
-const EVENTS: &str = "text/event-stream";
-const STREAM: &str = "With `stream: true`: events, each a line `data: {...}` with a CompletionChunk or ChatChunk and an \
-                      empty line; after the last one `data: [DONE]`. What goes wrong after the first byte is an event \
-                      with an `error`, and there is no `[DONE]`.";
+                       and `/ai-gateway/openai/v1`. With `stream: true` the answer is a stream of events: each a line \
+                       `data: {...}` with a CompletionChunk or ChatChunk and an empty line, and after the last one \
+                       `data: [DONE]`. What goes wrong after the first byte is an event with an `error`, and there is no \
+                       `[DONE]`.";
 const ENTITY_HEADER: &str = "served-model-name";
 const ENTITY_SAYS: &str = "The served entity that answered.";
 
@@ -138,11 +140,12 @@ pub(super) fn invocations(path: &str, formats: &[(&str, &str)]) -> Operation {
     generates(path, "invoke", "Asks an endpoint")
         .about(
             "The body's keys say in which format it is: exactly one of `dataframe_split`, `dataframe_records`, `instances`, \
-             `inputs`, `prompt`, `messages` and `input`. Unknown fields are ignored, and null is the same as absent.",
+             `inputs`, `prompt`, `messages` and `input`. Unknown fields are ignored, and null is the same as absent. With `stream: true` completions and chats \
+             are answered by events.",
         )
         .body(one_of(formats.iter().map(|(name, _)| named(name))), examples)
         .gives(any_of(replies), "The answer, in the form that belongs to the request's format.")
-        .gives_as(200, EVENTS, text(), STREAM)
+        .streams()
         .with_header(ENTITY_HEADER, ENTITY_SAYS)
 }
 
@@ -576,109 +579,4 @@ fn tools() -> [Field; 3] {
             "Whether one turn may call several tools.",
         ),
     ]
-}
-
-const PROMPT: &str = "Hello, I'm a language model,";
-
-fn input_examples() -> Vec<Example> {
-    vec![
-        (
-            "inputs",
-            "One prompt",
-            json!({"inputs": {"prompt": PROMPT}, "params": {"max_tokens": 16}}),
-        ),
-        (
-            "instances",
-            "Several prompts",
-            json!({"instances": [{"prompt": PROMPT}, {"prompt": "Two plus two is"}], "params": {"max_tokens": 8}}),
-        ),
-        (
-            "dataframe_records",
-            "A data frame by rows, with two sampled answers",
-            json!({
-                "dataframe_records": [{"prompt": PROMPT}],
-                "params": {"temperature": 0.8, "seed": 7, "candidate_count": 2, "max_tokens": 8},
-            }),
-        ),
-        (
-            "dataframe_split",
-            "A data frame as pandas splits it, with a parameter as a column",
-            json!({
-                "dataframe_split": {"columns": ["prompt", "max_tokens"], "index": [0], "data": [[PROMPT, 8]]},
-                "params": {"stop": ["."]},
-            }),
-        ),
-    ]
-}
-
-fn completion_examples() -> Vec<Example> {
-    vec![
-        (
-            "completion",
-            "A completion",
-            json!({"prompt": PROMPT, "max_tokens": 16, "temperature": 0}),
-        ),
-        (
-            "scores",
-            "Log-probabilities of the prompt's own tokens",
-            json!({"prompt": PROMPT, "max_tokens": 0, "echo": true, "logprobs": 1}),
-        ),
-        (
-            "completion_stream",
-            "A completion as a stream",
-            json!({"prompt": PROMPT, "max_tokens": 8, "stream": true, "stream_options": {"include_usage": true}}),
-        ),
-    ]
-}
-
-fn chat_examples() -> Vec<Example> {
-    let messages = || json!([{"role": "user", "content": "What is the capital of France?"}]);
-    vec![
-        (
-            "chat",
-            "A conversation",
-            json!({"messages": messages(), "max_tokens": 16, "temperature": 0}),
-        ),
-        (
-            "chat_stream",
-            "A conversation as a stream",
-            json!({"messages": messages(), "max_tokens": 8, "stream": true}),
-        ),
-        (
-            "chat_regex",
-            "An answer that a regular expression bounds",
-            json!({"messages": messages(), "regex": "[a-z]{1,8}", "max_tokens": 16, "temperature": 0}),
-        ),
-        (
-            "chat_logprobs",
-            "Two answers with log-probabilities",
-            json!({"messages": messages(), "max_tokens": 4, "n": 2, "logprobs": true, "top_logprobs": 2}),
-        ),
-    ]
-}
-
-/// An endpoint whose model's task is embeddings.
-const EMBEDDING_ENDPOINT: &str = "hello-embeddings";
-
-fn embedding_examples() -> Vec<Example> {
-    vec![
-        (
-            "embedding",
-            "One text; the endpoint's model must be logged with the task llm/v1/embeddings",
-            json!({"input": PROMPT}),
-        ),
-        (
-            "embedding_base64",
-            "Several texts, as OpenAI's Python client asks for them",
-            json!({"input": [PROMPT, "Two plus two is"], "encoding_format": "base64"}),
-        ),
-    ]
-}
-
-/// The same for a path on which the body names the endpoint.
-fn with_model(examples: Vec<Example>) -> impl Iterator<Item = Example> {
-    examples.into_iter().map(|(name, says, mut body)| {
-        body["model"] = ENDPOINT.into();
-        (name, says, body)
-    })
 }

@@ -6,6 +6,7 @@
 
 mod endpoints;
 pub(super) mod errors;
+mod examples;
 pub(super) mod explorer;
 mod generation;
 mod operation;

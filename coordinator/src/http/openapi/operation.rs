@@ -127,6 +127,15 @@ impl Operation {
         self
     }
 
+    /// Answers with events instead, when a stream is asked for. Their form is told in words: a stream is no one value.
+    pub fn streams(mut self) -> Self {
+        for (_, response) in &mut self.answers {
+            let events = Content::new(None::<Shape>);
+            *response = std::mem::take(response).content("text/event-stream", events);
+        }
+        self
+    }
+
     /// The answers have this header.
     pub fn with_header(mut self, name: &str, says: &str) -> Self {
         for (_, response) in &mut self.answers {

@@ -36,11 +36,8 @@ impl<'a> Prober<'a> {
     }
 
     fn add(&mut self, value: Value, allowed: bool) {
-        if self
-            .place
-            .last()
-            .is_some_and(|field| TOGETHER.contains(&field.as_str()))
-        {
+        let together = |field: &String| TOGETHER.contains(&field.as_str());
+        if self.place.iter().any(together) {
             return;
         }
         let place = self.place.clone();
@@ -151,8 +148,11 @@ impl<'a> Prober<'a> {
     }
 }
 
-/// Fields that are bounded together: shares sum to 100, the least is not above the most, and one size excludes another.
-const TOGETHER: [&str; 6] = [
+/// Fields that are bounded together with others: shares sum to 100, the least is not above the most, one size excludes
+/// another, a schema and a tool's turn need more than their kind.
+const TOGETHER: [&str; 8] = [
+    "response_format",
+    "role",
     "traffic_percentage",
     "min_provisioned_concurrency",
     "max_provisioned_concurrency",
