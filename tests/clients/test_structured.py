@@ -50,14 +50,14 @@ def client(cluster):
 @pytest.mark.parametrize("seed", range(5))
 def test_parse_gives_a_pydantic_model(client, llama, seed):
     completion = client.chat.completions.parse(
-        model=llama, messages=ASKED, response_format=Weather, seed=seed, max_tokens=80
+        model=llama, messages=ASKED, response_format=Weather, seed=seed, temperature=0.5, max_tokens=400
     )
     weather = completion.choices[0].message.parsed
     assert isinstance(weather, Weather) and -50 <= weather.degrees <= 50
 
 
 def test_a_streamed_parse_gives_the_same_model(client, llama):
-    asked = {"model": llama, "messages": ASKED, "response_format": Weather, "seed": 3, "max_tokens": 80}
+    asked = {"model": llama, "messages": ASKED, "response_format": Weather, "seed": 3, "temperature": 0.5, "max_tokens": 400}
     whole = client.chat.completions.parse(**asked).choices[0].message.parsed
     with client.chat.completions.stream(**asked) as stream:
         streamed = stream.get_final_completion().choices[0].message.parsed
@@ -67,7 +67,7 @@ def test_a_streamed_parse_gives_the_same_model(client, llama):
 def test_a_tool_loop_goes_round(client, llama):
     messages = list(ASKED)
     answer = client.chat.completions.create(
-        model=llama, messages=messages, tools=TOOLS, tool_choice="required", parallel_tool_calls=False, seed=1
+        model=llama, messages=messages, tools=TOOLS, tool_choice="required", parallel_tool_calls=False, seed=1, max_tokens=400
     )
     (choice,) = answer.choices
     assert choice.finish_reason == "tool_calls" and choice.message.content is None
@@ -87,6 +87,8 @@ def test_streamed_calls_add_up(client, llama):
         "tools": TOOLS,
         "tool_choice": {"type": "function", "function": {"name": "add"}},
         "seed": 5,
+        "temperature": 0.5,
+        "max_tokens": 400,
     }
     whole = client.chat.completions.create(**asked).choices[0].message.tool_calls[0]
     deltas = [chunk.choices[0].delta for chunk in client.chat.completions.create(**asked, stream=True)]
