@@ -1,5 +1,7 @@
 """databricks-sdk: an endpoint's whole life through WorkspaceClient."""
 
+import json
+
 import pytest
 from databricks.sdk import WorkspaceClient
 from databricks.sdk.config import Config
@@ -194,6 +196,12 @@ def test_metrics_are_prometheus_text_of_this_endpoint(endpoints, endpoint):
     text = endpoints.export_metrics("sdk").contents.read().decode()
     samples = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert samples and all("sdk" in sample for sample in samples), text
+
+
+def test_the_endpoints_openapi_names_its_own_path(endpoints, endpoint):
+    document = json.loads(endpoints.get_open_api("sdk").contents.read())
+    assert document["openapi"].startswith("3.1.")
+    assert "/serving-endpoints/sdk/invocations" in document["paths"]
 
 
 def test_an_update_serves_the_old_configuration_until_the_new_one_is_ready(endpoints):
