@@ -10,6 +10,7 @@ use cluster_tests::cluster::{Cluster, coordinator_command, run};
 use cluster_tests::golden;
 use cluster_tests::settings::{Model, Settings};
 use cluster_tests::until::{PATIENCE, until};
+use common::config;
 use reqwest::Method;
 
 const ENDPOINTS: &str = "/api/2.0/serving-endpoints";
@@ -265,6 +266,16 @@ async fn every_line_that_the_committed_cluster_toml_only_suggests_is_a_known_key
         assert!(text.lines().any(there), "cluster.toml does not show {key}");
     }
     let folder = folder_with(&text);
+    if let Err(mistakes) = config::load(&folder.path().join("cluster.toml")) {
+        panic!("{mistakes}");
+    }
+
+    // The check also asks registries, and none is there: what needs one stays as it is.
+    let remote = ["[[registries]]", "\nhub = ", "\nuri = "];
+    let at_hand = text
+        .split("\n\n")
+        .filter(|block| !remote.iter().any(|word| block.contains(word)));
+    let folder = folder_with(&at_hand.collect::<Vec<_>>().join("\n\n"));
     let certificates = folder.path().join("certs");
     fs::create_dir(&certificates).unwrap();
     Authority::new().write(&certificates);

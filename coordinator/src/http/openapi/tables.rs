@@ -175,7 +175,11 @@ fn group() -> Shape {
     let keys = [
         may("user", text(), "Who called."),
         may("endpoint", text(), "What was called."),
-        may("endpoint_id", text(), "Its id, of which one made anew has another."),
+        may(
+            "endpoint_id",
+            text(),
+            "Its id, of which one made anew has another.",
+        ),
         may("entity", text(), "Which served entity answered."),
         may("day", text(), "When."),
     ];

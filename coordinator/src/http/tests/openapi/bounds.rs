@@ -149,10 +149,12 @@ impl<'a> Prober<'a> {
 }
 
 /// Fields that are bounded together with others: shares sum to 100, the least is not above the most, one size excludes
-/// another, a schema and a tool's turn need more than their kind.
-const TOGETHER: [&str; 8] = [
+/// another, a route names an entity beside it, a schema and a tool's turn need more than their kind.
+const TOGETHER: [&str; 10] = [
     "response_format",
     "role",
+    "served_entity_name",
+    "served_model_name",
     "traffic_percentage",
     "min_provisioned_concurrency",
     "max_provisioned_concurrency",
