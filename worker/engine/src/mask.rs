@@ -2,7 +2,7 @@
 //!
 //! Owns the sets, when they are computed and what they do to a row of logits. Knows no grammar: what a set is made of is
 //! told by a [`TokenMask`]. A set depends on the outputs alone, so it does not matter who computes it, or when: a thread
-//! beside the forward pass ([`MaskAhead`]) comes first where it can, and the sampler does what is left.
+//! beside the forward pass (`MaskAhead`) comes first where it can, and the sampler does what is left.
 
 use crate::request::SequenceError;
 use std::fmt;
