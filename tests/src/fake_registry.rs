@@ -178,6 +178,12 @@ async fn serve(mut socket: TcpStream, state: Arc<Mutex<State>>) {
         }
     }
     let head = String::from_utf8_lossy(&head).into_owned();
+    // A body is read and not looked at: closing over unread bytes would break the answer.
+    let length = header(&head, "content-length").and_then(|length| length.parse().ok());
+    let mut body = vec![0; length.unwrap_or(0usize).min(HEAD_BYTES_MAX)];
+    if socket.read_exact(&mut body).await.is_err() {
+        return;
+    }
     let answer = {
         let mut state = state.lock().expect("no test panics with it");
         state.answer(&head)
@@ -193,18 +199,20 @@ async fn serve(mut socket: TcpStream, state: Arc<Mutex<State>>) {
     let _ = socket.shutdown().await;
 }
 
+fn header(head: &str, name: &str) -> Option<String> {
+    head.lines().find_map(|line| {
+        let (key, value) = line.split_once(':')?;
+        key.eq_ignore_ascii_case(name)
+            .then(|| value.trim().to_owned())
+    })
+}
+
 impl State {
     fn answer(&mut self, head: &str) -> Answer {
         let mut words = head.split_whitespace();
         let (method, address) = (words.next().unwrap_or(""), words.next().unwrap_or(""));
         let address = decoded(address);
-        let header = |name: &str| {
-            head.lines().find_map(|line| {
-                let (key, value) = line.split_once(':')?;
-                key.eq_ignore_ascii_case(name)
-                    .then(|| value.trim().to_owned())
-            })
-        };
+        let header = |name: &str| header(head, name);
         let from = header("range")
             .and_then(|range| {
                 range
