@@ -89,7 +89,9 @@ impl<'a> Prober<'a> {
 
     fn list(&mut self, schema: &'a Value, example: Option<&Value>) {
         let items = self.resolve(&schema["items"]);
-        if let Some(example) = example.and_then(|example| example.get(0)) {
+        // A list of another of the allowed shapes is no place for these items.
+        let first = example.and_then(|example| example.get(0));
+        if let Some(example) = first.filter(|first| is_of(items, first)) {
             self.place.push("0".into());
             self.walk(items, Some(example));
             self.place.pop();
@@ -119,8 +121,8 @@ impl<'a> Prober<'a> {
                 continue;
             }
             self.add(bound.clone(), allowed);
-            let past = match bound.as_i64() {
-                Some(bound) => json!(bound + beyond),
+            let past = match bound.as_i64().and_then(|bound| bound.checked_add(beyond)) {
+                Some(past) => json!(past),
                 // Far enough to be another float.
                 None => json!(bound.as_f64().unwrap() + 4096.0 * beyond as f64),
             };
@@ -149,8 +151,11 @@ impl<'a> Prober<'a> {
 }
 
 /// Fields that are bounded together with others: shares sum to 100, the least is not above the most, one size excludes
-/// another, a route names an entity beside it, a schema and a tool's turn need more than their kind.
-const TOGETHER: [&str; 10] = [
+/// another, a route names an entity beside it, a model is an endpoint that is there or not (404), what stands beside a
+/// prompt counts where `params` does not say it, a schema and a tool's turn need more than their kind.
+const TOGETHER: [&str; 12] = [
+    "dataframe_records",
+    "model",
     "response_format",
     "role",
     "served_entity_name",
@@ -165,6 +170,16 @@ const TOGETHER: [&str; 10] = [
 
 /// The pattern of names, of which any letter is one.
 const NAME: &str = "^[A-Za-z0-9][A-Za-z0-9_-]*$";
+
+fn is_of(schema: &Value, value: &Value) -> bool {
+    match schema["type"].as_str() {
+        Some("string") => value.is_string(),
+        Some("integer" | "number") => value.is_number(),
+        Some("array") => value.is_array(),
+        Some("object") => value.is_object(),
+        _ => true,
+    }
+}
 
 fn smallest(schema: &Value) -> Value {
     match schema["type"].as_str() {
@@ -197,7 +212,10 @@ async fn what_is_at_a_bound_is_taken_and_what_is_beyond_is_refused() {
         .lock()
         .unwrap()
         .push(endpoint_view("hello"));
-    let server = init_service(app(Data::new(state(Arc::new(gateway))))).await;
+    let mut state = state(Arc::new(gateway));
+    // The longest texts are far beyond what other tests send.
+    state.limits.body_bytes_max = 16 << 20;
+    let server = init_service(app(Data::new(state))).await;
     // Whether it takes a body; what the cluster makes of it is another matter.
     let takes = async |path: &str, method: &str, body: &Value| {
         let path = path.replace("{name}", "hello").replace("{id}", "hello");
@@ -257,20 +275,25 @@ async fn what_is_at_a_bound_is_taken_and_what_is_beyond_is_refused() {
                 prober.walk(arm, Some(example));
             }
             for probe in prober.probes {
-                count += 1;
                 let mut answers = Vec::new();
                 for example in &examples {
                     // A list that another example has need not be in this one.
                     let stands = probe.place.iter().try_fold(*example, |at, key| match at {
-                        Value::Array(values) => values.get(key.parse::<usize>().unwrap()),
-                        _ if key == "0" => None,
-                        other => Some(other.get(key.as_str()).unwrap_or(&Value::Null)),
+                        Value::Array(values) => values.get(key.parse::<usize>().ok()?),
+                        Value::Object(fields) => Some(fields.get(key).unwrap_or(&Value::Null)),
+                        Value::Null if key != "0" => Some(at),
+                        _ => None,
                     });
-                    let body = with(example, &probe);
                     if stands.is_some() {
+                        let body = with(example, &probe);
                         answers.push(takes(path, method, &body).await);
                     }
                 }
+                // A shape that no example has.
+                if answers.is_empty() {
+                    continue;
+                }
+                count += 1;
                 let taken = answers.iter().any(Result::is_ok);
                 let shown: String = probe.value.to_string().chars().take(60).collect();
                 assert_eq!(
