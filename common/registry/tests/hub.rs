@@ -3,20 +3,12 @@
 use std::collections::BTreeMap;
 
 use cluster_tests::fake_registry::FakeRegistry;
-use common::config::{Credentials, RegistryEntry, RegistryKind, ServingDefaults};
+use common::config::{RegistryEntry, RegistryKind};
 use common::model_ref::ModelRef;
 use registry::{Error, Found, Registry};
 
 fn open(fake: &FakeRegistry) -> Registry {
-    let entry = RegistryEntry {
-        name: "huggingface".into(),
-        kind: RegistryKind::HuggingFace,
-        url: None,
-        credentials: Credentials::default(),
-        ca_file: None,
-        insecure_tls: false,
-        serving: ServingDefaults::default(),
-    };
+    let entry = RegistryEntry::new("huggingface", RegistryKind::HuggingFace);
     let url = fake.url.clone();
     let environment = move |name: &str| match name {
         "HF_ENDPOINT" => Some(url.clone()),

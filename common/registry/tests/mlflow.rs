@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use cluster_tests::fake_registry::{FakeRegistry, Wrong};
-use common::config::{Credentials, RegistryEntry, RegistryKind, SecretSource, ServingDefaults};
+use common::config::{Credentials, RegistryEntry, RegistryKind, SecretSource};
 use common::model_ref::ModelRef;
 use registry::{Error, Found, Listing, Registry};
 
@@ -25,13 +25,8 @@ async fn fake() -> FakeRegistry {
 
 fn entry(fake: &FakeRegistry) -> RegistryEntry {
     RegistryEntry {
-        name: "tracking".into(),
-        kind: RegistryKind::Mlflow,
         url: Some(fake.url.clone()),
-        credentials: Credentials::default(),
-        ca_file: None,
-        insecure_tls: false,
-        serving: ServingDefaults::default(),
+        ..RegistryEntry::new("tracking", RegistryKind::Mlflow)
     }
 }
 

@@ -1,22 +1,14 @@
 //! Unity Catalog's verbs, played by the test. Files themselves come from a cloud's store, which is not played here.
 
 use cluster_tests::fake_registry::{FakeRegistry, Wrong};
-use common::config::{Credentials, RegistryEntry, RegistryKind, ServingDefaults};
+use common::config::{RegistryEntry, RegistryKind};
 use common::model_ref::ModelRef;
 use registry::{Error, Found, Registry};
 
 const VERBS: &str = "/api/2.0/mlflow/unity-catalog";
 
 fn open(fake: &FakeRegistry) -> Registry {
-    let entry = RegistryEntry {
-        name: "catalog".into(),
-        kind: RegistryKind::UnityCatalog,
-        url: None,
-        credentials: Credentials::default(),
-        ca_file: None,
-        insecure_tls: false,
-        serving: ServingDefaults::default(),
-    };
+    let entry = RegistryEntry::new("catalog", RegistryKind::UnityCatalog);
     let url = fake.url.clone();
     let environment = move |name: &str| match name {
         "DATABRICKS_HOST" => Some(url.clone()),

@@ -206,6 +206,21 @@ pub struct RegistryEntry {
     pub serving: ServingDefaults,
 }
 
+impl RegistryEntry {
+    /// One of which nothing is said but its name and what it is.
+    pub fn new(name: impl Into<String>, kind: RegistryKind) -> Self {
+        RegistryEntry {
+            name: name.into(),
+            kind,
+            url: None,
+            credentials: Credentials::default(),
+            ca_file: None,
+            insecure_tls: false,
+            serving: ServingDefaults::default(),
+        }
+    }
+}
+
 /// Kinds of registries.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RegistryKind {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::check::model_ref;
 use super::cluster::{
-    CacheConfig, Credentials, ModelEntry, ModelOrigin, RegistryEntry, RegistryKind, ServingDefaults,
+    CacheConfig, ModelEntry, ModelOrigin, RegistryEntry, RegistryKind, ServingDefaults,
 };
 use super::raw::{RawModel, RawWorker};
 use super::reader::Reader;
@@ -27,15 +27,7 @@ pub(super) fn hub_registry(
     let there = registries
         .iter()
         .any(|registry| registry.kind == RegistryKind::HuggingFace || registry.name == HUB);
-    (needed && !there).then(|| RegistryEntry {
-        name: HUB.into(),
-        kind: RegistryKind::HuggingFace,
-        url: None,
-        credentials: Credentials::default(),
-        ca_file: None,
-        insecure_tls: false,
-        serving: ServingDefaults::default(),
-    })
+    (needed && !there).then(|| RegistryEntry::new(HUB, RegistryKind::HuggingFace))
 }
 
 pub(super) fn model(

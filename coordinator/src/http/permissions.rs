@@ -11,7 +11,7 @@ use super::auth::Caller;
 use super::error::Fault;
 use super::json::JsonBody;
 use super::settings;
-use crate::api::{Access, Amendment, Grantee, Level};
+use crate::api::{Access, Amendment, Grant, Grantee, Level};
 use crate::policy::permissions::ADMINS;
 
 /// Endpoints are named by their id here, or by their name.
@@ -91,8 +91,7 @@ async fn replace(
     id: Path<String>,
     body: JsonBody,
 ) -> Result<HttpResponse, Fault> {
-    let grants = settings::grants(&body.0).map_err(Fault::invalid_parameter)?;
-    change(&state, &caller, &id, Amendment::Grants(grants)).await
+    change(&state, &caller, &id, &body, Amendment::Grants).await
 }
 
 async fn merge(
@@ -101,18 +100,20 @@ async fn merge(
     id: Path<String>,
     body: JsonBody,
 ) -> Result<HttpResponse, Fault> {
-    let grants = settings::grants(&body.0).map_err(Fault::invalid_parameter)?;
-    change(&state, &caller, &id, Amendment::MoreGrants(grants)).await
+    change(&state, &caller, &id, &body, Amendment::MoreGrants).await
 }
 
 async fn change(
     state: &HttpState,
     caller: &Caller,
     id: &str,
-    amendment: Amendment,
+    body: &JsonBody,
+    amendment: fn(Vec<Grant>) -> Amendment,
 ) -> Result<HttpResponse, Fault> {
+    let grants = settings::grants(&body.0).map_err(Fault::invalid_parameter)?;
     let access = allowed_by_id(state, caller, id, Level::Manage)?;
-    let view = state.gateway.amend(access.name.clone(), amendment).await?;
+    let name = access.name.clone();
+    let view = state.gateway.amend(name, amendment(grants)).await?;
     let changed = Access {
         settings: view.settings,
         ..Access::clone(&access)

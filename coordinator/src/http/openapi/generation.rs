@@ -359,10 +359,11 @@ fn free() -> Shape {
     ])
 }
 
-fn completion() -> Vec<Field> {
+/// What a completion continues and an embedding stands for.
+fn texts_or_ids(name: &'static str) -> Field {
     let ids = || filled_list(token_id());
-    let mut fields = vec![need(
-        "prompt",
+    need(
+        name,
         any_of([
             text(),
             list_of(text(), 1..=PROMPTS_MAX),
@@ -370,7 +371,11 @@ fn completion() -> Vec<Field> {
             list_of(ids(), 1..=PROMPTS_MAX),
         ]),
         "A text, texts, token ids, or lists of them.",
-    )];
+    )
+}
+
+fn completion() -> Vec<Field> {
+    let mut fields = vec![texts_or_ids("prompt")];
     fields.extend(parameters(Format::Completion));
     fields.extend([
         may(
@@ -404,18 +409,8 @@ fn completion() -> Vec<Field> {
 }
 
 fn embedding() -> Vec<Field> {
-    let ids = || filled_list(token_id());
     vec![
-        need(
-            "input",
-            any_of([
-                text(),
-                list_of(text(), 1..=PROMPTS_MAX),
-                ids(),
-                list_of(ids(), 1..=PROMPTS_MAX),
-            ]),
-            "A text, texts, token ids, or lists of them.",
-        ),
+        texts_or_ids("input"),
         may(
             "encoding_format",
             words(&["float", "base64"]),

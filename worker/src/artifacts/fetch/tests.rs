@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 
 use cluster_tests::fake_registry::{FakeRegistry, Wrong};
-use common::config::{Credentials, RegistryEntry, RegistryKind, ServingDefaults};
+use common::config::{RegistryEntry, RegistryKind};
 use common::model_ref::ModelRef;
 use registry::Found;
 
@@ -32,13 +32,8 @@ impl Fixture {
         let files = files.map(|(path, bytes)| (path.to_owned(), bytes));
         fake.register("m", 1, BTreeMap::from(files));
         let entry = RegistryEntry {
-            name: "fake".into(),
-            kind: RegistryKind::Mlflow,
             url: Some(fake.url.clone()),
-            credentials: Credentials::default(),
-            ca_file: None,
-            insecure_tls: false,
-            serving: ServingDefaults::default(),
+            ..RegistryEntry::new("fake", RegistryKind::Mlflow)
         };
         let registry = Arc::new(Registry::open(&entry, &|_| None).unwrap());
         let found = registry.find(&ModelRef::new("m", "1").unwrap()).await;
