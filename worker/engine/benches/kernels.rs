@@ -115,8 +115,8 @@ fn decode_attention(criterion: &mut Criterion, pool: &Arc<Pool>, limits: Limits)
         };
         let mut kv = backend.alloc_kv(shape).expect("memory");
         let all = batch(SEQUENCES, blocks, 0, CONTEXT);
-        let rows = filled(&mut backend, all.len() * heads.qkv_width());
-        backend.write_kv(&all, heads, &rows, &mut kv, 0);
+        let mut rows = filled(&mut backend, all.len() * heads.qkv_width());
+        backend.write_kv(&all, heads, &mut rows, None, &mut kv, 0);
         let decode = batch(SEQUENCES, blocks, CONTEXT - 1, 1);
         let mut out = backend.alloc(SEQUENCES * heads.q_width()).expect("memory");
         let attention = Attention {

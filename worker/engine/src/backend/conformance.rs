@@ -6,7 +6,10 @@
 mod attention;
 
 use super::reference::ReferenceBackend;
-use super::{Backend, Batch, Columns, Heads, KvDtype, LayerNorm, LinearShape, Size, WeightDtype};
+use super::{
+    Backend, Batch, BatchSpan, Columns, Heads, KvDtype, KvShape, LayerNorm, LinearShape, Size,
+    WeightDtype,
+};
 
 /// Checks all ops of a backend. `backend` makes a fresh one.
 ///
@@ -254,35 +257,50 @@ fn linear_rows<B: Backend>(twins: &mut Twins<B>) {
     }
 }
 
+/// Queries and keys are turned, values are not, and what was turned is written.
 fn rope<B: Backend>(twins: &mut Twins<B>) {
-    for (rows, heads, kv, d) in [
-        (1, 1, 1, 2),
-        (3, 4, 2, 16),
-        (5, 3, 1, 10),
-        (2, 8, 2, 128),
-        (17, 6, 6, 64),
-    ] {
-        let shape = Heads {
-            q: heads,
-            kv,
-            width: d,
+    for (rows, q, kv, width) in [(1, 1, 1, 16), (3, 4, 2, 16), (2, 8, 2, 128), (17, 6, 6, 64)] {
+        let heads = Heads { q, kv, width };
+        let len = rows * heads.qkv_width();
+        let batch = Batch {
+            tokens: vec![0; rows],
+            positions: (0..rows as u32).collect(),
+            spans: vec![BatchSpan {
+                rows: 0..rows,
+                position: 0,
+                blocks: 0..2,
+            }],
+            blocks: vec![2, 1],
         };
-        let size = Size {
-            rows,
-            width: shape.qkv_width(),
+        let shape = KvShape {
+            layers: 1,
+            blocks: 3,
+            heads: kv,
+            head_width: width,
+            dtype: KvDtype::Bf16,
         };
-        let mut x = twins.random(rows * size.width, 3.0);
-        let angles = twins.random(rows * d, 1.0);
-        twins
-            .device
-            .rope(size, &mut x.device, heads + kv, d, &angles.device);
+        let mut kv = (
+            twins.device.alloc_kv(shape).expect("memory for a test"),
+            twins.twin.alloc_kv(shape).expect("memory for a test"),
+        );
+        let mut x = twins.random(len, 3.0);
+        let angles = twins.random(rows * width, 1.0);
+        twins.device.begin_step(&batch);
+        twins.device.write_kv(
+            &batch,
+            heads,
+            &mut x.device,
+            Some(&angles.device),
+            &mut kv.0,
+            0,
+        );
         twins
             .twin
-            .rope(size, &mut x.twin, heads + kv, d, &angles.twin);
+            .write_kv(&batch, heads, &mut x.twin, Some(&angles.twin), &mut kv.1, 0);
         twins.compare(
-            &format!("rope of {rows} rows, {shape:?}"),
+            &format!("rotation of {rows} rows, {heads:?}"),
             &x,
-            rows * size.width,
+            len,
             POINTWISE,
         );
     }

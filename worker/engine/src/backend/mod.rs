@@ -23,7 +23,9 @@ mod batch;
 mod shapes;
 
 pub use batch::{Batch, BatchSpan};
-pub use shapes::{Heads, KvDtype, KvShape, LinearShape, Size, WeightDtype};
+pub use shapes::{
+    Heads, KvDtype, KvShape, LinearShape, QuantBits, QuantShape, Size, StepShape, WeightDtype,
+};
 
 use std::ops::Range;
 
@@ -36,11 +38,25 @@ pub trait Backend: Send + 'static {
     /// The K and V of all layers and blocks, in the backend's own layout.
     type Kv: Send;
 
+    /// Rows whose logits are computed together: what they take is set aside for good.
+    const LOGITS_ROWS: usize = 32;
+    /// Whether the device's memory is the host's: then what the host keeps of a step counts as the device's.
+    const ON_HOST: bool = true;
+
     /// Names the kernels, their version and instruction path, for the numerics id: `cpu-1-avx2`. Two backends of one
     /// name give the same bits.
     fn numerics(&self) -> String;
 
     // Memory.
+
+    /// Sets `bytes` aside, all that later calls of this section take: a model is loaded whole or not at all. Does nothing
+    /// by default.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`].
+    fn reserve(&mut self, _bytes: u64) -> Result<(), DeviceError> {
+        Ok(())
+    }
 
     /// A buffer of `len` zeros.
     ///
@@ -72,10 +88,32 @@ pub trait Backend: Send + 'static {
     /// Bytes that [`Backend::pack`] takes for a matrix of this shape, bias excluded.
     fn linear_bytes(shape: LinearShape) -> u64;
 
+    /// Packs a quantised matrix: `rows(i, out)` writes row `i` and may be called in any order, from any thread, once per row.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`]; [`DeviceError::Unsupported`] where the backend has no product for such weights.
+    fn pack_quantised(
+        &mut self,
+        shape: QuantShape,
+        _rows: &QuantSource<'_>,
+        _bias: Option<&[f32]>,
+    ) -> Result<Self::Linear, DeviceError> {
+        Err(DeviceError::Unsupported(format!(
+            "{} weights",
+            shape.bits.name()
+        )))
+    }
+
+    /// Bytes that [`Backend::pack_quantised`] takes for a matrix of this shape, bias excluded.
+    fn quantised_bytes(shape: QuantShape) -> u64 {
+        shape.bytes()
+    }
+
     /// Memory for the K and V of all blocks and layers. The content is not defined before it is written.
     ///
     /// # Errors
-    /// [`DeviceError::OutOfMemory`].
+    /// [`DeviceError::OutOfMemory`]; [`DeviceError::Unsupported`] for a number format or a width of heads that the backend
+    /// has no attention for.
     fn alloc_kv(&mut self, shape: KvShape) -> Result<Self::Kv, DeviceError>;
 
     /// Bytes of one KV block over all layers.
@@ -83,14 +121,30 @@ pub trait Backend: Send + 'static {
         shape.block_bytes()
     }
 
-    /// Bytes of its own that the ops of a step take: of up to `rows` rows, of which the widest that is multiplied has
-    /// `width` numbers.
-    fn scratch_bytes(_rows: usize, _width: usize) -> u64 {
+    /// Bytes of its own that the ops of the largest step take.
+    fn scratch_bytes(_step: &StepShape) -> u64 {
         0
     }
 
     /// Called once per step, before its first op: a device may upload the batch here.
     fn begin_step(&mut self, _batch: &Batch) {}
+
+    // Recorded steps: those of decodes alone, which differ in their numbers but not in their ops.
+
+    /// How many rows a step of `rows` decodes is filled up to, with tokens of no sequence: their spans have no blocks, write
+    /// no K and V and attend to nothing. Depends on `rows` alone, so that all ranks do alike.
+    fn padded_rows(&self, rows: usize) -> usize {
+        rows
+    }
+
+    /// Called before the ops of a step of decodes, which is filled up to `rows`. The ops of such a step depend on `rows`
+    /// alone, so that a device may record them once and replay them.
+    fn begin_decode(&mut self, _rows: usize) -> DecodeOps {
+        DecodeOps::Wanted
+    }
+
+    /// Called after the ops of a step of decodes, unless one of them failed.
+    fn end_decode(&mut self) {}
 
     // Ops, in the order of a forward pass.
 
@@ -128,26 +182,18 @@ pub trait Backend: Send + 'static {
     /// `[rows, from_width]`, `to` is `[rows, to_width]`; both column ranges are of one length.
     fn copy_columns(&mut self, rows: usize, from: Columns<&Self::Buf>, to: Columns<&mut Self::Buf>);
 
-    /// Rotates the first `heads` heads of each row of `x [rows, width]` in place, in half-split form. With `c` and `s`
-    /// the two halves of `cos_sin[r]` (`[rows, d]`), for each head `h` and `i < d/2`:
+    /// Rotates the query and key heads of `qkv [batch.len(), (q + 2 kv) * d]` in place, in half-split form, where angles are
+    /// given. With `c` and `s` the two halves of `cos_sin[r]` (`[rows, d]`), for each head `h` and `i < d/2`:
     /// `h[i], h[i + d/2] = h[i] * c[i] - h[i + d/2] * s[i], h[i + d/2] * c[i] + h[i] * s[i]`.
-    fn rope(
-        &mut self,
-        size: Size,
-        x: &mut Self::Buf,
-        heads: usize,
-        head_width: usize,
-        cos_sin: &Self::Buf,
-    );
-
-    /// Rounds the K and V columns of `qkv [batch.len(), (q + 2 kv) * d]` to the cache's dtype (to nearest, ties to even)
-    /// and writes them to the tokens' places in `layer`: the token at position `p` of a span lies in block
-    /// `blocks[p / 16]`, slot `p % 16`.
+    ///
+    /// Then rounds the K and V columns to the cache's dtype (to nearest, ties to even) and writes them to the tokens'
+    /// places in `layer`: the token at position `p` of a span lies in block `blocks[p / 16]`, slot `p % 16`.
     fn write_kv(
         &mut self,
         batch: &Batch,
         heads: Heads,
-        qkv: &Self::Buf,
+        qkv: &mut Self::Buf,
+        cos_sin: Option<&Self::Buf>,
         kv: &mut Self::Kv,
         layer: usize,
     );
@@ -181,6 +227,68 @@ pub trait Backend: Send + 'static {
 
     /// `out[i] = x[rows[i]]`, rows of `width`.
     fn gather_rows(&mut self, width: usize, x: &Self::Buf, rows: &[u32], out: &mut Self::Buf);
+
+    // Sampling, where the device can.
+
+    /// Whether [`Backend::draw`] works. Without it the host reads the logits and chooses.
+    fn draws(&self) -> bool {
+        false
+    }
+
+    /// Chooses a token per draw from `logits [rows, vocab]`, as [`sampler::sample`](crate::sampler::sample) does. Called as
+    /// often as a step needs; [`Backend::drawn`] gives the tokens of all calls since it was last called.
+    fn draw(&mut self, _vocab: usize, _logits: &Self::Buf, _draws: &[Draw]) {}
+
+    /// Waits for the draws and appends their tokens to `out`, in order; [`NOT_FINITE`] for a row with NaN or an infinity.
+    ///
+    /// # Errors
+    /// [`DeviceError::Failed`]: this or an earlier op failed.
+    fn drawn(&mut self, _out: &mut Vec<u32>) -> Result<(), DeviceError> {
+        Ok(())
+    }
+}
+
+/// What becomes of the ops of a step of decodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DecodeOps {
+    /// They are to be called, and [`Backend::end_decode`] after them.
+    Wanted,
+    /// They have been enqueued already, from a recording: nothing is to be called.
+    Replayed,
+}
+
+/// How a token is chosen from a row of logits, where nothing but the row decides: no mask, bias or penalty.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Draw {
+    /// The row.
+    pub row: u32,
+    /// 0: the largest logit, the lowest id of equals.
+    pub temperature: f32,
+    /// 0: all tokens.
+    pub top_k: u32,
+    /// 1: all tokens.
+    pub top_p: f32,
+    /// 0: all tokens.
+    pub min_p: f32,
+    /// The random number, in `[0, 1)`.
+    pub u: f64,
+}
+
+/// Stands for the token of a row that has none.
+pub const NOT_FINITE: u32 = u32::MAX;
+
+/// Writes row `i` of a quantised matrix.
+pub type QuantSource<'a> = dyn Fn(usize, QuantRow<'_>) + Sync + 'a;
+
+/// One row of a quantised matrix: `w[j] = scales[g] * (q[j] - zeros[g])`, `g` being the group of column `j`.
+#[derive(Debug)]
+pub struct QuantRow<'a> {
+    /// `[k]`: -127 to 127 for int8, 0 to 15 for int4.
+    pub q: &'a mut [i8],
+    /// `[groups]`.
+    pub scales: &'a mut [f32],
+    /// `[groups]`: 0 for int8, 0 to 15 for int4.
+    pub zeros: &'a mut [u8],
 }
 
 /// Writes row `i` of a weight matrix to the slice.
@@ -235,4 +343,7 @@ pub enum DeviceError {
     /// The device failed.
     #[error("the device failed: {0}")]
     Failed(String),
+    /// The backend cannot do what a model or an option asks for.
+    #[error("this device does not serve {0}")]
+    Unsupported(String),
 }

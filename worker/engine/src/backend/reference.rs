@@ -164,36 +164,19 @@ impl Backend for ReferenceBackend {
         }
     }
 
-    fn rope(
-        &mut self,
-        size: Size,
-        x: &mut Vec<f32>,
-        heads: usize,
-        head_width: usize,
-        cos_sin: &Vec<f32>,
-    ) {
-        let half = head_width / 2;
-        for (row, angles) in rows_mut(x, size).zip(cos_sin.chunks_exact(head_width)) {
-            let (cos, sin) = angles.split_at(half);
-            for head in row.chunks_exact_mut(head_width).take(heads) {
-                for i in 0..half {
-                    let (a, b) = (head[i], head[i + half]);
-                    head[i] = a * cos[i] - b * sin[i];
-                    head[i + half] = b * cos[i] + a * sin[i];
-                }
-            }
-        }
-    }
-
     fn write_kv(
         &mut self,
         batch: &Batch,
         heads: Heads,
-        qkv: &Vec<f32>,
+        qkv: &mut Vec<f32>,
+        cos_sin: Option<&Vec<f32>>,
         kv: &mut ReferenceKv,
         layer: usize,
     ) {
         let d = heads.width;
+        if let Some(cos_sin) = cos_sin {
+            rotate(batch.len(), heads, qkv, cos_sin);
+        }
         let round = |value: f32| match kv.shape.dtype {
             KvDtype::F32 => value,
             KvDtype::Bf16 => round_bf16(value),
@@ -202,7 +185,10 @@ impl Backend for ReferenceBackend {
             let blocks = batch.blocks_of(span);
             for (i, row) in span.rows.clone().enumerate() {
                 let position = span.position + i;
-                let (block, slot) = (blocks[position / BLOCK_TOKENS], position % BLOCK_TOKENS);
+                let Some(&block) = blocks.get(position / BLOCK_TOKENS) else {
+                    continue;
+                };
+                let slot = position % BLOCK_TOKENS;
                 let keys_and_values =
                     &qkv[row * heads.qkv_width()..][..heads.qkv_width()][heads.q_width()..];
                 for (i, vector) in keys_and_values.chunks_exact(d).enumerate() {
@@ -230,6 +216,10 @@ impl Backend for ReferenceBackend {
             let blocks = batch.blocks_of(span);
             for (i, row) in span.rows.clone().enumerate() {
                 let position = span.position + i;
+                if blocks.is_empty() {
+                    out[row * heads.q_width()..][..heads.q_width()].fill(0.0);
+                    continue;
+                }
                 let first = attention
                     .window
                     .map_or(0, |window| (position + 1).saturating_sub(window));
@@ -359,6 +349,25 @@ fn softmax(scores: &mut [f32]) {
         .for_each(|score| *score = (*score - largest).exp());
     let sum: f32 = scores.iter().sum();
     scores.iter_mut().for_each(|score| *score /= sum);
+}
+
+/// Turns the query and key heads of each row by its angles.
+fn rotate(rows: usize, heads: Heads, qkv: &mut [f32], cos_sin: &[f32]) {
+    let (d, half) = (heads.width, heads.width / 2);
+    for (row, angles) in qkv
+        .chunks_exact_mut(heads.qkv_width())
+        .zip(cos_sin.chunks_exact(d))
+        .take(rows)
+    {
+        let (cos, sin) = angles.split_at(half);
+        for head in row.chunks_exact_mut(d).take(heads.q + heads.kv) {
+            for i in 0..half {
+                let (a, b) = (head[i], head[i + half]);
+                head[i] = a * cos[i] - b * sin[i];
+                head[i + half] = b * cos[i] + a * sin[i];
+            }
+        }
+    }
 }
 
 fn rows(x: &[f32], size: Size) -> impl Iterator<Item = &[f32]> {

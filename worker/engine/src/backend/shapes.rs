@@ -22,6 +22,82 @@ pub struct LinearShape {
     pub dtype: WeightDtype,
 }
 
+/// Shape and number format of a quantised weight matrix: groups of columns share a scale and a zero point.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QuantShape {
+    /// Rows: outputs.
+    pub n: usize,
+    /// Columns: inputs.
+    pub k: usize,
+    /// Bits of a number.
+    pub bits: QuantBits,
+    /// Columns of a group: 32, 64 or 128, counted in the whole matrix. The last group may be shorter.
+    pub group: usize,
+    /// Column `j` is in group `(lead + j) / group`: a rank's columns may begin inside a group.
+    pub lead: usize,
+}
+
+impl QuantShape {
+    /// Groups of a row.
+    #[must_use]
+    pub const fn groups(self) -> usize {
+        (self.lead + self.k).div_ceil(self.group)
+    }
+
+    /// Bytes of numbers, scales (f32) and, for int4, zero points (one byte), without padding.
+    #[must_use]
+    pub const fn bytes(self) -> u64 {
+        let (numbers, zeros) = match self.bits {
+            QuantBits::Int8 => (self.k, 0),
+            QuantBits::Int4 => (self.k.div_ceil(2), self.groups()),
+        };
+        (self.n * (numbers + 4 * self.groups() + zeros)) as u64
+    }
+}
+
+/// How many bits a quantised number has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum QuantBits {
+    /// -127 to 127.
+    Int8,
+    /// 0 to 15.
+    Int4,
+}
+
+impl QuantBits {
+    /// Its name in configurations and the numerics id.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            QuantBits::Int8 => "int8",
+            QuantBits::Int4 => "int4",
+        }
+    }
+}
+
+/// The largest step that a model's memory is sized for, as one rank sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepShape {
+    /// Tokens.
+    pub rows: usize,
+    /// Sequences.
+    pub spans: usize,
+    /// Rows whose logits are computed together.
+    pub logits_rows: usize,
+    /// Numbers in the widest row that a matrix is multiplied with.
+    pub width: usize,
+    /// Numbers of the largest quantised matrix, 0 without any.
+    pub quantised: usize,
+    /// One rank's heads.
+    pub heads: Heads,
+    /// All ranks' vocabulary.
+    pub vocab: usize,
+    /// Longest sequence.
+    pub context_max: usize,
+    /// KV blocks in the pool.
+    pub blocks: usize,
+}
+
 /// How weights are kept in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum WeightDtype {

@@ -54,6 +54,15 @@ pub trait Collective<Buf>: Send {
     /// [`CollectiveError`]; also when rank 0 calls it.
     fn recv_plan(&mut self, plan: &mut Vec<u8>) -> Result<(), CollectiveError>;
 
+    /// Whether the group still stands. A device computes after a call has returned: what was read from it since the last
+    /// check counts only when this says so. Host groups know at once, and say so by default.
+    ///
+    /// # Errors
+    /// [`CollectiveError`]: what was read is void.
+    fn check(&mut self) -> Result<(), CollectiveError> {
+        Ok(())
+    }
+
     /// A handle that ends the group from another thread.
     fn abort_handle(&self) -> AbortHandle;
 }

@@ -18,7 +18,7 @@ impl Solo {
         Solo::default()
     }
 
-    fn check(&self) -> Result<(), CollectiveError> {
+    fn alive(&self) -> Result<(), CollectiveError> {
         if self.aborted.load(Ordering::Relaxed) {
             Err(CollectiveError::Aborted)
         } else {
@@ -37,7 +37,7 @@ impl<Buf: AsRef<[f32]> + AsMut<[f32]>> Collective<Buf> for Solo {
     }
 
     fn all_reduce_sum(&mut self, _buf: &mut Buf, _len: usize) -> Result<(), CollectiveError> {
-        self.check()
+        self.alive()
     }
 
     fn gather_columns(
@@ -47,7 +47,7 @@ impl<Buf: AsRef<[f32]> + AsMut<[f32]>> Collective<Buf> for Solo {
         widths: &[usize],
         out: &mut Buf,
     ) -> Result<(), CollectiveError> {
-        self.check()?;
+        self.alive()?;
         let (part, out) = (part.as_ref(), out.as_mut());
         let whole = check_gather(0, 1, rows, widths, part.len(), out.len())?;
         out[..rows * whole].copy_from_slice(&part[..rows * whole]);
@@ -55,7 +55,7 @@ impl<Buf: AsRef<[f32]> + AsMut<[f32]>> Collective<Buf> for Solo {
     }
 
     fn send_plan(&mut self, _plan: &[u8]) -> Result<(), CollectiveError> {
-        self.check()
+        self.alive()
     }
 
     fn recv_plan(&mut self, _plan: &mut Vec<u8>) -> Result<(), CollectiveError> {

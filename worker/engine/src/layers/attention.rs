@@ -83,21 +83,12 @@ impl<B: Backend> Attention<B> {
             self.norm_whole(q, 0, step, work)?;
             self.norm_whole(k, heads.q_width(), step, work)?;
         }
-        let slopes = match &work.position {
-            Position::Rope { cos_sin, .. } => {
-                step.backend.rope(
-                    rows,
-                    &mut work.qkv,
-                    heads.q + heads.kv,
-                    heads.width,
-                    cos_sin,
-                );
-                None
-            }
-            Position::Alibi { slopes } => Some(slopes),
+        let (cos_sin, slopes) = match &work.position {
+            Position::Rope { cos_sin, .. } => (Some(cos_sin), None),
+            Position::Alibi { slopes } => (None, Some(slopes)),
         };
         step.backend
-            .write_kv(step.batch, heads, &work.qkv, kv, layer);
+            .write_kv(step.batch, heads, &mut work.qkv, cos_sin, kv, layer);
         let attention = backend::Attention {
             heads,
             qkv: &work.qkv,

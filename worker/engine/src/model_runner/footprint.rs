@@ -1,6 +1,6 @@
 //! How much memory a model takes on a rank: what the caller chooses, and what follows from it.
 
-use crate::backend::{Backend, KvDtype, KvShape, WeightDtype};
+use crate::backend::{Backend, KvDtype, KvShape, StepShape, WeightDtype};
 use crate::layers::WorkspaceSizes;
 use crate::layers::decoder::weight_bytes;
 use crate::models::checkpoint::LoadError;
@@ -55,7 +55,7 @@ impl Footprint {
             weights: weight_bytes::<B>(spec, &partition, options.weight_dtype),
             kv_block: B::kv_block_bytes(kv_shape(spec, &partition, options)),
             workspace: workspace_sizes(spec, &partition, options).bytes()
-                + B::scratch_bytes(options.step_tokens_max as usize, widest(spec, &partition)),
+                + B::scratch_bytes(&step_shape(spec, &partition, options)),
         })
     }
 }
@@ -102,6 +102,21 @@ pub(super) fn kv_shape(
         heads: partition.heads.kv,
         head_width: spec.head_width,
         dtype: options.kv_dtype,
+    }
+}
+
+/// The largest step of one rank.
+fn step_shape(spec: &ModelSpec, partition: &Partition, options: &RunnerOptions) -> StepShape {
+    StepShape {
+        rows: options.step_tokens_max as usize,
+        spans: options.spans_max as usize,
+        logits_rows: options.logits_rows(),
+        width: widest(spec, partition),
+        quantised: 0,
+        heads: partition.heads,
+        vocab: spec.vocab,
+        context_max: spec.context_max,
+        blocks: options.blocks as usize,
     }
 }
 

@@ -146,20 +146,26 @@ pub(super) fn near<B: Backend>(twins: &mut Twins<B>, dtype: KvDtype) {
         );
         // The whole sequences are in the cache, so that keys after a query are there to be left alone; layer 0 holds
         // others.
-        let whole = twins.buf(&scene.qkv);
-        let others = twins.random(scene.qkv.len(), 2.0);
+        let mut whole = twins.buf(&scene.qkv);
+        let mut others = twins.random(scene.qkv.len(), 2.0);
         twins.device.begin_step(&scene.sequences);
-        for (layer, values) in [(0, &others), (1, &whole)] {
+        for (layer, values) in [(0, &mut others), (1, &mut whole)] {
             twins.device.write_kv(
                 &scene.sequences,
                 heads,
-                &values.device,
+                &mut values.device,
+                None,
                 &mut device_kv,
                 layer,
             );
-            twins
-                .twin
-                .write_kv(&scene.sequences, heads, &values.twin, &mut twin_kv, layer);
+            twins.twin.write_kv(
+                &scene.sequences,
+                heads,
+                &mut values.twin,
+                None,
+                &mut twin_kv,
+                layer,
+            );
         }
         let slopes = twins.random(heads.q, 0.5);
         for (first, len) in [(0, 90), (0, 1), (13, 9), (16, 1), (36, 1), (60, 30)] {
@@ -214,12 +220,12 @@ pub(super) fn in_chunks<B: Backend>(twins: &mut Twins<B>, dtype: KvDtype) {
                 let mut by_sequence = vec![Vec::new(); scene.sequences.spans.len()];
                 for first in (0..75).step_by(chunk) {
                     let (batch, qkv) = scene.queries(first, chunk, window);
-                    let (qkv, mut out) =
+                    let (mut qkv, mut out) =
                         (twins.buf(&qkv), twins.zeros(batch.len() * heads.q_width()));
                     twins.device.begin_step(&batch);
                     twins
                         .device
-                        .write_kv(&batch, heads, &qkv.device, &mut kv, 1);
+                        .write_kv(&batch, heads, &mut qkv.device, None, &mut kv, 1);
                     let attention = Attention {
                         heads,
                         qkv: &qkv.device,

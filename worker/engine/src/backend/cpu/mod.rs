@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use super::{
     Attention, Backend, Batch, Columns, DeviceError, Heads, KvShape, LayerNorm, LinearShape,
-    RowSource, Size,
+    RowSource, Size, StepShape,
 };
 use attention::AttentionSpace;
 use ops::{Add, Clamp, Gelu, Scale};
@@ -142,8 +142,8 @@ impl Backend for CpuBackend {
         kv::block_bytes(shape)
     }
 
-    fn scratch_bytes(rows: usize, width: usize) -> u64 {
-        linear::scratch_bytes(rows, width)
+    fn scratch_bytes(step: &StepShape) -> u64 {
+        linear::scratch_bytes(step.rows, step.width)
     }
 
     /// The first step finds the engine's own thread: it computes beside the pool's helpers.
@@ -248,34 +248,34 @@ impl Backend for CpuBackend {
         );
     }
 
-    fn rope(
-        &mut self,
-        size: Size,
-        x: &mut CpuBuf,
-        heads: usize,
-        head_width: usize,
-        cos_sin: &CpuBuf,
-    ) {
-        let (isa, width, cos_sin) = (self.isa, size.width, cos_sin.as_ref());
-        for_rows(&self.pool, size, x.as_mut(), &|row, x| {
-            isa.run(Rope {
-                x,
-                width,
-                heads,
-                head_width,
-                cos_sin: &cos_sin[row * head_width..],
-            });
-        });
-    }
-
     fn write_kv(
         &mut self,
         batch: &Batch,
         heads: Heads,
-        qkv: &CpuBuf,
+        qkv: &mut CpuBuf,
+        cos_sin: Option<&CpuBuf>,
         kv: &mut CpuKv,
         layer: usize,
     ) {
+        if let Some(cos_sin) = cos_sin {
+            let (isa, width, d) = (self.isa, heads.qkv_width(), heads.width);
+            let (size, cos_sin) = (
+                Size {
+                    rows: batch.len(),
+                    width,
+                },
+                cos_sin.as_ref(),
+            );
+            for_rows(&self.pool, size, qkv.as_mut(), &|row, x| {
+                isa.run(Rope {
+                    x,
+                    width,
+                    heads: heads.q + heads.kv,
+                    head_width: d,
+                    cos_sin: &cos_sin[row * d..],
+                });
+            });
+        }
         kv.write(&self.pool, batch, heads, qkv.as_ref(), layer);
     }
 

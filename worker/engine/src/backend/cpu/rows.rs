@@ -251,7 +251,7 @@ impl Kernel for SiluMulRows<'_> {
     }
 }
 
-/// See [`crate::backend::Backend::rope`].
+/// The rotation of [`crate::backend::Backend::write_kv`].
 pub(super) struct Rope<'a> {
     pub(super) x: &'a mut [f32],
     pub(super) width: usize,

@@ -56,11 +56,11 @@ fn stale_numbers_in_a_block_do_not_reach_its_next_owner() {
         let mut qkv = backend.alloc(16 * heads.qkv_width()).unwrap();
         let mut out = backend.alloc(16 * heads.q_width()).unwrap();
         qkv.as_mut().fill(f32::NAN);
-        backend.write_kv(&tokens(16), heads, &qkv, &mut kv, 0);
+        backend.write_kv(&tokens(16), heads, &mut qkv, None, &mut kv, 0);
         qkv.as_mut().fill(1.0);
         for count in [1, 2, 5] {
             let batch = tokens(count);
-            backend.write_kv(&batch, heads, &qkv, &mut kv, 0);
+            backend.write_kv(&batch, heads, &mut qkv, None, &mut kv, 0);
             let attention = Attention {
                 heads,
                 qkv: &qkv,
