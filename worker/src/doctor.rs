@@ -18,10 +18,7 @@ pub fn report() -> String {
         .collect();
     let memory = available_memory().map_or_else(|| "unknown".to_owned(), show);
     let nccl = match nccl_rs::Library::load() {
-        Ok(library) => match library.version() {
-            Ok(version) => format!("{version} ({})", library.soname()),
-            Err(e) => format!("{}: {e}", library.soname()),
-        },
+        Ok(library) => format!("{} ({})", library.version(), library.name()),
         Err(e) => e.to_string(),
     };
     [

@@ -1,230 +1,87 @@
-//! NCCL, found at run time: a machine without it, or without a GPU, builds and starts all the same.
+//! NCCL, NVIDIA's library of collectives between GPUs, found at run time: a machine without it, or without a GPU,
+//! builds and starts all the same.
 //!
-//! Owns finding the library and asking its version. Communicators, collectives, asynchronous errors and aborting are
-//! not here yet: they come together with the CUDA backend, the only thing that can use them.
+//! - [`Library`] loads `libnccl.so.2` or `libnccl.so` (NCCL 2.14 or newer) and resolves every function at once, so that
+//!   nothing is found missing later.
+//! - [`UniqueId`] is what ranks must share to meet: rank 0 makes one, the others get its 128 bytes by any other way.
+//! - [`Communicator`] is one rank's end. It is made without blocking, with a deadline; each call on it has one too.
+//! - [`Collectives`] are the operations: all-reduce, all-gather, broadcast, send and receive, on raw device pointers
+//!   and streams. [`Group`] joins several into one.
+//! - [`Aborter`] ends a communicator from any thread, also one whose collective is stuck on the device because a rank
+//!   died; [`Watchdog`] does so by a rule of the caller's.
+//! - [`Error`] tells apart what NCCL tells apart, with its own words.
+//!
+//! The crate does not know CUDA: memory and streams are the caller's, and so is the device. The device that is current
+//! on the thread that makes a communicator becomes the communicator's, so set it (bind the context) first.
+//!
+//! # Example
+//! The sum of one number over the ranks, in place:
+//! ```no_run
+//! use std::{ffi::c_void, sync::Arc, time::Duration};
+//! use nccl_rs::{Collectives, Communicator, Config, DataType, Error, Library, Member, ReduceOp, UniqueId};
+//!
+//! /// # Safety
+//! /// `number` is one f32 in the memory of the current device and `stream` a stream of it; both outlive the sum.
+//! unsafe fn sum_over_ranks(
+//!     library: &Arc<Library>,
+//!     id: UniqueId,
+//!     (rank, ranks): (u32, u32),
+//!     number: *mut c_void,
+//!     stream: *mut c_void,
+//! ) -> Result<(), Error> {
+//!     let within = Duration::from_secs(30);
+//!     let member = Member { id, rank, ranks };
+//!     let mut communicator = Communicator::init(library, &member, Config::default(), within)?;
+//!     // SAFETY: the caller's promise; all ranks sum one f32.
+//!     unsafe { communicator.all_reduce(number, number, 1, DataType::F32, ReduceOp::Sum, stream) }?;
+//!     // The sum is on the stream now. Wait for the stream with a deadline of your own: when a rank has died, the
+//!     // stream never gets there, and only an abort frees it.
+//!     communicator.close(within).wait(within).expect("NCCL ends in time")?;
+//!     Ok(())
+//! }
+//! ```
+//!
+//! # Threads
+//! A communicator belongs to one thread at a time: it is [`Send`], since NCCL binds it to a device and not to a
+//! thread, but not [`Sync`]. What other threads may do goes through [`Aborter`], which is both. Every entry into NCCL
+//! for one communicator is serialised by a lock that is held for microseconds, because NCCL itself allows no two
+//! threads in one communicator, not even to ask for its state.
+//!
+//! # Non-blocking
+//! Communicators are made with `blocking = 0`: NCCL does the work of a call on a thread of its own and says "in
+//! progress", and this crate waits for it with a deadline. Blocking communicators are cheaper to call (no thread per
+//! call), but a call on one can hang for ever when a rank is gone, and no other thread can then free it safely. Captured
+//! in a CUDA graph the difference is paid once.
+//!
+//! # Ending
+//! `ncclCommAbort` takes about a second even for an idle communicator, and can block for ever when a CUDA graph still
+//! holds the communicator. Here it always runs on a thread of its own, and the caller says how long to wait for it.
+//! Destroy captured graphs first. Dropping a [`Communicator`] closes it in the background, and aborts it there when the
+//! close does not end in time.
 
-use std::ffi::{c_int, c_uint};
-use std::fmt;
-
-/// The names NCCL goes by, best first: the run-time package's, then the development package's.
-const SONAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
-
-/// `ncclResult_t` of a call that went well.
-const SUCCESS: c_uint = 0;
-
-/// `ncclResult_t ncclGetVersion(int *version)`
-type GetVersion = unsafe extern "C" fn(*mut c_int) -> c_uint;
-
-/// A loaded NCCL. It stays loaded for the life of this value.
-#[derive(Debug)]
-pub struct Library {
-    /// Keeps the code behind `get_version` mapped.
-    _library: libloading::Library,
-    get_version: GetVersion,
-    soname: String,
-}
-
-/// NCCL is not on this machine, or is not usable.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "NCCL was not found; tried {}. Install NVIDIA's libnccl2, or put its folder into LD_LIBRARY_PATH",
-    .tried.iter().map(Attempt::to_string).collect::<Vec<_>>().join(", ")
-)]
-pub struct NotFound {
-    /// Every name that was tried, in order.
-    pub tried: Vec<Attempt>,
-}
-
-/// One name and why it did not do.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Attempt {
-    /// The library's name, as given to the dynamic loader.
-    pub soname: String,
-    /// The loader's own words.
-    pub reason: String,
-}
-
-impl fmt::Display for Attempt {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} ({})", self.soname, self.reason)
-    }
-}
-
-/// NCCL's version. Ordered as versions are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Version {
-    /// 2 of 2.27.3.
-    pub major: u32,
-    /// 27 of 2.27.3.
-    pub minor: u32,
-    /// 3 of 2.27.3.
-    pub patch: u32,
-}
-
-impl fmt::Display for Version {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}.{}", self.major, self.minor, self.patch)
-    }
-}
-
-/// A call that NCCL answered with an error: its `ncclResult_t`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("NCCL answered with ncclResult_t {0}")]
-pub struct CallFailed(pub u32);
-
-impl Library {
-    /// Loads NCCL by its usual names.
-    ///
-    /// # Errors
-    /// [`NotFound`] lists every name that was tried and why it did not do.
-    pub fn load() -> Result<Library, NotFound> {
-        Self::load_first(&SONAMES)
-    }
-
-    fn load_first(sonames: &[&str]) -> Result<Library, NotFound> {
-        let mut tried = Vec::new();
-        for soname in sonames {
-            match Self::open(soname) {
-                Ok(library) => return Ok(library),
-                Err(e) => tried.push(Attempt {
-                    soname: (*soname).to_owned(),
-                    reason: e.to_string(),
-                }),
-            }
-        }
-        Err(NotFound { tried })
-    }
-
-    fn open(soname: &str) -> Result<Library, libloading::Error> {
-        // SAFETY: loading runs the library's initialisers. The names are NCCL's own, and NCCL's initialisers ask nothing
-        // of the caller.
-        let library = unsafe { libloading::Library::new(soname) }?;
-        // SAFETY: the signature is that of nccl.h, the same in all releases of NCCL 2. The pointer is kept beside the
-        // library that it points into, and neither leaves this struct.
-        let get_version = unsafe { *library.get::<GetVersion>(b"ncclGetVersion\0")? };
-        Ok(Library {
-            _library: library,
-            get_version,
-            soname: soname.to_owned(),
-        })
-    }
-
-    /// The name under which it was found.
-    pub fn soname(&self) -> &str {
-        &self.soname
-    }
-
-    /// The version of the loaded library.
-    ///
-    /// # Errors
-    /// [`CallFailed`] when NCCL does not tell it.
-    pub fn version(&self) -> Result<Version, CallFailed> {
-        let mut code: c_int = 0;
-        // SAFETY: `get_version` comes from the library held by `self`; `code` lives through the call, which writes one
-        // int to it and keeps no pointer.
-        let result = unsafe { (self.get_version)(&mut code) };
-        if result != SUCCESS {
-            return Err(CallFailed(result));
-        }
-        Ok(decode_version(code.unsigned_abs()))
-    }
-}
-
-/// NCCL's version number has two digits for the minor version since 2.9 (22703 is 2.27.3), one before (2804 is 2.8.4).
-fn decode_version(code: u32) -> Version {
-    let unit = if code < 10_000 { 1_000 } else { 10_000 };
-    Version {
-        major: code / unit,
-        minor: code % unit / 100,
-        patch: code % 100,
-    }
-}
+mod collectives;
+mod communicator;
+mod data;
+mod ending;
+mod error;
+mod functions;
+mod group;
+mod library;
+mod shared;
+mod unique_id;
+mod version;
+mod watchdog;
 
 #[cfg(test)]
-mod tests {
-    use std::fs;
-    use std::path::PathBuf;
-    use std::process::Command;
+mod tests;
 
-    use super::*;
-
-    /// Compiles C into a shared library: a stand-in, since the build machine has no NCCL.
-    fn shared_library(folder: &tempfile::TempDir, c: &str) -> PathBuf {
-        let (source, library) = (
-            folder.path().join("stand_in.c"),
-            folder.path().join("libstand_in.so"),
-        );
-        fs::write(&source, c).unwrap();
-        let cc = std::env::var("CC").unwrap_or_else(|_| "cc".into());
-        let status = Command::new(cc)
-            .args(["-shared", "-fPIC", "-o"])
-            .arg(&library)
-            .arg(&source)
-            .status();
-        assert!(status.expect("a C compiler runs").success());
-        library
-    }
-
-    #[test]
-    fn what_is_nowhere_is_reported_with_every_name_that_was_tried() {
-        let error = Library::load_first(&["libnccl-absent.so.2", "libnccl-absent.so"]).unwrap_err();
-        let names: Vec<&str> = error.tried.iter().map(|a| a.soname.as_str()).collect();
-        assert_eq!(names, ["libnccl-absent.so.2", "libnccl-absent.so"]);
-        let message = error.to_string();
-        assert!(
-            message.starts_with("NCCL was not found; tried libnccl-absent.so.2 ("),
-            "{message}"
-        );
-        assert!(message.contains("LD_LIBRARY_PATH"), "{message}");
-    }
-
-    #[test]
-    fn a_library_without_nccls_functions_is_not_nccl() {
-        let folder = tempfile::tempdir().unwrap();
-        let library = shared_library(&folder, "int something_else(void) { return 0; }");
-        let error = Library::load_first(&[library.to_str().unwrap()]).unwrap_err();
-        assert!(error.tried[0].reason.contains("ncclGetVersion"), "{error}");
-    }
-
-    #[test]
-    fn the_loaded_library_tells_its_version() {
-        let folder = tempfile::tempdir().unwrap();
-        let library = shared_library(
-            &folder,
-            "int ncclGetVersion(int *v) { *v = 22703; return 0; }",
-        );
-        let loaded =
-            Library::load_first(&["libnccl-absent.so.2", library.to_str().unwrap()]).unwrap();
-        assert_eq!(loaded.soname(), library.to_str().unwrap());
-        assert_eq!(
-            loaded.version(),
-            Ok(Version {
-                major: 2,
-                minor: 27,
-                patch: 3
-            })
-        );
-    }
-
-    #[test]
-    fn an_error_of_the_library_is_passed_on() {
-        let folder = tempfile::tempdir().unwrap();
-        let library = shared_library(&folder, "int ncclGetVersion(int *v) { return 3; }");
-        let loaded = Library::load_first(&[library.to_str().unwrap()]).unwrap();
-        assert_eq!(loaded.version(), Err(CallFailed(3)));
-    }
-
-    #[test]
-    fn version_numbers_of_both_kinds_are_read() {
-        assert_eq!(
-            decode_version(2804),
-            Version {
-                major: 2,
-                minor: 8,
-                patch: 4
-            }
-        );
-        assert_eq!(decode_version(21212).to_string(), "2.12.12");
-        assert!(decode_version(2708) < decode_version(22703));
-    }
-}
+pub use collectives::Collectives;
+pub use communicator::{Communicator, Config, Forming, Member};
+pub use data::{DataType, ReduceOp, Stream};
+pub use ending::{AbortError, Aborter, End, Ending};
+pub use error::{Error, ResultCode};
+pub use group::Group;
+pub use library::{Attempt, Library, LoadError};
+pub use unique_id::{UNIQUE_ID_BYTES, UniqueId};
+pub use version::Version;
+pub use watchdog::{Verdict, Watchdog};
