@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use common::model_ref::ModelRef;
 use common::request::{Delta, End, Generate, TokenLogprob};
+use common::wire::message::Quantization;
 use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 
@@ -111,6 +112,9 @@ pub struct EntitySpec {
     /// Echoed to clients.
     #[serde(default)]
     pub instance_profile_arn: Option<String>,
+    /// How weights are kept; `None` is as cluster.toml says of the model.
+    #[serde(default)]
+    pub quantization: Option<Quantization>,
 }
 
 /// Requests at a time that an entity is provisioned for.

@@ -243,6 +243,7 @@ fn endpoints(cluster: &Cluster, registry: &Models, report: &mut Report) -> Resul
                 .facts(&entity.model)
                 .map_err(|e| e.to_string())
                 .and_then(|facts: Arc<ModelFacts>| {
+                    let facts = facts.kept_as(entity.quantization);
                     let workload = workload::resolve(
                         &cluster.workload_types,
                         &entity.workload_type,

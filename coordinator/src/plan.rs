@@ -10,7 +10,7 @@ use std::sync::Arc;
 use anyhow::{Result, bail};
 use common::config::{Cluster, ServingDefaults, WorkloadType};
 use common::model_ref::ModelRef;
-use common::wire::message::{DeviceKind, KvDtype};
+use common::wire::message::{DeviceKind, KvDtype, Quantization};
 
 use crate::check::{Models, places};
 use crate::policy::bytes_text;
@@ -159,10 +159,14 @@ fn head(facts: &ModelFacts, text: &mut String) -> Result<()> {
         .sum();
     writeln!(
         text,
-        "{}: {}, {} parameters in bf16; {} layers, {} query and {} KV heads of {}; context {}, KV in {}",
+        "{}: {}, {} parameters in {}; {} layers, {} query and {} KV heads of {}; context {}, KV in {}",
         facts.model,
         shape.architecture,
         count_text(parameters),
+        match facts.quantization {
+            Quantization::None => "bf16",
+            quantised => quantised.name(),
+        },
         shape.layers,
         shape.heads,
         shape.kv_heads,

@@ -69,6 +69,7 @@ pub fn config(entry: &EndpointEntry) -> ConfigSpec {
         provisioned: None,
         concurrency: None,
         instance_profile_arn: None,
+        quantization: served.quantization,
     });
     let routes = served.iter().map(|served| Route {
         entity: served.name.clone(),

@@ -294,7 +294,7 @@ fn is_setting(line: &str) -> bool {
 }
 
 /// Every key there is.
-const KEYS: [&str; 44] = [
+const KEYS: [&str; 47] = [
     "usage",
     "usage_days_max",
     "usage_bytes_max",
@@ -327,12 +327,15 @@ const KEYS: [&str; 44] = [
     "threads",
     "cores",
     "group_port",
+    "graphs",
+    "batch_invariant",
     "device",
     "shards",
     "stands_in_for",
     "version",
     "path",
     "kv_dtype",
+    "quantization",
     "context_max",
     "entity_name",
     "entity_version",

@@ -9,7 +9,7 @@ use common::ids::{Generation, ReplicaId, RequestId, Term, WorkerId};
 use common::request::{Delta, End, Generate};
 use common::wire::link::{Receiver, Sender, split};
 use common::wire::message::{
-    Command, GroupMember, Hello, KvDtype, ModelSource, Output, PROTOCOL_MAX, Report, ShardOptions,
+    Command, GroupMember, Hello, KvDtype, ModelSource, Output, PROTOCOL_MAX, Quantization, Report, ShardOptions,
     ShardSpec, ShardState, Start,
 };
 use tempfile::TempDir;
@@ -199,6 +199,7 @@ impl Link {
             source: ModelSource::Folder(model.display().to_string()),
             options: ShardOptions {
                 kv_dtype: KvDtype::Bf16,
+                quantization: Quantization::None,
                 kv_blocks: 257,
                 step_tokens_max: 512,
                 sequences_max: 64,

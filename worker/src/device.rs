@@ -134,6 +134,7 @@ pub fn processor_name() -> String {
 
 #[cfg(test)]
 mod tests {
+    use common::config::CudaSwitches;
     use common::ids::WorkerId;
 
     use super::*;
@@ -156,6 +157,7 @@ mod tests {
             threads: Some(1),
             cores: Vec::new(),
             group_port: 0,
+            cuda: CudaSwitches::default(),
         }
     }
 

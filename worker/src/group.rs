@@ -87,7 +87,7 @@ mod tests {
     use std::net::TcpListener;
 
     use common::ids::{Generation, ReplicaId, WorkerId};
-    use common::wire::message::{GroupMember, KvDtype, ModelSource, ShardOptions};
+    use common::wire::message::{GroupMember, KvDtype, ModelSource, Quantization, ShardOptions};
 
     use super::*;
 
@@ -109,6 +109,7 @@ mod tests {
             source: ModelSource::Folder("/nowhere".into()),
             options: ShardOptions {
                 kv_dtype: KvDtype::F32,
+                quantization: Quantization::None,
                 kv_blocks: 2,
                 step_tokens_max: 1,
                 sequences_max: 1,

@@ -8,7 +8,8 @@ use std::str::FromStr;
 
 use super::auth::tokens;
 use super::cluster::{
-    AuthConfig, Cluster, CoordinatorConfig, DeviceEntry, Limits, Node, TlsFiles, WorkloadType,
+    AuthConfig, Cluster, CoordinatorConfig, CudaSwitches, DeviceEntry, Limits, Node, TlsFiles,
+    WorkloadType,
 };
 use super::endpoints::{Known, endpoint};
 use super::models::{cache, hub_registry, model};
@@ -344,6 +345,19 @@ fn device(
     });
     let memory_bytes = memory(raw.memory, &at("memory"), r);
     let (kind, ordinal) = kind?;
+    let switches = [
+        ("graphs", raw.graphs),
+        ("batch_invariant", raw.batch_invariant),
+    ];
+    for (key, _) in switches.iter().filter(|(_, said)| said.is_some()) {
+        if kind == DeviceKind::Cpu {
+            r.mistake(
+                &at(key),
+                "is a switch of GPUs; leave it out for kind = \"cpu\"",
+            );
+        }
+    }
+    let default = CudaSwitches::default();
     let worker = WorkerId(format!("{node}/{}", name?));
     Some(DeviceEntry {
         worker,
@@ -353,6 +367,10 @@ fn device(
         threads,
         cores,
         group_port,
+        cuda: CudaSwitches {
+            graphs: raw.graphs.unwrap_or(default.graphs),
+            batch_invariant: raw.batch_invariant.unwrap_or(default.batch_invariant),
+        },
     })
 }
 

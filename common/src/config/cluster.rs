@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use super::tables::TablesConfig;
 use crate::ids::WorkerId;
 use crate::model_ref::ModelRef;
-use crate::wire::message::{DeviceKind, KvDtype};
+use crate::wire::message::{DeviceKind, KvDtype, Quantization};
 
 /// Most served entities of an endpoint, in cluster.toml and over the API.
 pub const ENTITIES_MAX: usize = 10;
@@ -136,6 +136,26 @@ pub struct DeviceEntry {
     pub cores: Vec<u32>,
     /// The port for other ranks; 0 lets the system choose.
     pub group_port: u16,
+    /// What a GPU does in other ways than by default.
+    pub cuda: CudaSwitches,
+}
+
+/// Switches of a GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CudaSwitches {
+    /// Steps of decodes are recorded once per batch size and replayed.
+    pub graphs: bool,
+    /// A prompt's answer depends on that prompt alone, never on what else is in the batch; slower.
+    pub batch_invariant: bool,
+}
+
+impl Default for CudaSwitches {
+    fn default() -> Self {
+        CudaSwitches {
+            graphs: true,
+            batch_invariant: false,
+        }
+    }
 }
 
 /// Something an endpoint may ask for by name.
@@ -183,6 +203,8 @@ pub enum ModelOrigin {
 pub struct ServingDefaults {
     /// Type of K and V in the cache.
     pub kv_dtype: KvDtype,
+    /// How weights are kept.
+    pub quantization: Quantization,
     /// Longest sequence served; `None` is the model's own.
     pub context_max: Option<u32>,
 }
@@ -281,6 +303,8 @@ pub struct ServedEntityEntry {
     pub workload_type: String,
     /// `Small`, `Medium` or `Large`.
     pub workload_size: String,
+    /// How weights are kept; `None` is as the model's entry says.
+    pub quantization: Option<Quantization>,
     /// Its share of the traffic; those of an endpoint sum to 100.
     pub traffic_percentage: u32,
 }

@@ -2,6 +2,7 @@
 
 use super::check::{model_ref, unique};
 use super::cluster::{ENTITIES_MAX, EndpointEntry, RegistryEntry, RegistryKind, ServedEntityEntry};
+use super::models::quantization;
 use super::raw::{RawEndpoint, RawServedEntity};
 use super::reader::Reader;
 use crate::model_ref::ModelRef;
@@ -137,6 +138,7 @@ fn served_entity(
             format!("must be Small, Medium or Large, got \"{workload_size}\""),
         );
     }
+    let quantization = quantization(raw.quantization.as_deref(), &raw.path, r);
     let name_key = at("name");
     let name = match raw.name {
         Some(name) => {
@@ -156,6 +158,7 @@ fn served_entity(
         model: model?,
         workload_type,
         workload_size,
+        quantization,
         traffic_percentage,
     })
 }

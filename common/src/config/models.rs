@@ -9,7 +9,7 @@ use super::cluster::{
 use super::raw::{RawModel, RawWorker};
 use super::reader::Reader;
 use crate::model_ref::ModelRef;
-use crate::wire::message::KvDtype;
+use crate::wire::message::{KvDtype, Quantization};
 
 /// What the hub's registry is called when models name the hub and no registry is one.
 const HUB: &str = "huggingface";
@@ -51,7 +51,12 @@ pub(super) fn model(
         }
         seen.push(model.clone());
     }
-    let serving = serving(raw.kv_dtype.as_deref(), raw.context_max, &raw.path, r);
+    let said = Said {
+        kv_dtype: raw.kv_dtype.as_deref(),
+        quantization: raw.quantization.as_deref(),
+        context_max: raw.context_max,
+    };
+    let serving = serving(said, &raw.path, r);
     let origin = origin(&raw, root, registries, r);
     Some(ModelEntry {
         model: model?,
@@ -147,13 +152,20 @@ fn is_hub_id(text: &str) -> bool {
     text.len() <= CHARS_MAX && (1..=2).contains(&parts.len()) && parts.iter().all(part_ok)
 }
 
-/// `kv_dtype` and `context_max` of a model or a registry.
-pub(super) fn serving(
-    kv_dtype: Option<&str>,
-    context_max: Option<u64>,
-    path: &str,
-    r: &mut Reader<'_>,
-) -> ServingDefaults {
+/// What a model or a registry says of how it is served.
+pub(super) struct Said<'a> {
+    pub kv_dtype: Option<&'a str>,
+    pub quantization: Option<&'a str>,
+    pub context_max: Option<u64>,
+}
+
+/// How the models of an entry are served.
+pub(super) fn serving(said: Said<'_>, path: &str, r: &mut Reader<'_>) -> ServingDefaults {
+    let Said {
+        kv_dtype,
+        quantization: weights,
+        context_max,
+    } = said;
     let kv_dtype = match kv_dtype {
         None | Some("bf16") => KvDtype::Bf16,
         Some("f32") => KvDtype::F32,
@@ -177,8 +189,28 @@ pub(super) fn serving(
     });
     ServingDefaults {
         kv_dtype,
+        quantization: quantization(weights, path, r).unwrap_or_default(),
         context_max,
     }
+}
+
+/// `quantization` of a model, a registry or a served entity, where it is given.
+pub(super) fn quantization(
+    text: Option<&str>,
+    path: &str,
+    r: &mut Reader<'_>,
+) -> Option<Quantization> {
+    let found = Quantization::parse(text?);
+    if found.is_none() {
+        r.mistake(
+            &format!("{path}.quantization"),
+            format!(
+                "must be \"none\", \"int8\" or \"int4\", got \"{}\"",
+                text.unwrap_or_default()
+            ),
+        );
+    }
+    found
 }
 
 pub(super) fn cache(raw: RawWorker, root: &Path, r: &mut Reader<'_>) -> CacheConfig {

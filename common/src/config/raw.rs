@@ -72,6 +72,8 @@ pub(super) struct RawDevice {
     pub threads: Option<u64>,
     pub cores: Option<String>,
     pub group_port: Option<u64>,
+    pub graphs: Option<bool>,
+    pub batch_invariant: Option<bool>,
 }
 
 pub(super) struct RawWorkloadType {
@@ -93,6 +95,7 @@ pub(super) struct RawModel {
     pub uri: Option<String>,
     pub registry: Option<String>,
     pub kv_dtype: Option<String>,
+    pub quantization: Option<String>,
     pub context_max: Option<u64>,
 }
 
@@ -110,6 +113,7 @@ pub(super) struct RawRegistry {
     pub ca_file: Option<String>,
     pub insecure_tls: Option<bool>,
     pub kv_dtype: Option<String>,
+    pub quantization: Option<String>,
     pub context_max: Option<u64>,
 }
 
@@ -132,6 +136,7 @@ pub(super) struct RawServedEntity {
     pub entity_version: Option<String>,
     pub workload_type: Option<String>,
     pub workload_size: Option<String>,
+    pub quantization: Option<String>,
     pub traffic_percentage: Option<u64>,
 }
 
@@ -255,6 +260,8 @@ fn device<'a>(mut t: Table<'a>, r: &mut Reader<'a>) -> RawDevice {
         threads: t.number(r, "threads"),
         cores: t.text(r, "cores"),
         group_port: t.number(r, "group_port"),
+        graphs: t.flag(r, "graphs"),
+        batch_invariant: t.flag(r, "batch_invariant"),
     };
     t.close(r);
     raw
@@ -284,6 +291,7 @@ fn model<'a>(mut t: Table<'a>, r: &mut Reader<'a>) -> RawModel {
         uri: t.text(r, "uri"),
         registry: t.text(r, "registry"),
         kv_dtype: t.text(r, "kv_dtype"),
+        quantization: t.text(r, "quantization"),
         context_max: t.number(r, "context_max"),
     };
     t.close(r);
@@ -305,6 +313,7 @@ fn registry<'a>(mut t: Table<'a>, r: &mut Reader<'a>) -> RawRegistry {
         ca_file: t.text(r, "ca_file"),
         insecure_tls: t.flag(r, "insecure_tls"),
         kv_dtype: t.text(r, "kv_dtype"),
+        quantization: t.text(r, "quantization"),
         context_max: t.number(r, "context_max"),
     };
     t.close(r);
@@ -338,6 +347,7 @@ fn served_entity<'a>(mut t: Table<'a>, r: &mut Reader<'a>) -> RawServedEntity {
         entity_version: t.need(r, "entity_version"),
         workload_type: t.text(r, "workload_type"),
         workload_size: t.text(r, "workload_size"),
+        quantization: t.text(r, "quantization"),
         traffic_percentage: t.number(r, "traffic_percentage"),
     };
     t.close(r);

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::check::identifier;
 use super::cluster::{Credentials, RegistryEntry, RegistryKind, SecretSource};
-use super::models::serving;
+use super::models::{Said, serving};
 use super::raw::RawRegistry;
 use super::reader::Reader;
 
@@ -22,7 +22,12 @@ pub(super) fn registry(
     if let Some(url) = &raw.url {
         check_url(url, &at("url"), r);
     }
-    let serving = serving(raw.kv_dtype.as_deref(), raw.context_max, &raw.path, r);
+    let said = Said {
+        kv_dtype: raw.kv_dtype.as_deref(),
+        quantization: raw.quantization.as_deref(),
+        context_max: raw.context_max,
+    };
+    let serving = serving(said, &raw.path, r);
     let credentials = credentials(&raw, root, r);
     let kind = kind?;
     if matches!(kind, RegistryKind::Folder(_)) {

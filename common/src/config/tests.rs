@@ -2,6 +2,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use super::*;
+use crate::wire::message::{DeviceKind, Quantization};
 
 struct Folder(tempfile::TempDir);
 
@@ -178,12 +179,67 @@ fn all_mistakes_come_at_once_each_with_its_line() {
     let mistakes = Folder::with(&text).mistakes();
     let expected = [
         "cluster.toml:9: nodes[0].devices[0].kind: must be \"cpu\" or \"cuda:N\", got \"gpu\"",
-        "cluster.toml:10: nodes[0].devices[0].threds: unknown key; known here: cores,",
+        "cluster.toml:10: nodes[0].devices[0].threds: unknown key; known here: batch_invariant, cores,",
         "cluster.toml:11: nodes[0].devices[0].memory: must be a size",
         "cluster.toml:14: workload_types[0].shards: must be between 1 and 64, got 0",
         "cluster.toml:18: models[0].version: model version 'latest' must be a positive whole number",
     ];
     begin_with(&mistakes, &expected);
+}
+
+#[test]
+fn a_gpu_has_switches_and_a_cpu_has_none() {
+    let gpu = |more: &str| SMALL.replace("kind = \"cpu\"", &format!("kind = \"cuda:1\"\n{more}"));
+    let switches = |more: &str| {
+        let cluster = load(&Folder::with(&gpu(more)).file()).unwrap();
+        let device = cluster.nodes[0].devices[0].clone();
+        assert_eq!((device.kind, device.ordinal), (DeviceKind::Cuda, 1));
+        (device.cuda.graphs, device.cuda.batch_invariant)
+    };
+    assert_eq!(switches(""), (true, false));
+    assert_eq!(
+        switches("graphs = false\nbatch_invariant = true"),
+        (false, true)
+    );
+    let cpu = SMALL.replace(
+        "kind = \"cpu\"",
+        "kind = \"cpu\"\ngraphs = true\nbatch_invariant = false",
+    );
+    begin_with(
+        &Folder::with(&cpu).mistakes(),
+        &[
+            "cluster.toml:10: nodes[0].devices[0].graphs: is a switch of GPUs; leave it out",
+            "cluster.toml:11: nodes[0].devices[0].batch_invariant: is a switch of GPUs; leave it out",
+        ],
+    );
+}
+
+#[test]
+fn how_weights_are_kept_stands_with_models_registries_and_served_entities() {
+    let text = format!(
+        "{}{MLFLOW}quantization = \"int4\"\n[[endpoints]]\nname = \"e\"\n[[endpoints.served_entities]]\n\
+         entity_name = \"ml.demo.tiny-llama\"\nentity_version = 1\nworkload_type = \"GPU_LARGE\"\nquantization = \"none\"\n",
+        SMALL.replace("version = 1", "version = 1\nquantization = \"int8\"")
+    );
+    let cluster = load_with(&Folder::with(&text).file(), Default::default()).unwrap();
+    assert_eq!(cluster.models[0].serving.quantization, Quantization::Int8);
+    assert_eq!(
+        cluster.registries[0].serving.quantization,
+        Quantization::Int4
+    );
+    let entity = &cluster.endpoints[0].served_entities[0];
+    assert_eq!(entity.quantization, Some(Quantization::None));
+    let plain = load(&Folder::with(&endpoint(&[""])).file()).unwrap();
+    assert_eq!(plain.models[0].serving.quantization, Quantization::None);
+    assert_eq!(plain.endpoints[0].served_entities[0].quantization, None);
+    let mistakes =
+        Folder::with(&text.replace("\"int8\"", "\"fp8\"").replace("\"none\"", "8")).mistakes();
+    assert!(
+        mistakes[0].ends_with(
+            "models[0].quantization: must be \"none\", \"int8\" or \"int4\", got \"fp8\""
+        ) && mistakes[1].contains("served_entities[0].quantization: must be"),
+        "{mistakes:#?}"
+    );
 }
 
 #[test]

@@ -151,6 +151,8 @@ pub struct RemoteFile {
 pub struct ShardOptions {
     /// Type of K and V in the cache.
     pub kv_dtype: KvDtype,
+    /// How weights are kept.
+    pub quantization: Quantization,
     /// KV blocks of 16 tokens in this rank's pool.
     pub kv_blocks: u32,
     /// Most tokens in one step.
@@ -181,6 +183,38 @@ impl KvDtype {
             KvDtype::Bf16 => 2,
             KvDtype::F32 => 4,
         }
+    }
+}
+
+/// How the weights of a model's products are kept; tables of tokens stay bf16 in any case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Quantization {
+    /// As bf16: the default.
+    #[default]
+    None,
+    /// 8 bits, a scale for each group of columns.
+    Int8,
+    /// 4 bits, a scale and a zero point for each group of columns.
+    Int4,
+}
+
+impl Quantization {
+    /// All there are.
+    pub const ALL: [Quantization; 3] = [Quantization::None, Quantization::Int8, Quantization::Int4];
+
+    /// As configurations write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Quantization::None => "none",
+            Quantization::Int8 => "int8",
+            Quantization::Int4 => "int4",
+        }
+    }
+
+    /// From a configuration's word; `None` for any other.
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|one| one.name() == text)
     }
 }
 

@@ -89,14 +89,20 @@ impl ActorGateway {
                 entity.workload_size,
             )?;
         }
-        let models = config.entities.iter().map(|entity| &entity.model);
-        try_join_all(models.map(|model| self.facts_of(model)))
+        let entities = config.entities.iter();
+        try_join_all(entities.map(|entity| self.facts_for(entity)))
             .await
             .map_err(no_model)
     }
 
     async fn facts_of(&self, model: &ModelRef) -> Result<Arc<ModelFacts>, RegistryError> {
         self.means.registry.facts(model).await
+    }
+
+    /// The facts of an entity's model, with weights kept as it asks for.
+    async fn facts_for(&self, entity: &EntitySpec) -> Result<Arc<ModelFacts>, RegistryError> {
+        let facts = self.facts_of(&entity.model).await?;
+        Ok(facts.kept_as(entity.quantization))
     }
 
     async fn offer(&self, facts: Arc<ModelFacts>) -> Result<Option<Offer>, ApiError> {
@@ -144,7 +150,7 @@ impl ActorGateway {
                 continue;
             }
             let refuse = |message: String| ApiError::new(ErrorKind::InvalidParameter, message);
-            let facts = self.facts_of(&entity.model).await.map_err(no_model)?;
+            let facts = self.facts_for(entity).await.map_err(no_model)?;
             let Some(offer) = self.offer(facts).await? else {
                 return Err(refuse(format!(
                     "{model} fits no workload type of this cluster; `coordinator plan {name} {version}` says what would do",

@@ -4,7 +4,9 @@
 //! `replicas/ID` holds where a replica was placed, so that a restarted coordinator finds its shards again.
 
 use common::ids::{Generation, ReplicaId, Term, WorkerId};
-use common::wire::message::{KvDtype, ModelSource, RemoteFile, RemoteModel, ShardOptions};
+use common::wire::message::{
+    KvDtype, ModelSource, Quantization, RemoteFile, RemoteModel, ShardOptions,
+};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -12,6 +14,7 @@ use crate::api::{Access, Settings};
 use crate::policy::bytes_text;
 use crate::policy::lifecycle::Lifecycle;
 use crate::policy::memory_plan::{BLOCK_TOKENS, MemoryPlan};
+use crate::registry::ModelFacts;
 use crate::store::{Expect, Store, StoreError};
 use crate::tables::{Capture, Known};
 
@@ -164,6 +167,9 @@ impl StoredSource {
 pub struct StoredOptions {
     /// The cache is f32, not bf16.
     pub kv_f32: bool,
+    /// How weights are kept.
+    #[serde(default)]
+    pub quantization: Quantization,
     /// KV blocks of 16 tokens.
     pub kv_blocks: u32,
     /// Most tokens in one step.
@@ -181,9 +187,10 @@ pub struct StoredOptions {
 
 impl StoredOptions {
     /// What a plan asks of each rank.
-    pub fn of(plan: &MemoryPlan, kv_dtype: KvDtype) -> Self {
+    pub fn of(plan: &MemoryPlan, facts: &ModelFacts) -> Self {
         StoredOptions {
-            kv_f32: kv_dtype == KvDtype::F32,
+            kv_f32: facts.kv_dtype == KvDtype::F32,
+            quantization: facts.quantization,
             kv_blocks: plan.kv_blocks,
             step_tokens_max: plan.need.step_tokens_max,
             sequences_max: plan.need.sequences_max,
@@ -227,6 +234,7 @@ impl StoredOptions {
             } else {
                 KvDtype::Bf16
             },
+            quantization: self.quantization,
             kv_blocks: self.kv_blocks,
             step_tokens_max: self.step_tokens_max,
             sequences_max: self.sequences_max,

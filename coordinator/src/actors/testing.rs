@@ -90,6 +90,7 @@ pub(crate) fn config(model: &str, workload_type: &str) -> ConfigSpec {
         provisioned: None,
         concurrency: None,
         instance_profile_arn: None,
+        quantization: None,
     };
     ConfigSpec {
         entities: vec![entity],

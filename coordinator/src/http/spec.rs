@@ -9,6 +9,7 @@ use std::collections::HashSet;
 use common::config::ENTITIES_MAX;
 use common::model_ref::{ModelRef, ModelRefError};
 use common::names::{self, NameError};
+use common::wire::message::Quantization;
 use serde_json::Value;
 
 use super::json::{Field, FieldError, Fields, Object};
@@ -181,6 +182,10 @@ fn entity(
         provisioned,
         concurrency: range,
         instance_profile_arn: profile.map(|field| short_text(&field)).transpose()?,
+        quantization: fields
+            .get("quantization")
+            .map(|field| quantization(&field))
+            .transpose()?,
     })
 }
 
@@ -206,6 +211,11 @@ fn workload_size(field: &Field<'_>) -> Result<WorkloadSize, FieldError> {
         "Large" => Ok(WorkloadSize::Large),
         _ => Err(field.wrong("Small, Medium or Large")),
     }
+}
+
+/// How weights are kept, in the words of cluster.toml.
+fn quantization(field: &Field<'_>) -> Result<Quantization, FieldError> {
+    Quantization::parse(field.text()?).ok_or_else(|| field.wrong("none, int8 or int4"))
 }
 
 /// Requests at a time in place of a size.

@@ -4,6 +4,7 @@ mod settings;
 
 pub(super) use settings::{AiGatewayJson, EmailsJson, RateLimitJson, Tag, rate_limits, tags};
 
+use common::wire::message::Quantization;
 use serde::Serialize;
 
 use self::settings::TableJson;
@@ -257,6 +258,8 @@ struct ServedRest<'a> {
     environment_vars: serde_json::Map<String, serde_json::Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     instance_profile_arn: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    quantization: Option<&'static str>,
     state: Deployment<'a>,
     creator: &'a str,
     creation_timestamp: u64,
@@ -283,6 +286,7 @@ impl<'a> ServedRest<'a> {
                 .map(|(k, v)| (k.clone(), v.as_str().into()))
                 .collect(),
             instance_profile_arn: spec.instance_profile_arn.as_deref(),
+            quantization: spec.quantization.map(Quantization::name),
             state: Deployment {
                 deployment: match view.state {
                     DeploymentState::Creating => "DEPLOYMENT_CREATING",

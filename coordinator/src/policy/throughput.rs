@@ -124,7 +124,7 @@ pub fn is_unchanged(old: &EntitySpec, new: &EntitySpec) -> bool {
         }
     };
     let free = new.workload_type.is_empty() || new.workload_type == old.workload_type;
-    same && free && old.model == new.model
+    same && free && old.model == new.model && old.quantization == new.quantization
 }
 
 /// Keeps a rate: tokens that were spent are waited for before anything new begins. What runs is not slowed down, so that

@@ -18,10 +18,11 @@ pub mod shape;
 pub mod tensors;
 
 use std::path::Path;
+use std::sync::Arc;
 
 use common::config::ServingDefaults;
 use common::model_ref::ModelRef;
-use common::wire::message::{KvDtype, ModelSource};
+use common::wire::message::{KvDtype, ModelSource, Quantization};
 use registry::Error;
 
 pub use files::Files;
@@ -68,8 +69,23 @@ pub struct ModelFacts {
     pub tensors: Vec<WeightTensor>,
     /// Type of K and V in the cache.
     pub kv_dtype: KvDtype,
+    /// How weights are kept.
+    pub quantization: Quantization,
     /// Longest sequence served: the model's own, or less where cluster.toml says so.
     pub context_max: u32,
+}
+
+impl ModelFacts {
+    /// The same with weights kept as a served entity asks for, if it does.
+    pub fn kept_as(self: Arc<Self>, asked: Option<Quantization>) -> Arc<Self> {
+        match asked {
+            Some(quantization) if quantization != self.quantization => Arc::new(ModelFacts {
+                quantization,
+                ..Arc::unwrap_or_clone(self)
+            }),
+            _ => self,
+        }
+    }
 }
 
 /// Which model, and what cluster.toml says of it.
@@ -143,6 +159,7 @@ pub fn read_from(
         shape,
         tensors,
         kv_dtype: serving.kv_dtype,
+        quantization: serving.quantization,
         context_max,
     })
 }
@@ -164,6 +181,7 @@ pub fn read_config_facts(model: &ModelRef, file: &Path) -> Result<ModelFacts, Re
         task: None,
         tensors: tensors::of_shape(&shape),
         kv_dtype: KvDtype::default(),
+        quantization: Quantization::default(),
         context_max: shape.context_max,
         shape,
     })

@@ -3,11 +3,11 @@
 use std::future::Future;
 use std::path::Path;
 
-use common::config::{CacheConfig, DeviceEntry, Node, TlsFiles};
+use common::config::{CacheConfig, CudaSwitches, DeviceEntry, Node, TlsFiles};
 use common::ids::RequestId;
 use common::request::{End, Generate, Prompt, Resume};
 use common::wire::message::{
-    DeviceKind, GroupMember, KvDtype, ModelSource, Output, ReadyShard, ShardOptions,
+    DeviceKind, GroupMember, KvDtype, ModelSource, Output, Quantization, ReadyShard, ShardOptions,
 };
 use tokio::net::TcpListener;
 use tokio::sync::Mutex;
@@ -208,6 +208,7 @@ fn device(name: &str) -> Device {
         threads: Some(1),
         cores: Vec::new(),
         group_port: 0,
+        cuda: CudaSwitches::default(),
     };
     Device::open(
         &Node {
@@ -263,6 +264,7 @@ fn spec(model: &str, generation: u64, rank: u32, addresses: &[&str]) -> ShardSpe
         source: ModelSource::Folder(model_folder(model).to_str().unwrap().to_owned()),
         options: ShardOptions {
             kv_dtype: KvDtype::F32,
+            quantization: Quantization::None,
             kv_blocks: 129,
             step_tokens_max: 64,
             sequences_max: 8,

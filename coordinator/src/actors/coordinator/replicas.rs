@@ -207,12 +207,14 @@ impl CoordinatorActor {
                 );
                 self.means.logs.note(replica, LogPhase::Build, &text);
                 let (registry, model) = (self.means.registry.clone(), entity.spec.model.clone());
+                let asked = entity.spec.quantization;
                 // A task of its own: headers and answers of registries are not parsed on the actors' thread.
                 let reading = tokio::spawn(async move { registry.facts(&model).await });
                 let read = async move {
                     let failed =
                         |e| RegistryError::Broken(format!("reading the model failed: {e}"));
-                    reading.await.map_err(failed).flatten()
+                    let facts = reading.await.map_err(failed).flatten()?;
+                    Ok(facts.kept_as(asked))
                 };
                 ctx.spawn(
                     read.into_actor(self)
@@ -305,7 +307,7 @@ impl CoordinatorActor {
             endpoint: slot.endpoint.clone(),
             members,
             source: StoredSource::of(&facts.source),
-            options: StoredOptions::of(&plan, facts.kv_dtype),
+            options: StoredOptions::of(&plan, &facts),
         };
         let text = format!(
             "placed on {} as generation {}: {} on each: {}; {} KV blocks, room for {} sequences at full length",

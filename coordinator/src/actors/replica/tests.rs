@@ -22,6 +22,7 @@ fn member(name: &str) -> (Member, mpsc::Receiver<Command>) {
 fn pair(members: &[Member], now: Instant) -> Replica {
     let options = StoredOptions {
         kv_f32: false,
+        quantization: common::wire::message::Quantization::None,
         kv_blocks: 100,
         step_tokens_max: 64,
         sequences_max: 8,

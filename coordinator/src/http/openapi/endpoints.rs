@@ -2,6 +2,7 @@
 
 use common::config::ENTITIES_MAX;
 use common::names::NAME_CHARS_MAX;
+use common::wire::message::Quantization;
 use serde_json::{Value, json};
 use utoipa::openapi::{ComponentsBuilder, HttpMethod, PathsBuilder};
 
@@ -310,6 +311,11 @@ fn entity(keys: [&'static str; 2], workload_types: &[String]) -> Shape {
             text_of(0..=TEXT_BYTES_MAX),
             "Shown back.",
         ),
+        may(
+            "quantization",
+            words(&Quantization::ALL.map(Quantization::name)),
+            "How weights are kept; as cluster.toml says of the model unless given. int8 and int4 need GPUs.",
+        ),
     ])
 }
 
@@ -553,6 +559,11 @@ fn served(keys: [&'static str; 2]) -> Shape {
         ),
         may("provisioned_model_units", at_least(0), "The same in units."),
         may("instance_profile_arn", text(), "As given."),
+        may(
+            "quantization",
+            words(&Quantization::ALL.map(Quantization::name)),
+            "As given.",
+        ),
         may("environment_vars", map(text(), None), "As given."),
         need("state", state, "How it is."),
         need("creator", text(), "Who asked for it."),

@@ -105,6 +105,17 @@ fn routes_tags_and_variables_are_taken() {
 }
 
 #[test]
+fn how_weights_are_kept_may_be_asked_for() {
+    let kept = |value: serde_json::Value| {
+        let body = with(one(), "/config/served_entities/0/quantization", value);
+        parse(&body).unwrap().config.entities[0].quantization
+    };
+    assert_eq!(kept(json!(null)), None);
+    assert_eq!(kept(json!("none")), Some(Quantization::None));
+    assert_eq!(kept(json!("int4")), Some(Quantization::Int4));
+}
+
+#[test]
 fn every_mistake_is_told_with_its_field() {
     let e = "/config/served_entities/0";
     let at = |key: &str, value: Value| with(one(), &format!("{e}/{key}"), value);
@@ -188,6 +199,10 @@ fn every_mistake_is_told_with_its_field() {
         (
             at("workload_size", json!("Huge")),
             "must be Small, Medium or Large, got \"Huge\"",
+        ),
+        (
+            at("quantization", json!("fp8")),
+            "served_entities[0].quantization must be none, int8 or int4, got \"fp8\"",
         ),
         (
             at("workload_type", json!("GPU_MEDIUM")),

@@ -68,6 +68,7 @@ pub(in crate::http) fn endpoint_view(name: &str) -> EndpointView {
             provisioned: None,
             concurrency: None,
             instance_profile_arn: None,
+            quantization: None,
         },
         creator: "ann".into(),
         created_ms: CREATED_MS,

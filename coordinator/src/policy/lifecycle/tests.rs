@@ -15,6 +15,7 @@ fn config(names: &[&str]) -> ConfigSpec {
         provisioned: None,
         concurrency: None,
         instance_profile_arn: None,
+        quantization: None,
     };
     let route = |name: &&str| Route {
         entity: (*name).to_owned(),

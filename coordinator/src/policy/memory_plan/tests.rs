@@ -1,7 +1,7 @@
 //! The plan against models whose numbers are known.
 
 use common::model_ref::ModelRef;
-use common::wire::message::{KvDtype, ModelSource};
+use common::wire::message::{KvDtype, ModelSource, Quantization};
 use proptest::prelude::*;
 
 use super::*;
@@ -68,6 +68,7 @@ fn llama(
         shape,
         tensors,
         kv_dtype: KvDtype::Bf16,
+        quantization: Quantization::None,
         context_max: context,
     }
 }

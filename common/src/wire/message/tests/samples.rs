@@ -33,6 +33,7 @@ fn shard_spec() -> ShardSpec {
         source: ModelSource::Folder(text("/m")),
         options: ShardOptions {
             kv_dtype: KvDtype::F32,
+            quantization: Quantization::Int4,
             kv_blocks: 100,
             step_tokens_max: 512,
             sequences_max: 64,
