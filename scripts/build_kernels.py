@@ -25,7 +25,7 @@ SOURCES, CUBINS = CUDA / "kernels", CUDA / "cubins"
 ARCHITECTURES = ("sm_80", "sm_90")
 # Fused multiply-add is the compiler's default (--fmad=true); kernels that must not fuse say so with __fmul_rn and so on.
 # No line information: it would write paths into the cubins.
-OPTIONS = ("--std=c++17", "--ptxas-options=-v")
+OPTIONS = ("--std=c++17", "--device-as-default-execution-space", "--ptxas-options=-v")
 REGISTERS = 65536  # of a multiprocessor, which one block may have to itself
 PROCESSES = 2
 
@@ -42,6 +42,8 @@ def main():
             if cubin is None:
                 faults.append(f"{name} does not compile for {architecture}:\n{log}")
                 continue
+            if "warning" in log:
+                faults.append(f"{name} for {architecture}: warnings are errors:\n{log}")
             found = usage(log)
             faults += [f"{name} for {architecture}: {fault}" for fault in judge(kernels[name], found, loads(ptx))]
             place = f"{architecture}/{name.removesuffix('.cu')}.cubin"

@@ -16,8 +16,14 @@
 #ifdef TANDEM_RIG
 #include "cuda_shim.h"
 #else
+#ifdef BLOCKS_MIN  // a file may say how many blocks a multiprocessor is to hold, where the assembler guesses
+                   // wrong
+#define KERNEL(threads_max, name, parameters) \
+  extern "C" __global__ void __launch_bounds__(threads_max, BLOCKS_MIN) name parameters
+#else
 #define KERNEL(threads_max, name, parameters) \
   extern "C" __global__ void __launch_bounds__(threads_max) name parameters
+#endif
 #define DYNAMIC_SHARED(type, name)                                 \
   extern __shared__ __align__(128) unsigned char dynamic_shared[]; \
   type* name = reinterpret_cast<type*>(dynamic_shared)
