@@ -11,14 +11,14 @@ use criterion::{Criterion, Throughput};
 use engine::backend::cpu::limits::Limits;
 use engine::backend::cpu::{CpuBackend, CpuBuf, Isa, Pool};
 use engine::backend::{
-    Attention, Backend, Batch, BatchSpan, Heads, KvDtype, KvShape, LinearShape, WeightDtype,
+    Attention, Backend, Batch, BatchSpan, FloatDtype, Heads, KvDtype, KvShape, LinearShape,
 };
 
 /// The up projection of a 1.1B llama: larger than most caches.
 const SHAPE: LinearShape = LinearShape {
     n: 5632,
     k: 2048,
-    dtype: WeightDtype::Bf16,
+    dtype: FloatDtype::Bf16,
 };
 
 fn main() {
@@ -62,7 +62,7 @@ fn products(criterion: &mut Criterion, pool: &Arc<Pool>, limits: Limits) {
         let flops = 2 * (m * n * k) as u64;
         let seconds = time(
             criterion,
-            &format!("product {n}x{k} {}", dtype.name()),
+            &format!("product {n}x{k} {dtype:?}"),
             &format!("m={m}"),
             Throughput::Elements(flops),
             || {

@@ -4,18 +4,24 @@
 //! where there is one.
 
 use crate::backend::{KvDtype, WeightDtype};
+use crate::weights::quant;
 use sha2::{Digest, Sha256};
 
 /// Counts changes of the forward pass itself (the layers, the order of its ops). Kernels have versions of their own.
 const FORWARD_VERSION: u32 = 1;
 
-/// Sixteen hex digits of the hash over forward pass, kernels (a backend's [`numerics`]), number formats and ranks.
+/// Sixteen hex digits of the hash over forward pass, kernels (a backend's [`numerics`]), number formats (with the
+/// way into them, where weights are quantised) and ranks.
 ///
 /// [`numerics`]: crate::backend::Backend::numerics
 #[must_use]
 pub fn numerics_id(kernels: &str, weights: WeightDtype, kv: KvDtype, ranks: u32) -> String {
+    let quantiser = match weights.quantised() {
+        Some(_) => format!("-{}-{}", quant::GROUP, quant::VERSION),
+        None => String::new(),
+    };
     let text = format!(
-        "forward-{FORWARD_VERSION}/{kernels}/weights-{}/kv-{}/ranks-{ranks}",
+        "forward-{FORWARD_VERSION}/{kernels}/weights-{}{quantiser}/kv-{}/ranks-{ranks}",
         weights.name(),
         kv.name()
     );
@@ -34,7 +40,12 @@ mod tests {
     fn every_input_changes_the_id() {
         let mut ids = HashSet::new();
         for kernels in ["cpu-1-avx2", "cpu-2-avx2", "cpu-1-avx512"] {
-            for weights in [WeightDtype::F32, WeightDtype::Bf16] {
+            for weights in [
+                WeightDtype::F32,
+                WeightDtype::Bf16,
+                WeightDtype::Int8,
+                WeightDtype::Int4,
+            ] {
                 for kv in [KvDtype::F32, KvDtype::Bf16] {
                     for ranks in [1, 2, 4] {
                         let id = numerics_id(kernels, weights, kv, ranks);
@@ -45,6 +56,6 @@ mod tests {
                 }
             }
         }
-        assert_eq!(ids.len(), 3 * 2 * 2 * 3);
+        assert_eq!(ids.len(), 3 * 4 * 2 * 3);
     }
 }

@@ -4,20 +4,20 @@
 //! multiplications. Both are measured with the product that steps are made of; what the machine could do at best is
 //! [`crate::backend::cpu::limits`].
 
-use crate::backend::{Backend, DeviceError, LinearShape, WeightDtype};
+use crate::backend::{Backend, DeviceError, FloatDtype, LinearShape};
 use std::time::{Duration, Instant};
 
 /// Read by one token: more than most caches hold.
 const READ: LinearShape = LinearShape {
     n: 16 << 10,
     k: 2 << 10,
-    dtype: WeightDtype::Bf16,
+    dtype: FloatDtype::Bf16,
 };
 /// Multiplied with many tokens.
 const COMPUTE: LinearShape = LinearShape {
     n: 1 << 10,
     k: 2 << 10,
-    dtype: WeightDtype::Bf16,
+    dtype: FloatDtype::Bf16,
 };
 /// Tokens enough that a step computes for longer than it reads.
 const ROWS: usize = 64;

@@ -6,6 +6,8 @@
 //! The files must not be cut short while they are mapped: reading past the new end would end the process, as with any
 //! mapping. Model folders are written once, to a new name.
 
+pub mod quant;
+
 use crate::models::tensors::Expected;
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};

@@ -7,8 +7,8 @@ mod attention;
 
 use super::reference::ReferenceBackend;
 use super::{
-    Backend, Batch, BatchSpan, Columns, Heads, KvDtype, KvShape, LayerNorm, LinearShape, Size,
-    WeightDtype,
+    Backend, Batch, BatchSpan, Columns, FloatDtype, Heads, KvDtype, KvShape, LayerNorm,
+    LinearShape, Size,
 };
 
 /// Checks all ops of a backend. `backend` makes a fresh one.
@@ -123,9 +123,9 @@ const SUMS: f32 = 3e-5;
 
 fn embedding<B: Backend>(twins: &mut Twins<B>) {
     for (dtype, n, k) in [
-        (WeightDtype::Bf16, 37, 24),
-        (WeightDtype::F32, 5, 33),
-        (WeightDtype::Bf16, 100, 129),
+        (FloatDtype::Bf16, 37, 24),
+        (FloatDtype::F32, 5, 33),
+        (FloatDtype::Bf16, 100, 129),
     ] {
         let table = twins.matrix(LinearShape { n, k, dtype }, false);
         let tokens: Vec<u32> = (95..110)
@@ -208,7 +208,7 @@ fn linear<B: Backend>(twins: &mut Twins<B>) {
             (96, 64),
             (130, 257),
         ] {
-            for dtype in [WeightDtype::Bf16, WeightDtype::F32] {
+            for dtype in [FloatDtype::Bf16, FloatDtype::F32] {
                 let weight = twins.matrix(LinearShape { n, k, dtype }, rows % 2 == 1);
                 let x = twins.random(rows * k, 1.0);
                 let mut out = twins.zeros(rows * n);
@@ -230,7 +230,7 @@ fn linear<B: Backend>(twins: &mut Twins<B>) {
 /// Each row of a product has the same bits whatever rows are computed with it.
 fn linear_rows<B: Backend>(twins: &mut Twins<B>) {
     for (n, k) in [(48, 64), (33, 100), (257, 515)] {
-        for dtype in [WeightDtype::Bf16, WeightDtype::F32] {
+        for dtype in [FloatDtype::Bf16, FloatDtype::F32] {
             let rows = 70;
             let weight = twins.matrix(LinearShape { n, k, dtype }, true);
             let values = twins.random.numbers(rows * k, 1.0);
@@ -401,7 +401,7 @@ fn memory<B: Backend>(twins: &mut Twins<B>) {
     twins.device.write(&[1.0, 2.0, 3.0], &mut buf);
     assert_eq!(twins.read(&buf, 4), [1.0, 2.0, 3.0, 0.0]);
     assert!(twins.device.alloc(0).is_ok(), "an empty buffer is a buffer");
-    for dtype in [WeightDtype::F32, WeightDtype::Bf16] {
+    for dtype in [FloatDtype::F32, FloatDtype::Bf16] {
         assert!(
             B::linear_bytes(LinearShape {
                 n: 64,

@@ -24,7 +24,8 @@ mod shapes;
 
 pub use batch::{Batch, BatchSpan};
 pub use shapes::{
-    Heads, KvDtype, KvShape, LinearShape, QuantBits, QuantShape, Size, StepShape, WeightDtype,
+    FloatDtype, Heads, KvDtype, KvShape, LinearShape, QuantBits, QuantShape, Size, StepShape,
+    WeightDtype,
 };
 
 use std::ops::Range;
@@ -58,6 +59,11 @@ pub trait Backend: Send + 'static {
         Ok(())
     }
 
+    /// Bytes that [`Backend::alloc`] takes, and a matrix's bias of as many numbers.
+    fn buf_bytes(len: usize) -> u64 {
+        4 * len as u64
+    }
+
     /// A buffer of `len` zeros.
     ///
     /// # Errors
@@ -89,6 +95,7 @@ pub trait Backend: Send + 'static {
     fn linear_bytes(shape: LinearShape) -> u64;
 
     /// Packs a quantised matrix: `rows(i, out)` writes row `i` and may be called in any order, from any thread, once per row.
+    /// `x W^T` is then that of the numbers `scale * (q - zero)`, whatever way the backend computes it.
     ///
     /// # Errors
     /// [`DeviceError::OutOfMemory`]; [`DeviceError::Unsupported`] where the backend has no product for such weights.
@@ -289,6 +296,17 @@ pub struct QuantRow<'a> {
     pub scales: &'a mut [f32],
     /// `[groups]`: 0 for int8, 0 to 15 for int4.
     pub zeros: &'a mut [u8],
+}
+
+impl QuantRow<'_> {
+    /// The same row, to be written by a [`QuantSource`].
+    pub fn lend(&mut self) -> QuantRow<'_> {
+        QuantRow {
+            q: self.q,
+            scales: self.scales,
+            zeros: self.zeros,
+        }
+    }
 }
 
 /// Writes row `i` of a weight matrix to the slice.

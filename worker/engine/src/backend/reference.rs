@@ -4,17 +4,18 @@
 //! goldens of transformers.
 
 use super::{
-    Attention, Backend, Batch, Columns, DeviceError, Heads, KvDtype, KvShape, LayerNorm,
-    LinearShape, RowSource, Size, WeightDtype,
+    Attention, Backend, Batch, Columns, DeviceError, FloatDtype, Heads, KvDtype, KvShape,
+    LayerNorm, LinearShape, QuantRow, QuantShape, QuantSource, RowSource, Size,
 };
 use crate::plan::BLOCK_TOKENS;
+use crate::weights::quant::dequantise_row;
 use half::bf16;
 
 /// The reference backend. It has no state: one thread, plain vectors.
 #[derive(Debug, Default)]
 pub struct ReferenceBackend;
 
-/// A weight matrix, widened to f32 after rounding to its dtype.
+/// A weight matrix, widened to f32 after rounding to its dtype, or dequantised.
 #[derive(Debug)]
 pub struct ReferenceLinear {
     n: usize,
@@ -71,7 +72,7 @@ impl Backend for ReferenceBackend {
         let mut weight = zeros(n * k)?;
         for (i, row) in weight.chunks_exact_mut(k).enumerate() {
             rows(i, row);
-            if dtype == WeightDtype::Bf16 {
+            if dtype == FloatDtype::Bf16 {
                 row.iter_mut().for_each(|value| *value = round_bf16(*value));
             }
         }
@@ -84,6 +85,36 @@ impl Backend for ReferenceBackend {
     }
 
     fn linear_bytes(shape: LinearShape) -> u64 {
+        4 * shape.n as u64 * shape.k as u64
+    }
+
+    fn pack_quantised(
+        &mut self,
+        shape: QuantShape,
+        rows: &QuantSource<'_>,
+        bias: Option<&[f32]>,
+    ) -> Result<ReferenceLinear, DeviceError> {
+        let QuantShape { n, k, .. } = shape;
+        let mut weight = zeros(n * k)?;
+        let groups = shape.groups();
+        let mut lent = QuantRow {
+            q: &mut vec![0; k],
+            scales: &mut vec![0.0; groups],
+            zeros: &mut vec![0; groups],
+        };
+        for (i, row) in weight.chunks_exact_mut(k).enumerate() {
+            rows(i, lent.lend());
+            dequantise_row(shape, &lent, row);
+        }
+        Ok(ReferenceLinear {
+            n,
+            k,
+            weight,
+            bias: bias.map(<[f32]>::to_vec),
+        })
+    }
+
+    fn quantised_bytes(shape: QuantShape) -> u64 {
         4 * shape.n as u64 * shape.k as u64
     }
 

@@ -19,7 +19,7 @@ pub struct LinearShape {
     /// Columns: inputs.
     pub k: usize,
     /// How the weights are kept. Values are rounded to it (to nearest, ties to even).
-    pub dtype: WeightDtype,
+    pub dtype: FloatDtype,
 }
 
 /// Shape and number format of a quantised weight matrix: groups of columns share a scale and a zero point.
@@ -98,9 +98,22 @@ pub struct StepShape {
     pub blocks: usize,
 }
 
-/// How weights are kept in memory.
+/// How a model's weights are kept in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum WeightDtype {
+    /// 4 bytes.
+    F32,
+    /// 2 bytes.
+    Bf16,
+    /// The layers' matrices in one byte a number, quantised when loaded; embedding and head in bf16.
+    Int8,
+    /// As int8, in half a byte a number.
+    Int4,
+}
+
+/// How a matrix that is not quantised is kept in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum FloatDtype {
     /// 4 bytes.
     F32,
     /// 2 bytes.
@@ -117,12 +130,31 @@ pub enum KvDtype {
 }
 
 impl WeightDtype {
-    /// Bytes of one number.
+    /// Bits of the layers' matrices, if they are quantised.
     #[must_use]
-    pub const fn bytes(self) -> usize {
+    pub const fn quantised(self) -> Option<QuantBits> {
         match self {
-            WeightDtype::F32 => 4,
-            WeightDtype::Bf16 => 2,
+            WeightDtype::F32 | WeightDtype::Bf16 => None,
+            WeightDtype::Int8 => Some(QuantBits::Int8),
+            WeightDtype::Int4 => Some(QuantBits::Int4),
+        }
+    }
+
+    /// How the embedding and the head are kept: never quantised, they are few bytes and every token meets them.
+    #[must_use]
+    pub const fn of_ends(self) -> WeightDtype {
+        match self {
+            WeightDtype::F32 => WeightDtype::F32,
+            WeightDtype::Bf16 | WeightDtype::Int8 | WeightDtype::Int4 => WeightDtype::Bf16,
+        }
+    }
+
+    /// How matrices that are not quantised are kept.
+    #[must_use]
+    pub const fn float(self) -> FloatDtype {
+        match self {
+            WeightDtype::F32 => FloatDtype::F32,
+            WeightDtype::Bf16 | WeightDtype::Int8 | WeightDtype::Int4 => FloatDtype::Bf16,
         }
     }
 
@@ -132,6 +164,19 @@ impl WeightDtype {
         match self {
             WeightDtype::F32 => "f32",
             WeightDtype::Bf16 => "bf16",
+            WeightDtype::Int8 => QuantBits::Int8.name(),
+            WeightDtype::Int4 => QuantBits::Int4.name(),
+        }
+    }
+}
+
+impl FloatDtype {
+    /// Bytes of one number.
+    #[must_use]
+    pub const fn bytes(self) -> usize {
+        match self {
+            FloatDtype::F32 => 4,
+            FloatDtype::Bf16 => 2,
         }
     }
 }

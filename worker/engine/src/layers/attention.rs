@@ -1,5 +1,6 @@
 //! Attention over the paged cache, divided by heads.
 
+use super::linear::Slice;
 use super::norm::Norm;
 use super::position::Position;
 use super::{LoadError, Loader, Step, Workspace};
@@ -153,10 +154,17 @@ impl<B: Backend> Attention<B> {
     }
 }
 
-/// `(n, k)` of one rank's matrices of a layer's attention.
-pub(crate) fn shapes(spec: &ModelSpec, partition: &Partition) -> [(usize, usize); 2] {
+/// One rank's matrices of a layer's attention.
+pub(crate) fn slices(spec: &ModelSpec, partition: &Partition) -> [Slice; 2] {
+    let (heads, d) = (&partition.q_heads, spec.head_width);
     [
-        (partition.heads.qkv_width(), spec.hidden),
-        (spec.hidden, partition.heads.q_width()),
+        Slice {
+            rows: partition.heads.qkv_width(),
+            columns: 0..spec.hidden,
+        },
+        Slice {
+            rows: spec.hidden,
+            columns: heads.start * d..heads.end * d,
+        },
     ]
 }

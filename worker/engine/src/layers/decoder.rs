@@ -2,10 +2,11 @@
 
 use super::attention::{self, Attention};
 use super::embedding::{self, Embedding};
+use super::linear::Slice;
 use super::mlp::{self, Mlp};
 use super::norm::Norm;
 use super::{LoadError, Loader, Step, Workspace};
-use crate::backend::{Backend, LinearShape, WeightDtype};
+use crate::backend::{Backend, WeightDtype};
 use crate::collective::{Collective, CollectiveError};
 use crate::models::partition::Partition;
 use crate::models::spec::{ModelSpec, NormKind};
@@ -85,25 +86,42 @@ pub(crate) fn weight_bytes<B: Backend>(
     partition: &Partition,
     dtype: WeightDtype,
 ) -> u64 {
-    let bytes = |(n, k): (usize, usize)| B::linear_bytes(LinearShape { n, k, dtype });
     // The second matrix is summed over ranks: its bias is rank 0's.
-    let part = |shapes: [(usize, usize); 2], bias: bool| {
-        let [(n, _), (sums, _)] = shapes;
-        let biases = n + if partition.rank == 0 { sums } else { 0 };
-        shapes.into_iter().map(bytes).sum::<u64>() + if bias { 4 * biases as u64 } else { 0 }
+    let part = |slices: [Slice; 2], bias: bool| {
+        let biased = if bias {
+            1 + usize::from(partition.rank == 0)
+        } else {
+            0
+        };
+        let biases = slices.iter().take(biased);
+        let biases: u64 = biases.map(|slice| B::buf_bytes(slice.rows)).sum();
+        slices
+            .iter()
+            .map(|slice| slice.bytes::<B>(dtype))
+            .sum::<u64>()
+            + biases
     };
-    let layer = part(attention::shapes(spec, partition), spec.bias.attention)
-        + part(mlp::shapes(spec, partition), spec.bias.mlp);
-    let ends: u64 = embedding::shapes(spec, partition)
-        .into_iter()
-        .map(bytes)
+    let layer = part(attention::slices(spec, partition), spec.bias.attention)
+        + part(mlp::slices(spec, partition), spec.bias.mlp);
+    let ends: u64 = embedding::slices(spec, partition)
+        .iter()
+        .map(|slice| slice.bytes::<B>(dtype.of_ends()))
         .sum();
     let norm_vectors = match spec.norm {
         NormKind::Rms => 1,
         NormKind::Layer => 1 + usize::from(spec.bias.norm),
     };
-    let norms = (2 * spec.layers + 1 + if spec.qk_norm { 2 * spec.layers } else { 0 })
-        * norm_vectors
-        * spec.hidden;
-    ends + layer * spec.layers as u64 + 4 * norms as u64
+    let norms =
+        (2 * spec.layers + 1 + if spec.qk_norm { 2 * spec.layers } else { 0 }) * norm_vectors;
+    ends + layer * spec.layers as u64 + norms as u64 * B::buf_bytes(spec.hidden)
+}
+
+/// Numbers of one rank's largest quantised matrix; 0 without any.
+pub(crate) fn quantised_max(spec: &ModelSpec, partition: &Partition, dtype: WeightDtype) -> usize {
+    let layer = [
+        attention::slices(spec, partition),
+        mlp::slices(spec, partition),
+    ];
+    let numbers = layer.as_flattened().iter().map(Slice::numbers).max();
+    dtype.quantised().and(numbers).unwrap_or(0)
 }

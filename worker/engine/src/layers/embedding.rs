@@ -1,5 +1,6 @@
 //! Embedding and head, both divided by rows of the vocabulary; one matrix where the head is tied.
 
+use super::linear::Slice;
 use super::norm::Norm;
 use super::{LoadError, Loader, Step, Workspace};
 use crate::backend::{Backend, Size};
@@ -36,17 +37,16 @@ impl<B: Backend> Embedding<B> {
                 ..
             },
         ) = (loader.spec, loader.partition);
-        let rows = [vocab.clone()];
         Ok(Embedding {
             hidden: spec.hidden,
             first: vocab.start as u32,
             vocab_widths: vocab_widths.clone(),
-            table: loader.rows(&names.embedding, &rows)?,
+            table: loader.end(&names.embedding, vocab.clone())?,
             final_norm: Norm::load(loader, &names.final_norm)?,
             head: names
                 .head
                 .as_ref()
-                .map(|head| loader.rows(head, &rows))
+                .map(|head| loader.end(head, vocab.clone()))
                 .transpose()?,
             logit_scale: spec.logit_scale,
         })
@@ -121,7 +121,11 @@ impl<B: Backend> Embedding<B> {
     }
 }
 
-/// Numbers of one rank's matrices here: the table's shape, twice unless tied.
-pub(crate) fn shapes(spec: &ModelSpec, partition: &Partition) -> Vec<(usize, usize)> {
-    vec![(partition.vocab.len(), spec.hidden); if spec.tied { 1 } else { 2 }]
+/// One rank's matrices here: the table, and the same of the head unless it is tied.
+pub(crate) fn slices(spec: &ModelSpec, partition: &Partition) -> Vec<Slice> {
+    let table = Slice {
+        rows: partition.vocab.len(),
+        columns: 0..spec.hidden,
+    };
+    vec![table; if spec.tied { 1 } else { 2 }]
 }

@@ -1,29 +1,74 @@
 //! Linear layers of one rank: some rows of a matrix (column-parallel) or some columns of it (row-parallel).
 //!
-//! Owns which part of the checkpoint a rank reads. Rows go straight from the mapped file into the backend's packing.
+//! Owns which part of the checkpoint a rank reads, and whether it is packed as floats or quantised. Rows go straight from
+//! the mapped file into the backend's packing.
 
 use super::{LoadError, Loader};
-use crate::backend::{Backend, LinearShape, RowSource};
+use crate::backend::{Backend, LinearShape, QuantRow, WeightDtype};
 use crate::models::tensors::Stacked;
-use crate::weights::{Tensor, Weights};
+use crate::weights::{Tensor, Weights, quant};
 use std::ops::Range;
 
+/// One rank's part of a matrix.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Slice {
+    /// How many rows.
+    pub rows: usize,
+    /// Which columns of the whole matrix.
+    pub columns: Range<usize>,
+}
+
+impl Slice {
+    /// Bytes of it as packed, bias excluded.
+    pub fn bytes<B: Backend>(&self, dtype: WeightDtype) -> u64 {
+        match dtype.quantised() {
+            None => B::linear_bytes(self.shape(dtype)),
+            Some(bits) => B::quantised_bytes(quant::shape(bits, self.rows, &self.columns)),
+        }
+    }
+
+    /// Its numbers.
+    pub fn numbers(&self) -> usize {
+        self.rows * self.columns.len()
+    }
+
+    fn shape(&self, dtype: WeightDtype) -> LinearShape {
+        LinearShape {
+            n: self.rows,
+            k: self.columns.len(),
+            dtype: dtype.float(),
+        }
+    }
+}
+
 impl<B: Backend> Loader<'_, B> {
-    /// Column-parallel: these rows of the matrix, one range after another, with their biases.
+    /// Column-parallel: these rows of a layer's matrix, one range after another, with their biases.
     pub fn rows(
         &mut self,
         matrix: &Stacked,
         ranges: &[Range<usize>],
     ) -> Result<B::Linear, LoadError> {
-        let pieces = pieces_of(self.weights, matrix, ranges, "weight")?;
-        let shape = LinearShape {
-            n: ranges.iter().map(Range::len).sum(),
-            k: matrix.columns,
-            dtype: self.dtype,
+        self.rows_as(self.dtype, matrix, ranges)
+    }
+
+    /// These rows of the embedding or the head, which are never quantised.
+    pub fn end(&mut self, matrix: &Stacked, rows: Range<usize>) -> Result<B::Linear, LoadError> {
+        self.rows_as(self.dtype.of_ends(), matrix, &[rows])
+    }
+
+    fn rows_as(
+        &mut self,
+        dtype: WeightDtype,
+        matrix: &Stacked,
+        ranges: &[Range<usize>],
+    ) -> Result<B::Linear, LoadError> {
+        let slice = Slice {
+            rows: ranges.iter().map(Range::len).sum(),
+            columns: 0..matrix.columns,
         };
         let mut bias = Vec::new();
         if matrix.bias {
-            bias.resize(shape.n, 0.0);
+            bias.resize(slice.rows, 0.0);
             let mut rest = bias.as_mut_slice();
             for (tensor, rows) in pieces_of(self.weights, matrix, ranges, "bias")? {
                 let (part, after) = rest.split_at_mut(rows.len());
@@ -31,29 +76,24 @@ impl<B: Backend> Loader<'_, B> {
                 rest = after;
             }
         }
-        let row = |mut row: usize, out: &mut [f32]| {
-            for (tensor, rows) in &pieces {
-                if row < rows.len() {
-                    return tensor.read((rows.start + row) * shape.k, out);
-                }
-                row -= rows.len();
-            }
+        let rows = Rows {
+            pieces: pieces_of(self.weights, matrix, ranges, "weight")?,
+            width: matrix.columns,
         };
-        self.pack(shape, &row, matrix.bias.then_some(&bias[..]))
+        self.pack(dtype, &slice, &rows, matrix.bias.then_some(&bias[..]))
     }
 
-    /// Row-parallel: all rows, these columns. The results of all ranks are to be summed, so the bias is rank 0's alone.
+    /// Row-parallel: all rows of a layer's matrix, these columns. The results of all ranks are to be summed, so the bias is
+    /// rank 0's alone.
     pub fn columns(
         &mut self,
         matrix: &Stacked,
         columns: Range<usize>,
     ) -> Result<B::Linear, LoadError> {
         let all = [matrix.rows()];
-        let pieces = pieces_of(self.weights, matrix, &all, "weight")?;
-        let shape = LinearShape {
-            n: all[0].len(),
-            k: columns.len(),
-            dtype: self.dtype,
+        let slice = Slice {
+            rows: all[0].len(),
+            columns,
         };
         let mut bias = None;
         if matrix.bias && self.partition.rank == 0 {
@@ -65,27 +105,57 @@ impl<B: Backend> Loader<'_, B> {
                     .collect::<Vec<f32>>(),
             );
         }
-        let row = |mut row: usize, out: &mut [f32]| {
-            for (tensor, rows) in &pieces {
-                if row < rows.len() {
-                    return tensor.read(row * matrix.columns + columns.start, out);
-                }
-                row -= rows.len();
-            }
+        let rows = Rows {
+            pieces: pieces_of(self.weights, matrix, &all, "weight")?,
+            width: matrix.columns,
         };
-        self.pack(shape, &row, bias.as_deref())
+        self.pack(self.dtype, &slice, &rows, bias.as_deref())
     }
 
     fn pack(
         &mut self,
-        shape: LinearShape,
-        rows: &RowSource<'_>,
+        dtype: WeightDtype,
+        slice: &Slice,
+        rows: &Rows<'_>,
         bias: Option<&[f32]>,
     ) -> Result<B::Linear, LoadError> {
-        let packed = self.backend.pack(shape, rows, bias)?;
-        self.packed += B::linear_bytes(shape);
+        let columns = &slice.columns;
+        let packed = match dtype.quantised() {
+            None => {
+                let row = |i: usize, out: &mut [f32]| rows.read(i, columns.start, out);
+                self.backend.pack(slice.shape(dtype), &row, bias)
+            }
+            Some(bits) => {
+                let row = |i: usize, out: QuantRow<'_>| {
+                    let read = |first: usize, values: &mut [f32]| rows.read(i, first, values);
+                    quant::quantise_row(bits, rows.width, columns, read, out);
+                };
+                let shape = quant::shape(bits, slice.rows, columns);
+                self.backend.pack_quantised(shape, &row, bias)
+            }
+        }?;
+        self.packed += slice.bytes::<B>(dtype);
         (self.progress)(self.packed);
         Ok(packed)
+    }
+}
+
+/// The rows that a rank takes of a matrix, where they lie in the file.
+struct Rows<'a> {
+    pieces: Vec<(Tensor<'a>, Range<usize>)>,
+    /// Columns of the whole matrix.
+    width: usize,
+}
+
+impl Rows<'_> {
+    /// Reads numbers of row `row` from column `first` on.
+    fn read(&self, mut row: usize, first: usize, out: &mut [f32]) {
+        for (tensor, rows) in &self.pieces {
+            if row < rows.len() {
+                return tensor.read((rows.start + row) * self.width + first, out);
+            }
+            row -= rows.len();
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! The MLP, divided by columns of its middle.
 
+use super::linear::Slice;
 use super::{LoadError, Loader, Step, Workspace};
 use crate::backend::Backend;
 use crate::collective::{Collective, CollectiveError};
@@ -71,11 +72,17 @@ pub(crate) fn gates(spec: &ModelSpec) -> usize {
     }
 }
 
-/// `(n, k)` of one rank's matrices of a layer's MLP.
-pub(crate) fn shapes(spec: &ModelSpec, partition: &Partition) -> [(usize, usize); 2] {
-    let middle = partition.intermediate.len();
+/// One rank's matrices of a layer's MLP.
+pub(crate) fn slices(spec: &ModelSpec, partition: &Partition) -> [Slice; 2] {
+    let middle = &partition.intermediate;
     [
-        (middle * (1 + gates(spec)), spec.hidden),
-        (spec.hidden, middle),
+        Slice {
+            rows: middle.len() * (1 + gates(spec)),
+            columns: 0..spec.hidden,
+        },
+        Slice {
+            rows: spec.hidden,
+            columns: middle.clone(),
+        },
     ]
 }

@@ -2,7 +2,7 @@
 
 use crate::backend::{Backend, KvDtype, KvShape, StepShape, WeightDtype};
 use crate::layers::WorkspaceSizes;
-use crate::layers::decoder::weight_bytes;
+use crate::layers::decoder::{quantised_max, weight_bytes};
 use crate::models::checkpoint::LoadError;
 use crate::models::partition::Partition;
 use crate::models::spec::{ModelSpec, SpecError};
@@ -112,7 +112,7 @@ fn step_shape(spec: &ModelSpec, partition: &Partition, options: &RunnerOptions) 
         spans: options.spans_max as usize,
         logits_rows: options.logits_rows(),
         width: widest(spec, partition),
-        quantised: 0,
+        quantised: quantised_max(spec, partition, options.weight_dtype),
         heads: partition.heads,
         vocab: spec.vocab,
         context_max: spec.context_max,

@@ -10,7 +10,7 @@ use super::simd::Simd;
 use super::tile::{
     Element, PANEL, TILE_PANELS_MAX, TILE_ROWS_MAX, Tile, tile_bounds, tile_panels, tile_rows,
 };
-use crate::backend::{DeviceError, LinearShape, RowSource, WeightDtype};
+use crate::backend::{DeviceError, FloatDtype, LinearShape, RowSource};
 
 #[cfg(test)]
 mod tests;
@@ -54,8 +54,8 @@ impl CpuLinear {
     ) -> Result<CpuLinear, DeviceError> {
         let LinearShape { n, k, dtype } = shape;
         let panels = match dtype {
-            WeightDtype::F32 => Panels::F32(pack_panels(pool, n, k, rows)?),
-            WeightDtype::Bf16 => Panels::Bf16(pack_panels(pool, n, k, rows)?),
+            FloatDtype::F32 => Panels::F32(pack_panels(pool, n, k, rows)?),
+            FloatDtype::Bf16 => Panels::Bf16(pack_panels(pool, n, k, rows)?),
         };
         let bias = bias.map(|bias| padded(bias, n)).transpose()?;
         Ok(CpuLinear { n, k, panels, bias })
@@ -64,8 +64,8 @@ impl CpuLinear {
     /// Bytes of the panels.
     pub(super) fn bytes(shape: LinearShape) -> u64 {
         let numbers = match shape.dtype {
-            WeightDtype::F32 => <f32 as Element>::panel_len(shape.k),
-            WeightDtype::Bf16 => <u16 as Element>::panel_len(shape.k),
+            FloatDtype::F32 => <f32 as Element>::panel_len(shape.k),
+            FloatDtype::Bf16 => <u16 as Element>::panel_len(shape.k),
         };
         (shape.n.div_ceil(PANEL) * numbers * shape.dtype.bytes()) as u64
     }

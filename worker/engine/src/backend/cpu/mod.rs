@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use super::{
     Attention, Backend, Batch, Columns, DeviceError, Heads, KvShape, LayerNorm, LinearShape,
-    RowSource, Size, StepShape,
+    QuantShape, QuantSource, RowSource, Size, StepShape,
 };
 use attention::AttentionSpace;
 use ops::{Add, Clamp, Gelu, Scale};
@@ -132,6 +132,18 @@ impl Backend for CpuBackend {
 
     fn linear_bytes(shape: LinearShape) -> u64 {
         CpuLinear::bytes(shape)
+    }
+
+    fn pack_quantised(
+        &mut self,
+        shape: QuantShape,
+        _rows: &QuantSource<'_>,
+        _bias: Option<&[f32]>,
+    ) -> Result<CpuLinear, DeviceError> {
+        Err(DeviceError::Unsupported(format!(
+            "{} weights: a CPU has products of bf16 and f32 ones",
+            shape.bits.name()
+        )))
     }
 
     fn alloc_kv(&mut self, shape: KvShape) -> Result<CpuKv, DeviceError> {

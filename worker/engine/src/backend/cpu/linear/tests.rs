@@ -12,13 +12,13 @@ fn matrix(
     pool: &Pool,
     n: usize,
     k: usize,
-    dtype: WeightDtype,
+    dtype: FloatDtype,
     bias: bool,
 ) -> (CpuLinear, Vec<f32>, Vec<f32>) {
     let weights = numbers(n * k, 1);
     let rounded = weights.iter().map(|w| match dtype {
-        WeightDtype::F32 => *w,
-        WeightDtype::Bf16 => u16::round(*w).widen(),
+        FloatDtype::F32 => *w,
+        FloatDtype::Bf16 => u16::round(*w).widen(),
     });
     let rounded = rounded.collect();
     let bias_values = if bias { numbers(n, 2) } else { vec![0.0; n] };
@@ -56,7 +56,7 @@ fn products_equal_plain_loops_for_odd_shapes() {
         (130, 77),
     ];
     for (n, k) in shapes {
-        for dtype in [WeightDtype::F32, WeightDtype::Bf16] {
+        for dtype in [FloatDtype::F32, FloatDtype::Bf16] {
             let (linear, weights, bias) = matrix(&pool, n, k, dtype, (n + k) % 2 == 0);
             for m in [1, 2, 3, 5, 7, 12, 13, 40, 97] {
                 let x = numbers(m * k, 3);
@@ -83,7 +83,7 @@ fn products_equal_plain_loops_for_odd_shapes() {
 #[test]
 fn a_row_has_the_same_bits_in_any_company_and_on_any_threads() {
     let pools = [1, 2].map(|threads| Pool::new(threads, &[]).unwrap());
-    for dtype in [WeightDtype::F32, WeightDtype::Bf16] {
+    for dtype in [FloatDtype::F32, FloatDtype::Bf16] {
         let (n, k) = (83, 1029);
         let (linear, ..) = matrix(&pools[0], n, k, dtype, true);
         let x = numbers(130 * k, 4);
@@ -109,7 +109,7 @@ fn a_row_has_the_same_bits_in_any_company_and_on_any_threads() {
 #[test]
 fn rows_come_back_out_of_the_panels() {
     let pool = Pool::new(1, &[]).unwrap();
-    for dtype in [WeightDtype::F32, WeightDtype::Bf16] {
+    for dtype in [FloatDtype::F32, FloatDtype::Bf16] {
         let (linear, weights, _) = matrix(&pool, 35, 21, dtype, false);
         let mut row = vec![0.0; 21];
         for i in 0..35 {
@@ -123,7 +123,7 @@ fn rows_come_back_out_of_the_panels() {
 fn a_number_that_is_not_finite_stays_in_its_row() {
     let pool = Pool::new(1, &[]).unwrap();
     let k = 33;
-    let (linear, ..) = matrix(&pool, 20, k, WeightDtype::Bf16, false);
+    let (linear, ..) = matrix(&pool, 20, k, FloatDtype::Bf16, false);
     for isa in isas() {
         let mut x = numbers(3 * k, 5);
         x[k] = f32::NAN;
