@@ -362,9 +362,7 @@ impl Thread {
         if !events.is_empty() {
             (self.sink)(events);
         }
-        if matches!(reason, EngineEnd::Stopped) {
-            self.runner.close();
-        }
+        self.runner.end(&reason);
         reason
     }
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 /// A runner that also receives the leader's plans: on ranks above 0 both come through one group.
 pub trait PlanSource: Runner {
     /// Waits for the leader's next plan and puts its bytes in `bytes`. No bytes at all: the leader is done, see
-    /// [`Runner::close`].
+    /// [`Runner::end`].
     ///
     /// # Errors
     /// [`StepError`]: the leader is lost or the group was ended.
@@ -60,10 +60,16 @@ pub fn spawn(
     std::thread::Builder::new()
         .name(name.into())
         .spawn(move || {
-            let reason = guarded(move || {
-                follow(runner, generation, &stats)
+            let mut runner = runner;
+            let reason = guarded(|| {
+                follow(&mut *runner, generation, &stats)
                     .err()
                     .map_or(EngineEnd::Stopped, EngineEnd::from)
+            });
+            let ended = reason;
+            let reason = guarded(|| {
+                runner.end(&ended);
+                ended
             });
             end.set(reason.clone());
             on_end(reason);
@@ -71,11 +77,7 @@ pub fn spawn(
     Ok(handle)
 }
 
-fn follow(
-    mut runner: Box<dyn PlanSource>,
-    generation: u64,
-    stats: &Stats,
-) -> Result<(), StepError> {
+fn follow(runner: &mut dyn PlanSource, generation: u64, stats: &Stats) -> Result<(), StepError> {
     let mut bytes = Vec::new();
     loop {
         stats.idle();

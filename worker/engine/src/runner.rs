@@ -3,6 +3,7 @@
 //! Owns the [`Runner`] trait, the one `dyn` of the engine. `submit`/`collect` are apart so that a device can run ahead
 //! of the CPU; the CPU backend computes in `submit` and hands out the result in `collect`.
 
+use crate::end::EngineEnd;
 use crate::mask::MaskSlot;
 use crate::plan::StepPlan;
 use crate::request::{Sampling, SequenceError, TokenLogprob};
@@ -85,6 +86,9 @@ pub enum StepError {
         /// What was seen.
         reason: String,
     },
+    /// This rank's group was ended from outside, by its [`AbortHandle`](crate::collective::AbortHandle).
+    #[error("the shard group was ended")]
+    Aborted,
     /// The device or the plan is broken.
     #[error("{0}")]
     Broken(String),
@@ -104,7 +108,7 @@ pub trait Runner: Send {
         pools: &[PoolRows<'_>],
     ) -> Result<Ticket, StepError>;
 
-    /// Waits for a step and takes its output.
+    /// Waits until a step is over, on followers too, and takes its output.
     ///
     /// # Errors
     /// [`StepError`], as for [`Runner::submit`].
@@ -113,8 +117,9 @@ pub trait Runner: Send {
     /// The sizes the scheduler needs to know.
     fn geometry(&self) -> Geometry;
 
-    /// No step will follow, and none failed: a leader tells its followers. Does nothing by default.
-    fn close(&mut self) {}
+    /// No step will follow, for this reason. Where none failed a leader tells its followers. By default the runner is just
+    /// dropped.
+    fn end(self: Box<Self>, _end: &EngineEnd) {}
 }
 
 /// What a scheduler must know of a model and its memory.

@@ -23,6 +23,7 @@ mod softmax;
 #[cfg(test)]
 mod tests;
 
+use crate::backend::Draw;
 use crate::request::{Sampling, SequenceError, TokenLogprob};
 use crate::runner::{SampleRow, Sampled};
 use softmax::{exp, ln, sum_exp};
@@ -52,6 +53,38 @@ pub fn sample(logits: &mut [f32], row: &SampleRow<'_>) -> Result<Sampled, Sequen
         };
         let logprob = raw.map(|raw| raw.of_token(id, raw_logit(id)));
         Ok(Sampled { id, logprob })
+    })
+}
+
+/// How a device is to choose the same token from row `at` of its logits, where the steps 1 and 7 to 12 are all there is.
+/// Whether they are is the sequence's own matter: which rows it shares a step with never decides who chooses.
+#[must_use]
+pub fn draw(row: &SampleRow<'_>, at: u32) -> Option<Draw> {
+    let Sampling {
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        ref logit_bias,
+        seed,
+        logprobs,
+    } = *row.sampling;
+    let plain = row.mask.is_none()
+        && logprobs.is_none()
+        && logit_bias.is_empty()
+        && repetition_penalty == 1.0
+        && presence_penalty == 0.0
+        && frequency_penalty == 0.0;
+    plain.then(|| Draw {
+        row: at,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        u: random::uniform(seed, row.candidate, row.output_index),
     })
 }
 

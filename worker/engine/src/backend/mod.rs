@@ -39,7 +39,8 @@ pub trait Backend: Send + 'static {
     /// The K and V of all layers and blocks, in the backend's own layout.
     type Kv: Send;
 
-    /// Rows whose logits are computed together: what they take is set aside for good.
+    /// Rows whose logits are computed together: what they take is set aside for good. With a vocabulary of 128k, 32 rows are
+    /// 16 MB; a prompt whose every row is scored takes several rounds. Steps of more decodes than this are not recorded.
     const LOGITS_ROWS: usize = 32;
     /// Whether the device's memory is the host's: then what the host keeps of a step counts as the device's.
     const ON_HOST: bool = true;
@@ -150,8 +151,14 @@ pub trait Backend: Send + 'static {
         DecodeOps::Wanted
     }
 
-    /// Called after the ops of a step of decodes, unless one of them failed.
+    /// Called after the ops of a step of decodes, unless one of them failed: then no step follows, and the recording is left
+    /// half made for [`Backend::renew`] or the end of the backend to drop.
     fn end_decode(&mut self) {}
+
+    /// Called when a group of ranks is over and before its [`Collective`](crate::collective::Collective) is dropped: waits
+    /// until nothing runs, drops all recordings, draws and faults, and keeps all memory with what lies in it. A group's
+    /// recordings hold the group. Does nothing by default.
+    fn renew(&mut self) {}
 
     // Ops, in the order of a forward pass.
 

@@ -103,7 +103,8 @@ impl From<CollectiveError> for StepError {
                 ranks,
                 reason,
             },
-            other => StepError::Broken(other.to_string()),
+            CollectiveError::Aborted => StepError::Aborted,
+            CollectiveError::OutOfStep(_) => StepError::Broken(error.to_string()),
         }
     }
 }

@@ -28,6 +28,12 @@ struct Layer<B: Backend> {
 }
 
 impl<B: Backend> Decoder<B> {
+    /// Hands the step's tokens and positions to the device, before the first op.
+    pub fn begin_step<C>(&self, step: &mut Step<'_, B, C>, work: &mut Workspace<B>) {
+        step.backend.begin_step(step.batch);
+        work.position.begin_step(step.backend, step.batch);
+    }
+
     /// Computes the residual stream `x` of the step's tokens, and writes their K and V to the cache.
     pub fn forward<C: Collective<B::Buf>>(
         &self,
@@ -36,8 +42,6 @@ impl<B: Backend> Decoder<B> {
         kv: &mut B::Kv,
     ) -> Result<(), CollectiveError> {
         let size = step.size(self.hidden);
-        step.backend.begin_step(step.batch);
-        work.position.begin_step(step.backend, step.batch);
         self.embedding.forward(step, work)?;
         for (i, layer) in self.layers.iter().enumerate() {
             layer

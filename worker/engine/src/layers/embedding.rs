@@ -83,13 +83,13 @@ impl<B: Backend> Embedding<B> {
         &work.rows
     }
 
-    /// The logits of some rows of `x`; on rank 0 they are in the returned buffer, `[rows.len(), vocab]`.
-    pub fn logits<'w, C: Collective<B::Buf>>(
+    /// Computes the logits of some rows of `x`; they are on rank 0, in [`Embedding::logits_in`].
+    pub fn logits<C: Collective<B::Buf>>(
         &self,
         step: &mut Step<'_, B, C>,
         rows: &[u32],
-        work: &'w mut Workspace<B>,
-    ) -> Result<&'w B::Buf, CollectiveError> {
+        work: &mut Workspace<B>,
+    ) -> Result<(), CollectiveError> {
         self.hidden(step, rows, work);
         step.backend.linear(
             rows.len(),
@@ -109,15 +109,22 @@ impl<B: Backend> Embedding<B> {
             );
         }
         if self.vocab_widths.len() == 1 {
-            return Ok(&work.logits_part);
+            return Ok(());
         }
         step.collective.gather_columns(
             &work.logits_part,
             rows.len(),
             &self.vocab_widths,
             &mut work.logits,
-        )?;
-        Ok(&work.logits)
+        )
+    }
+
+    /// Where rank 0 finds the logits that were last computed, `[rows, vocab]`.
+    pub fn logits_in<'w>(&self, work: &'w Workspace<B>) -> &'w B::Buf {
+        match self.vocab_widths.len() {
+            1 => &work.logits_part,
+            _ => &work.logits,
+        }
     }
 }
 

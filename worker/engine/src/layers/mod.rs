@@ -149,8 +149,8 @@ impl WorkspaceSizes {
         }
     }
 
-    /// Bytes of all buffers, those on the host too.
-    pub fn bytes(&self) -> u64 {
+    /// Bytes of all buffers on the device; those on the host too where its memory is the device's.
+    pub fn bytes<B: Backend>(&self) -> u64 {
         let WorkspaceSizes {
             hidden,
             qkv,
@@ -164,8 +164,9 @@ impl WorkspaceSizes {
             position,
             host,
         } = *self;
-        let numbers = [
-            2 * hidden,
+        let bufs = [
+            hidden,
+            hidden,
             qkv,
             attended,
             mlp_in,
@@ -175,9 +176,9 @@ impl WorkspaceSizes {
             logits_part,
             logits,
             position,
-            host,
         ];
-        4 * numbers.iter().map(|&numbers| numbers as u64).sum::<u64>()
+        let host = if B::ON_HOST { 4 * host as u64 } else { 0 };
+        bufs.into_iter().map(B::buf_bytes).sum::<u64>() + host
     }
 }
 

@@ -1,7 +1,7 @@
 //! From a plan to a batch: the check, and the flat form that backends read.
 
 use crate::backend::{Batch, BatchSpan};
-use crate::plan::{BLOCK_TOKENS, DEVICE_SLOT, Logits, StepPlan};
+use crate::plan::{BLOCK_TOKENS, DEVICE_SLOT, Logits, Span, StepPlan};
 use crate::runner::{Geometry, StepError};
 
 /// A row of logits that a plan asks for.
@@ -58,6 +58,28 @@ pub(super) fn check(
     }
     plan.check(geometry)
         .map_err(|error| StepError::Broken(error.to_string()))
+}
+
+/// How many rows a step has of which every span is one token that wants its last logits, if they are at most `rows_max`:
+/// then a backend may record it. Depends on the plan alone, so that all ranks do alike.
+pub(super) fn decode_rows(plan: &StepPlan, rows_max: usize) -> Option<usize> {
+    let rows = plan.spans.len();
+    let decodes = |span: &Span| span.len == 1 && span.logits == Logits::Last;
+    (rows <= rows_max && plan.spans.iter().all(decodes)).then_some(rows)
+}
+
+/// Fills the batch of a step of decodes up to `rows`, with tokens of no sequence.
+pub(super) fn pad(batch: &mut Batch, rows: usize) {
+    let blocks = batch.blocks.len();
+    for row in batch.len()..rows {
+        batch.tokens.push(0);
+        batch.positions.push(0);
+        batch.spans.push(BatchSpan {
+            rows: row..row + 1,
+            position: 0,
+            blocks: blocks..blocks,
+        });
+    }
 }
 
 /// Turns a checked plan into the batch, and lists the rows of logits that it asks for. Vectors keep their memory.

@@ -7,10 +7,6 @@ use crate::models::checkpoint::LoadError;
 use crate::models::partition::Partition;
 use crate::models::spec::{ModelSpec, SpecError};
 
-/// Rows whose logits are computed at a time. With a vocabulary of 128k, 32 rows are 16 MB; a prompt whose every row is
-/// scored takes several rounds.
-const LOGITS_ROWS: usize = 32;
-
 /// What the caller chooses about a model's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RunnerOptions {
@@ -35,7 +31,8 @@ pub struct Footprint {
     pub weights: u64,
     /// One KV block over all layers.
     pub kv_block: u64,
-    /// Activations of the largest step, with what the backend takes to compute it and what the host keeps of it.
+    /// Activations of the largest step, with what the backend takes to compute it; where the device's memory is the host's,
+    /// with what the host keeps of it.
     pub workspace: u64,
 }
 
@@ -54,9 +51,18 @@ impl Footprint {
         Ok(Footprint {
             weights: weight_bytes::<B>(spec, &partition, options.weight_dtype),
             kv_block: B::kv_block_bytes(kv_shape(spec, &partition, options)),
-            workspace: workspace_sizes(spec, &partition, options).bytes()
-                + B::scratch_bytes(&step_shape(spec, &partition, options)),
+            workspace: workspace_sizes::<B>(spec, &partition, options).bytes::<B>()
+                + B::scratch_bytes(&step_shape::<B>(spec, &partition, options)),
         })
+    }
+
+    /// All of it, with a pool of `blocks` KV blocks.
+    #[must_use]
+    pub const fn bytes(&self, blocks: u32) -> u64 {
+        let kv = self.kv_block.saturating_mul(blocks as u64);
+        self.weights
+            .saturating_add(kv)
+            .saturating_add(self.workspace)
     }
 }
 
@@ -86,8 +92,13 @@ impl RunnerOptions {
     }
 
     /// Rows whose logits are computed at a time.
-    pub(super) fn logits_rows(&self) -> usize {
-        LOGITS_ROWS.min(self.step_tokens_max as usize)
+    pub(super) fn logits_rows<B: Backend>(&self) -> usize {
+        B::LOGITS_ROWS.min(self.step_tokens_max as usize)
+    }
+
+    /// Most rows of a step of decodes that a backend may record: their logits fit together.
+    pub(super) fn decode_rows_max<B: Backend>(&self) -> usize {
+        self.logits_rows::<B>().min(self.spans_max as usize)
     }
 }
 
@@ -106,11 +117,15 @@ pub(super) fn kv_shape(
 }
 
 /// The largest step of one rank.
-fn step_shape(spec: &ModelSpec, partition: &Partition, options: &RunnerOptions) -> StepShape {
+fn step_shape<B: Backend>(
+    spec: &ModelSpec,
+    partition: &Partition,
+    options: &RunnerOptions,
+) -> StepShape {
     StepShape {
         rows: options.step_tokens_max as usize,
         spans: options.spans_max as usize,
-        logits_rows: options.logits_rows(),
+        logits_rows: options.logits_rows::<B>(),
         width: widest(spec, partition),
         quantised: quantised_max(spec, partition, options.weight_dtype),
         heads: partition.heads,
@@ -126,7 +141,7 @@ fn widest(spec: &ModelSpec, partition: &Partition) -> usize {
     spec.hidden.max(partition.heads.q_width()).max(middle)
 }
 
-pub(super) fn workspace_sizes(
+pub(super) fn workspace_sizes<B: Backend>(
     spec: &ModelSpec,
     partition: &Partition,
     options: &RunnerOptions,
@@ -135,6 +150,6 @@ pub(super) fn workspace_sizes(
         spec,
         partition,
         options.step_tokens_max as usize,
-        options.logits_rows(),
+        options.logits_rows::<B>(),
     )
 }

@@ -1,6 +1,8 @@
-//! From rows of logits and of hidden states to a step's output: which row is sampled, which is scored, which is summed.
+//! From rows of logits and of hidden states to a step's output: which row is sampled, and by whom, which is scored, which
+//! is summed.
 
 use super::batch::WantedRow;
+use crate::backend::{Draw, NOT_FINITE};
 use crate::plan::{Logits, StepPlan};
 use crate::request::{SequenceError, TokenLogprob};
 use crate::runner::{PoolRows, SampleRow, Sampled, ScoreRows, StepError, StepOutput};
@@ -52,10 +54,28 @@ pub(super) struct Outputs<'a> {
     samples: &'a [SampleRow<'a>],
     scores: &'a [ScoreRows<'a>],
     pools: &'a [PoolRows<'a>],
-    sampled: Vec<Option<Result<Sampled, SequenceError>>>,
+    pending: Pending,
+    scratch: Vec<f32>,
+}
+
+/// A step's output, with the tokens that the device still draws left open.
+#[derive(Default)]
+pub(super) struct Pending {
+    sampled: Vec<Choice>,
     scored: Vec<Result<Vec<TokenLogprob>, SequenceError>>,
     pooled: Vec<Vec<f64>>,
-    scratch: Vec<f32>,
+    /// How many tokens the device draws.
+    pub draws: usize,
+}
+
+/// A token to be chosen.
+enum Choice {
+    /// Its row of logits has not been seen.
+    Open,
+    /// The host chose it.
+    Made(Result<Sampled, SequenceError>),
+    /// The device draws it, as this one of the step's.
+    Drawn(usize),
 }
 
 impl<'a> Outputs<'a> {
@@ -73,15 +93,53 @@ impl<'a> Outputs<'a> {
             samples,
             scores,
             pools,
-            pooled: pools.iter().map(|pool| pool.sum.to_vec()).collect(),
-            sampled: samples.iter().map(|_| None).collect(),
-            scored,
+            pending: Pending {
+                sampled: samples.iter().map(|_| Choice::Open).collect(),
+                scored,
+                pooled: pools.iter().map(|pool| pool.sum.to_vec()).collect(),
+                draws: 0,
+            },
             scratch,
         }
     }
 
+    /// Lists the tokens that a device can draw from some wanted rows. A span that is scored is the host's: it reads it
+    /// anyway.
+    pub fn draw_rows(&mut self, wanted: &[WantedRow], draws: &mut Vec<Draw>) {
+        let Pending {
+            sampled,
+            draws: count,
+            ..
+        } = &mut self.pending;
+        for (sample, choice) in self.samples.iter().zip(sampled) {
+            let scored = self.scores.iter().any(|score| score.span == sample.span);
+            let row = last_row(wanted, sample.span).filter(|_| !scored);
+            if let Some(draw) = row.and_then(|row| sampler::draw(sample, row as u32)) {
+                draws.push(draw);
+                *choice = Choice::Drawn(*count);
+                *count += 1;
+            }
+        }
+    }
+
+    /// How many of these rows, from the first on, hold all that the host must see.
+    pub fn rows_read(&self, wanted: &[WantedRow]) -> usize {
+        let choices = self.samples.iter().zip(&self.pending.sampled);
+        let open = choices.filter(|(_, choice)| matches!(choice, Choice::Open));
+        let sampled = open.filter_map(|(sample, _)| last_row(wanted, sample.span));
+        let scored = self.scores.iter().filter_map(|score| {
+            let is_scored =
+                |row: &WantedRow| row.span == score.span && row.token < score.targets.len();
+            wanted.iter().rposition(is_scored)
+        });
+        sampled.chain(scored).max().map_or(0, |last| last + 1)
+    }
+
     pub fn take_row(&mut self, row: WantedRow, logits: &[f32]) {
-        for (score, out) in self.scores.iter().zip(&mut self.scored) {
+        let Pending {
+            sampled, scored, ..
+        } = &mut self.pending;
+        for (score, out) in self.scores.iter().zip(scored) {
             if score.span != row.span {
                 continue;
             }
@@ -92,12 +150,12 @@ impl<'a> Outputs<'a> {
                 }
             }
         }
-        for (sample, out) in self.samples.iter().zip(&mut self.sampled) {
-            if row.last && sample.span == row.span {
+        for (sample, choice) in self.samples.iter().zip(sampled) {
+            if row.last && sample.span == row.span && matches!(choice, Choice::Open) {
                 // Candidates may share a row, and sampling changes it.
                 self.scratch.clear();
                 self.scratch.extend_from_slice(logits);
-                *out = Some(sampler::sample(&mut self.scratch, sample));
+                *choice = Choice::Made(sampler::sample(&mut self.scratch, sample));
             }
         }
     }
@@ -107,7 +165,7 @@ impl<'a> Outputs<'a> {
         for (_, sum) in self
             .pools
             .iter()
-            .zip(&mut self.pooled)
+            .zip(&mut self.pending.pooled)
             .filter(|(pool, _)| pool.span == span)
         {
             sum.resize(hidden.len(), 0.0);
@@ -117,25 +175,36 @@ impl<'a> Outputs<'a> {
         }
     }
 
-    pub fn finish(self) -> (StepOutput, Vec<f32>) {
-        let missed = || {
-            Err(SequenceError::Engine(
-                "the step gave no logits for this sequence".to_owned(),
-            ))
-        };
-        let samples = self
-            .sampled
-            .into_iter()
-            .map(|sampled| sampled.unwrap_or_else(missed))
-            .collect();
-        (
-            StepOutput {
-                samples,
-                scores: self.scored,
-                pools: self.pooled.into_iter().map(finite).collect(),
+    pub fn finish(self) -> (Pending, Vec<f32>) {
+        (self.pending, self.scratch)
+    }
+}
+
+/// Where a span's last row lies among wanted rows, which are in the order of the spans.
+fn last_row(wanted: &[WantedRow], span: usize) -> Option<usize> {
+    let after = wanted.partition_point(|row| row.span <= span);
+    let row = after.checked_sub(1)?;
+    (wanted[row].span == span && wanted[row].last).then_some(row)
+}
+
+impl Pending {
+    /// The output, with the tokens that the device drew for it.
+    pub fn finish(self, drawn: &[u32]) -> StepOutput {
+        let token = |choice| match choice {
+            Choice::Made(sampled) => sampled,
+            Choice::Drawn(at) => match drawn[at] {
+                NOT_FINITE => Err(SequenceError::NotFinite),
+                id => Ok(Sampled { id, logprob: None }),
             },
-            self.scratch,
-        )
+            Choice::Open => Err(SequenceError::Engine(
+                "the step gave no logits for this sequence".to_owned(),
+            )),
+        };
+        StepOutput {
+            samples: self.sampled.into_iter().map(token).collect(),
+            scores: self.scored,
+            pools: self.pooled.into_iter().map(finite).collect(),
+        }
     }
 }
 

@@ -44,7 +44,7 @@ fn the_announced_workspace_is_the_allocated_one() {
             logits_part,
             logits,
             position,
-        } = runner.work;
+        } = runner.parts.work;
         let (position, angles) = match position {
             Position::Rope {
                 cos_sin, angles, ..
