@@ -5,7 +5,8 @@
 //! plans come from the scheduler, and one that does not fit the cache or the model is refused, never executed.
 //!
 //! `submit` hands a step to the device, `collect` waits for it. Only rows that the host must see are waited for in
-//! `submit`: those whose tokens the device cannot draw. What was read counts after the group has said that it still stands.
+//! `submit`: those whose tokens the device cannot draw. The group is asked once a step, in `collect`, whether it still
+//! stands: before that nothing that was read counts.
 
 mod batch;
 mod footprint;
@@ -191,8 +192,9 @@ impl<B: Backend, C: Collective<B::Buf>> ModelRunner<B, C> {
         &self.numerics_id
     }
 
-    /// Runs a plan and shows each wanted row of logits, in the order of the spans' tokens; on rank 0 only. All ranks of
-    /// a group must run the same plan. [`Runner::submit`] is this with the sampler behind it.
+    /// Runs a plan and shows each wanted row of logits, in the order of the spans' tokens; on rank 0 only. What was shown
+    /// counts when it returns without an error. All ranks of a group must run the same plan. [`Runner::submit`] and
+    /// [`Runner::collect`] are this with the sampler behind it.
     ///
     /// # Errors
     /// [`StepError`]: the plan does not fit this runner, or a rank or the device is lost.
@@ -202,7 +204,8 @@ impl<B: Backend, C: Collective<B::Buf>> ModelRunner<B, C> {
         mut on_row: impl FnMut(WantedRow, &mut [f32]),
     ) -> Result<(), StepError> {
         self.check(plan)?;
-        self.execute(plan, &mut Taking(&mut on_row))
+        self.execute(plan, &mut Taking(&mut on_row))?;
+        self.wait(0)
     }
 
     fn check(&self, plan: &StepPlan) -> Result<(), StepError> {
@@ -283,7 +286,8 @@ impl<B: Backend, C: Collective<B::Buf>> ModelRunner<B, C> {
         let rows = taker.rows_read(wanted);
         if rows > 0 {
             let logits = &mut self.logits[..rows * vocab];
-            settle(backend.read(on_device, logits), &mut self.collective)?;
+            let read = backend.read(on_device, logits);
+            read.map_err(|error| fault(&error, &mut self.collective))?;
             for (row, logits) in wanted.iter().zip(logits.chunks_exact_mut(vocab)) {
                 taker.take_row(*row, logits);
             }
@@ -312,7 +316,7 @@ impl<B: Backend, C: Collective<B::Buf>> ModelRunner<B, C> {
                 let states = decoder.embedding.hidden(&mut step, &self.rows, work);
                 self.hidden.resize(self.rows.len() * width, 0.0);
                 let read = step.backend.read(states, &mut self.hidden);
-                settle(read, step.collective)?;
+                read.map_err(|error| fault(&error, step.collective))?;
                 for row in self.hidden.chunks_exact(width) {
                     taker.take_hidden(index, row);
                 }
@@ -331,7 +335,8 @@ impl<B: Backend, C: Collective<B::Buf>> ModelRunner<B, C> {
         } else {
             backend.read(&work.x, &mut [])
         };
-        settle(waited, &mut self.collective)?;
+        waited.map_err(|error| fault(&error, &mut self.collective))?;
+        self.collective.check()?;
         if draws > self.drawn.len() {
             return Err(StepError::Broken(format!(
                 "the device drew {} of {draws} tokens",
@@ -351,13 +356,12 @@ impl<B: Backend, C: Collective<B::Buf>> ModelRunner<B, C> {
     }
 }
 
-/// Whether what a device gave counts. A group that fell is the reason why a device failed, not the other way round.
-fn settle<Buf>(
-    given: Result<(), DeviceError>,
-    collective: &mut impl Collective<Buf>,
-) -> Result<(), StepError> {
-    collective.check()?;
-    given.map_err(|error| StepError::Broken(error.to_string()))
+/// Why a device failed: a group that fell is the reason, where it did.
+fn fault<Buf>(error: &DeviceError, collective: &mut impl Collective<Buf>) -> StepError {
+    match collective.check() {
+        Ok(()) => StepError::Broken(error.to_string()),
+        Err(fallen) => fallen.into(),
+    }
 }
 
 /// Who is shown the rows that a plan asks for.

@@ -104,7 +104,7 @@ impl From<CollectiveError> for StepError {
                 reason,
             },
             CollectiveError::Aborted => StepError::Aborted,
-            CollectiveError::OutOfStep(_) => StepError::Broken(error.to_string()),
+            other => StepError::Broken(other.to_string()),
         }
     }
 }
