@@ -53,7 +53,7 @@ const SOCKETS: [(&str, &str); 8] = [
 ];
 
 /// Where `unsafe` may stand, each with the reason why it must.
-const UNSAFE: [(&str, &str); 5] = [
+const UNSAFE: [(&str, &str); 6] = [
     (
         "worker/engine/src/backend/cpu",
         "SIMD, and the pool's scoped work",
@@ -61,6 +61,10 @@ const UNSAFE: [(&str, &str); 5] = [
     (
         "worker/engine/src/collective/host",
         "shared memory between ranks",
+    ),
+    (
+        "worker/engine/src/collective/nccl",
+        "device memory between ranks",
     ),
     ("worker/engine/src/weights", "memory-mapped files"),
     ("worker/nccl-rs/src", "a C library"),

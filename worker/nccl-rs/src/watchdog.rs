@@ -51,8 +51,8 @@ pub struct Watchdog {
 impl Watchdog {
     /// Starts to look. Every `period` `rule` is given the communicator's asynchronous error ([`Aborter::async_error`])
     /// and decides; what must be done before an abort, such as destroying CUDA graphs, it does itself. After its word to
-    /// abort, which is its last, `ended` learns whether the abort was through within `abort_within`. The watchdog also
-    /// stops, without a word, when the communicator was ended by others.
+    /// abort, which is its last, `ended` learns whether the abort was through within `abort_within`. Once the communicator is
+    /// being ended by others, the rule is given [`Error::Ended`], and asked no more.
     ///
     /// # Errors
     /// The thread cannot be started.
@@ -72,11 +72,12 @@ impl Watchdog {
                     Err(RecvTimeoutError::Disconnected)
                 ) {
                     let health = aborter.async_error();
-                    if health == Err(Error::Ended) {
-                        return;
-                    }
+                    let over = health == Err(Error::Ended);
                     if rule(health) == Verdict::Abort {
                         return ended(aborter.abort(abort_within));
+                    }
+                    if over {
+                        return;
                     }
                 }
             })?;

@@ -1,7 +1,7 @@
 //! What the ranks of a shard group do together: sums, gathers and the plan stream.
 //!
 //! Owns the [`Collective`] trait and its error. [`solo`] is the group of one; [`host`] joins processes by shared memory
-//! on one machine or TCP between machines. Knows no model and no schedule.
+//! on one machine or TCP between machines; `nccl` joins the devices of such a group. Knows no model and no schedule.
 //!
 //! All ranks make the same calls in the same order. A rank that fails is an error on every other rank, never a hang;
 //! after an error the group is over, each further call gives the same error.
@@ -9,6 +9,9 @@
 use crate::runner::StepError;
 
 pub mod host;
+#[cfg(feature = "cuda")]
+#[allow(unsafe_code)]
+pub mod nccl;
 pub mod solo;
 
 #[cfg(test)]
@@ -22,8 +25,9 @@ pub trait Collective<Buf>: Send {
     /// Ranks in the group.
     fn ranks(&self) -> u32;
 
-    /// Replaces the first `len` numbers of `buf` by their sums over the ranks, added in rank order:
-    /// `((x0 + x1) + x2) + ...`. All ranks get the same bits.
+    /// Replaces the first `len` numbers of `buf` by their sums over the ranks. All ranks get the same bits. Host groups add
+    /// in rank order, `((x0 + x1) + x2) + ...`; the library between devices chooses its order, which matters from three
+    /// ranks on.
     ///
     /// # Errors
     /// [`CollectiveError`]; the buffer's content is then undefined.
@@ -89,6 +93,9 @@ pub enum CollectiveError {
     /// The ranks do not agree on what comes next, or an argument is impossible: a defect, not a loss.
     #[error("the shard group is out of step: {0}")]
     OutOfStep(String),
+    /// This rank's device, or the library between devices, failed.
+    #[error("the shard group failed on this rank: {0}")]
+    Failed(String),
 }
 
 impl From<CollectiveError> for StepError {

@@ -331,6 +331,35 @@ fn an_abort_from_another_thread_ends_a_blocked_call() {
 }
 
 #[test]
+fn a_death_is_seen_from_beside_behind_no_plan_and_with_its_name() {
+    let mut groups = form(3, Transport::Auto, |_| {});
+    let watches: Vec<_> = groups.iter().map(HostGroup::link_watch).collect();
+    assert!(
+        watches
+            .iter()
+            .all(|watch| watch.lost(Duration::ZERO).is_none())
+    );
+    groups[0].send_plan(b"the last step").unwrap();
+    drop(groups.remove(2));
+    assert_eq!(rank_lost(watches[0].lost(SOON).map_or(Ok(()), Err)).0, 2);
+    assert!(
+        watches[1].lost(Duration::ZERO).is_none(),
+        "its leader lives"
+    );
+    // The leader tells of the loss, behind a plan that rank 1 has not read.
+    let loss = watches[0].lost(SOON).unwrap();
+    groups[0].fail(loss.clone());
+    assert!(watches[0].lost(Duration::ZERO).is_none(), "it has closed");
+    assert!(watches[1].lost(Duration::from_millis(20)).is_none());
+    let mut plan = Vec::new();
+    groups[1].recv_plan(&mut plan).unwrap();
+    assert_eq!(plan, b"the last step");
+    assert_eq!(watches[1].lost(SOON), Some(loss.clone()));
+    // Looking has taken nothing away.
+    assert_eq!(groups[1].recv_plan(&mut plan), Err(loss));
+}
+
+#[test]
 fn ranks_that_disagree_on_a_sum_fail_instead_of_mixing_numbers() {
     let mut groups = form(2, Transport::Tcp, |_| {});
     let results = on_all(&mut groups, |group| {

@@ -42,6 +42,7 @@ typedef struct Meeting {
   struct Meeting *next;
   Id id;
   int ranks, joined, finalized;
+  int broken;                    // a rank left a collective: its memory is gone, and the others are stuck
   unsigned at[RANKS];            // collectives that a rank has come to
   unsigned read[RANKS];          // collectives whose numbers a rank has read
   const char *sends[2][RANKS];   // by the collective's parity
@@ -169,8 +170,8 @@ static size_t bytes_of(const Op *op) { return op->count * (op->type == FLOAT32 ?
 // Called with the lock; waits without it. False: aborted.
 static int wait_for(Comm *comm, const unsigned *counters, unsigned at) {
   for (int rank = 0; rank < comm->meeting->ranks; rank++)
-    while (counters[rank] < at) {
-      if (comm->aborted) return 0;
+    while (counters[rank] < at || comm->meeting->broken) {
+      if (comm->aborted) return comm->meeting->broken = 1, 0;
       pthread_cond_wait(&changed, &lock);
     }
   return 1;

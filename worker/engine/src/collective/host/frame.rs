@@ -217,12 +217,48 @@ fn read_lost(stream: &TcpStream, len: u32, deadline: Option<Instant>) -> FrameEr
     if let Err(error) = read_bytes(stream, &mut bytes, deadline) {
         return error;
     }
+    let (rank, reason) = decode_lost(&bytes);
+    FrameError::Lost { rank, reason }
+}
+
+/// Which rank is lost and why: what follows the header of a [`Kind::Lost`] frame, at least 4 bytes.
+fn decode_lost(bytes: &[u8]) -> (u32, String) {
     let rank = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
-    FrameError::Lost {
-        rank,
-        reason: String::from_utf8_lossy(&bytes[4..]).into_owned(),
+    (rank, String::from_utf8_lossy(&bytes[4..]).into_owned())
+}
+
+/// What a closed connection still held, without reading it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Remains {
+    /// Nothing, or nothing that says why.
+    Nothing,
+    /// The other end's word on who is lost.
+    Lost { rank: u32, reason: String },
+    /// Frames that belong to the group's work.
+    Work,
+}
+
+/// Tells from the first unread bytes of a connection what lies there. Long enough are [`REMAINS_BYTES`].
+pub(super) fn remains(bytes: &[u8]) -> Remains {
+    let Some((header, rest)) = bytes.split_first_chunk::<HEADER_BYTES>() else {
+        return Remains::Nothing;
+    };
+    match Header::decode(*header) {
+        Some(Header {
+            kind: Kind::Lost,
+            len,
+            ..
+        }) if (4..=rest.len()).contains(&(len as usize)) => {
+            let (rank, reason) = decode_lost(&rest[..len as usize]);
+            Remains::Lost { rank, reason }
+        }
+        Some(header) if header.kind != Kind::Lost => Remains::Work,
+        _ => Remains::Nothing,
     }
 }
+
+/// Bytes of the longest [`Kind::Lost`] frame.
+pub(super) const REMAINS_BYTES: usize = HEADER_BYTES + 4 + REASON_BYTES_MAX;
 
 /// Tells a follower that `rank` is lost. Gives up soon: the follower may be the next to go.
 pub(super) fn tell_lost(stream: &TcpStream, rank: u32, reason: &str) {
@@ -269,6 +305,29 @@ mod tests {
                 len: 0xfffe_fdfc,
             };
             assert_eq!(Header::decode(header.encode()), Some(header));
+        }
+    }
+
+    #[test]
+    fn a_closed_connection_tells_what_it_held() {
+        let frame = |kind, len: u32, rest: &[u8]| {
+            let mut bytes = Header { kind, op: 0, len }.encode().to_vec();
+            bytes.extend_from_slice(rest);
+            bytes
+        };
+        let lost = frame(Kind::Lost, 7, b"\x02\0\0\0why");
+        assert_eq!(
+            remains(&lost),
+            Remains::Lost {
+                rank: 2,
+                reason: "why".into()
+            }
+        );
+        assert_eq!(remains(&frame(Kind::Plan, 9, b"")), Remains::Work);
+        let cut_short = &lost[..lost.len() - 1];
+        let too_short = frame(Kind::Lost, 3, b"abc");
+        for nothing in [b"".as_slice(), &lost[..11], cut_short, &too_short, &[9; 40]] {
+            assert_eq!(remains(nothing), Remains::Nothing, "{nothing:?}");
         }
     }
 

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use super::frame::{self, FrameError, Kind};
 use super::segment::Segment;
 use super::shared::Shared;
+use super::watch::LinkWatch;
 use super::{FOLLOWER_GRACE, Membership, Transport};
 use crate::collective::{AbortHandle, Collective, CollectiveError, PLAN_BYTES_MAX, check_gather};
 
@@ -31,10 +32,17 @@ pub struct HostGroup {
 pub(super) struct Links {
     pub(super) streams: Vec<TcpStream>,
     aborted: AtomicBool,
+    closed: AtomicBool,
 }
 
 impl Links {
+    /// Whether this end closed them.
+    pub(super) fn closed(&self) -> bool {
+        self.closed.load(Ordering::SeqCst)
+    }
+
     fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
         for stream in &self.streams {
             // Fails when the other end was faster.
             let _ = stream.shutdown(Shutdown::Both);
@@ -59,6 +67,7 @@ impl HostGroup {
             links: Arc::new(Links {
                 streams,
                 aborted: AtomicBool::new(false),
+                closed: AtomicBool::new(false),
             }),
             shared: segment.map(Shared::new),
             op: 0,
@@ -159,6 +168,19 @@ impl HostGroup {
     /// # Errors
     /// As there.
     pub fn recv_plan(&mut self, plan: &mut Vec<u8>) -> Result<(), CollectiveError> {
+        self.recv_plan_within(plan, None)
+    }
+
+    /// As [`HostGroup::recv_plan`]; a leader that sends nothing within `within` is lost.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn recv_plan_within(
+        &mut self,
+        plan: &mut Vec<u8>,
+        within: Option<Duration>,
+    ) -> Result<(), CollectiveError> {
+        let deadline = within.map(|within| Instant::now() + within);
         self.step(|group| {
             if group.rank == 0 {
                 return Err(CollectiveError::OutOfStep(
@@ -166,7 +188,7 @@ impl HostGroup {
                 ));
             }
             let stream = group.link(0);
-            let header = frame::read_header(stream, Kind::Plan, None)
+            let header = frame::read_header(stream, Kind::Plan, deadline)
                 .map_err(|error| group.lost(0, error))?;
             if header.len as usize > PLAN_BYTES_MAX {
                 return Err(CollectiveError::OutOfStep(format!(
@@ -189,6 +211,25 @@ impl HostGroup {
                 links.close();
             }
         })
+    }
+
+    /// How long this rank waits for another one inside a step.
+    #[must_use]
+    pub fn wait_max(&self) -> Duration {
+        self.wait_max
+    }
+
+    /// A look at the connections, for another thread.
+    #[must_use]
+    pub fn link_watch(&self) -> LinkWatch {
+        LinkWatch::new(Arc::clone(&self.links), self.rank, self.ranks)
+    }
+
+    /// Ends the group for a reason seen elsewhere: the other ranks are told as of any lost rank.
+    pub fn fail(&mut self, error: CollectiveError) {
+        if self.failed.is_none() {
+            self.end(error);
+        }
     }
 
     /// Runs one collective. The first error ends the group: it is told to the others and given again ever after.

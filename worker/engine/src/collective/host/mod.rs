@@ -26,10 +26,12 @@ mod shared;
 mod star;
 #[allow(unsafe_code)]
 mod sys;
+mod watch;
 
 pub use form::{FormError, GroupBuilder, join};
 pub use group::HostGroup;
 pub use listener::GroupListener;
+pub use watch::LinkWatch;
 
 /// Most ranks in a group.
 pub const RANKS_MAX: u32 = 64;

@@ -1,0 +1,23 @@
+//! Shard groups of devices: NCCL between the devices, a [`HostGroup`](super::host::HostGroup) between their processes.
+//!
+//! The host group is formed first, by the key and generation that the coordinator made. It carries NCCL's id when the
+//! devices meet, the plans afterwards, and the news of who is lost; sums and gathers are enqueued on the device's stream
+//! ([`group`]). A collective whose rank has died never ends by itself, and the thread that waits for the stream cannot see
+//! why. So another thread looks at the connections, at NCCL and at the clock ([`guard`]); what it makes of that is decided
+//! without any of them ([`watch`]). It frees the stream in this order: recordings that hold collectives are destroyed, then
+//! the communicator is aborted. That has a deadline too, past which the process ends: a device held by a dead group serves
+//! nobody.
+//!
+//! What was read from the device counts once [`Collective::check`](super::Collective::check) says so. NCCL adds in an order
+//! of its own: the same bits on all ranks, but only in groups of two surely those of the host groups.
+
+mod group;
+mod guard;
+mod lane;
+mod watch;
+
+#[cfg(test)]
+mod tests;
+
+pub use group::{Group, Options};
+pub use lane::{LANDING, Lane, Placement};
