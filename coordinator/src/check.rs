@@ -210,7 +210,7 @@ fn models(cluster: &Cluster, registry: &Models, report: &mut Report) -> Result<(
                 workload.name.clone(),
                 workload.shards.to_string(),
                 bytes_text(need.weight_bytes),
-                bytes_text(need.workspace_bytes + need.overhead_bytes),
+                bytes_text(need.fixed_bytes() - need.weight_bytes),
                 planned(&|plan| bytes_text(plan.kv_bytes())),
                 planned(&|plan| bytes_text(plan.bytes())),
                 need.context_max.to_string(),

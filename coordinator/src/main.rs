@@ -63,6 +63,9 @@ struct PlanArguments {
     /// These numbers of shards instead of cluster.toml's workload types: 1,2,4.
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=64))]
     ranks: Vec<u32>,
+    /// Sizes in bytes instead of rounded ones.
+    #[arg(long)]
+    bytes: bool,
 }
 
 fn main() -> ExitCode {
@@ -113,6 +116,7 @@ fn print_plan(cluster: &Cluster, asked: PlanArguments) -> anyhow::Result<ExitCod
         ranks: asked.ranks,
         concurrency: asked.concurrency,
         context: asked.context,
+        bytes: asked.bytes,
     };
     let facts = plan::facts(cluster, &asked.model, asked.version.as_deref())?;
     let (text, fits) = plan::report(cluster, facts, &question)?;

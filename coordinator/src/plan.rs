@@ -14,7 +14,7 @@ use common::wire::message::{DeviceKind, KvDtype, Quantization};
 
 use crate::check::{Models, places};
 use crate::policy::bytes_text;
-use crate::policy::fit::{self, NoFit, Wish};
+use crate::policy::fit::{self, Fit, NoFit, Wish};
 use crate::policy::memory_plan::{self, RankNeed};
 use crate::policy::placement::Place;
 use crate::registry::files::Folder;
@@ -32,6 +32,8 @@ pub struct Question {
     pub concurrency: u32,
     /// A shorter context than the model's own.
     pub context: Option<u32>,
+    /// Sizes in bytes instead of rounded ones.
+    pub bytes: bool,
 }
 
 /// The facts of a model: registered under a name, or at a path. Blocks: reads headers.
@@ -163,10 +165,7 @@ fn head(facts: &ModelFacts, text: &mut String) -> Result<()> {
         facts.model,
         shape.architecture,
         count_text(parameters),
-        match facts.quantization {
-            Quantization::None => "bf16",
-            quantised => quantised.name(),
-        },
+        form_text(facts.quantization),
         shape.layers,
         shape.heads,
         shape.kv_heads,
@@ -180,6 +179,14 @@ fn head(facts: &ModelFacts, text: &mut String) -> Result<()> {
     Ok(())
 }
 
+/// How weights are kept, as a number format.
+fn form_text(quantization: Quantization) -> &'static str {
+    match quantization {
+        Quantization::None => "bf16",
+        quantised => quantised.name(),
+    }
+}
+
 /// A count for people: `6.74 billion`, `1.3 million`.
 fn count_text(count: u64) -> String {
     let count = count as f64;
@@ -190,7 +197,7 @@ fn count_text(count: u64) -> String {
     }
 }
 
-/// One row per type. Says whether the model fits one of them.
+/// A row per type, and on GPUs per form of the weights. Says whether the model, as it is served, fits one of them.
 fn rows(
     facts: &ModelFacts,
     types: &[WorkloadType],
@@ -201,12 +208,13 @@ fn rows(
     let head = [
         "type",
         "ranks",
+        "weights in",
         "weights",
         "workspace",
+        "scratch",
         "overhead",
         "sum",
         "KV/token",
-        "KV/block",
         "KV/sequence",
         "device",
         "left for KV",
@@ -216,39 +224,30 @@ fn rows(
     let mut table = vec![head.map(str::to_owned)];
     let mut notes = Vec::new();
     let mut any = false;
+    let served = facts.quantization;
     for workload in types {
-        let need = memory_plan::need(
-            facts,
-            workload.device,
-            workload.shards,
-            question.concurrency,
-        );
-        let need = match need {
-            Ok(need) => need,
-            Err(error) => {
-                notes.push(format!("{}: {error}", workload.name));
-                continue;
-            }
-        };
-        let wish = Wish {
-            facts,
-            workload,
-            concurrency: question.concurrency,
-        };
-        let fit = fit::fit(wish, places, types);
-        any |= fit.is_ok();
         let budget = device_bytes(workload, places);
-        table.push(row(workload, &need, budget, fit.is_ok()));
-        match (fit, budget) {
-            (Err(NoFit::Never(why) | NoFit::Waiting(why)), _) => {
-                notes.push(format!("{}: {why}", workload.name));
+        for facts in &forms(facts, workload.device) {
+            let wish = Wish {
+                facts,
+                workload,
+                concurrency: question.concurrency,
+            };
+            match memory_plan::need(facts, workload.device, workload.shards, wish.concurrency) {
+                Ok(need) => {
+                    let fit = fit::fit(wish, places, types);
+                    table.push(row(wish, &need, budget, fit.is_ok(), question.bytes));
+                    if facts.quantization == served {
+                        any |= fit.is_ok();
+                        notes.extend(note(wish, &need, budget, fit));
+                    }
+                }
+                Err(error) if facts.quantization == served => {
+                    notes.push(format!("{}: {error}", workload.name));
+                }
+                // Said of the form that is served.
+                Err(_) => {}
             }
-            (Ok(_), Some(budget)) => notes.extend(shortage(workload, &need, budget, question)),
-            (Ok(_), None) => notes.push(format!(
-                "{}: cluster.toml does not say how much memory its devices have; it fits where each has {} free",
-                workload.name,
-                bytes_text(need.least_bytes())
-            )),
         }
     }
     writeln!(text, "\nBytes on each rank\n")?;
@@ -260,23 +259,67 @@ fn rows(
     Ok(any)
 }
 
-fn row(workload: &WorkloadType, need: &RankNeed, budget: Option<u64>, fits: bool) -> [String; 13] {
+/// The model with its weights in each form that such a device has products for, and in its own.
+fn forms(facts: &ModelFacts, kind: DeviceKind) -> Vec<ModelFacts> {
+    let of = |quantization| ModelFacts {
+        quantization,
+        ..facts.clone()
+    };
+    match kind {
+        DeviceKind::Cpu => vec![facts.clone()],
+        DeviceKind::Cuda => Quantization::ALL.map(of).into(),
+    }
+}
+
+fn row(
+    wish: Wish<'_>,
+    need: &RankNeed,
+    budget: Option<u64>,
+    fits: bool,
+    exact: bool,
+) -> [String; 14] {
+    let size = |bytes: u64| {
+        if exact {
+            bytes.to_string()
+        } else {
+            bytes_text(bytes)
+        }
+    };
     let known = |text: &dyn Fn(u64) -> String| budget.map_or("?".to_owned(), text);
     [
-        workload.name.clone(),
+        wish.workload.name.clone(),
         need.ranks.to_string(),
-        bytes_text(need.weight_bytes),
-        bytes_text(need.workspace_bytes),
-        bytes_text(need.overhead_bytes),
-        bytes_text(need.fixed_bytes()),
-        bytes_text(need.token_bytes()),
-        bytes_text(need.block_bytes),
-        bytes_text(need.sequence_blocks() * need.block_bytes),
-        known(&bytes_text),
-        known(&|budget| bytes_text(need.kv_left(budget))),
+        form_text(wish.facts.quantization).to_owned(),
+        size(need.weight_bytes),
+        size(need.workspace_bytes),
+        size(need.scratch_bytes),
+        size(need.overhead_bytes),
+        size(need.fixed_bytes()),
+        size(need.token_bytes()),
+        size(need.sequence_blocks() * need.block_bytes),
+        known(&size),
+        known(&|budget| size(need.kv_left(budget))),
         known(&|budget| need.sequences_within(budget).to_string()),
         if fits { "yes" } else { "no" }.to_owned(),
     ]
+}
+
+/// Why the model does not fit, or what is scarce where it does.
+fn note(
+    wish: Wish<'_>,
+    need: &RankNeed,
+    budget: Option<u64>,
+    fit: Result<Fit, NoFit>,
+) -> Option<String> {
+    let name = &wish.workload.name;
+    match (fit, budget) {
+        (Err(NoFit::Never(why) | NoFit::Waiting(why)), _) => Some(format!("{name}: {why}")),
+        (Ok(_), Some(budget)) => shortage(wish, need, budget),
+        (Ok(_), None) => Some(format!(
+            "{name}: cluster.toml does not say how much memory its devices have; it fits where each has {} free",
+            bytes_text(need.least_bytes())
+        )),
+    }
 }
 
 /// Bytes on each of the devices that such a replica would take.
@@ -295,20 +338,15 @@ fn device_bytes(workload: &WorkloadType, places: &[Place]) -> Option<u64> {
 }
 
 /// That the KV cache has room for fewer sequences than were asked for, or that weights leave little for it.
-fn shortage(
-    workload: &WorkloadType,
-    need: &RankNeed,
-    budget: u64,
-    question: &Question,
-) -> Option<String> {
+fn shortage(wish: Wish<'_>, need: &RankNeed, budget: u64) -> Option<String> {
     /// Less than this part of a device for KV is little.
     const LITTLE: u64 = 5;
     let (left, sequences) = (need.kv_left(budget), need.sequences_within(budget));
-    let few = sequences < u64::from(question.concurrency);
+    let few = sequences < u64::from(wish.concurrency);
     (few || left < budget / LITTLE).then(|| {
         format!(
             "{}: little is left for KV: {} of {}, room for {sequences} sequence{} of {} tokens{}",
-            workload.name,
+            wish.workload.name,
             bytes_text(left),
             bytes_text(budget),
             if sequences == 1 { "" } else { "s" },
@@ -316,7 +354,7 @@ fn shortage(
             if few {
                 format!(
                     " where {} were asked for; a smaller context_max makes room for more",
-                    question.concurrency
+                    wish.concurrency
                 )
             } else {
                 String::new()
@@ -342,6 +380,7 @@ fn smallest(
         return Ok(());
     }
     writeln!(text, "No workload type of cluster.toml fits. What would:")?;
+    let served = facts.quantization;
     let mut kinds: Vec<DeviceKind> = types.iter().map(|entry| entry.device).collect();
     kinds.dedup();
     for kind in kinds {
@@ -364,10 +403,14 @@ fn smallest(
             writeln!(text, "  one device of {}", bytes_text(need.least_bytes()))?;
         }
     }
-    writeln!(
-        text,
-        "Weights in int8 would take about half; they are not served yet."
-    )?;
+    for facts in forms(facts, DeviceKind::Cuda) {
+        if facts.quantization != served
+            && let Some((workload, _)) = fit::smallest(&facts, question.concurrency, places, types)
+        {
+            let form = facts.quantization.name();
+            writeln!(text, "  quantization = \"{form}\", on {}", workload.name)?;
+        }
+    }
     Ok(())
 }
 

@@ -65,7 +65,7 @@ async fn planned_bytes_are_within_3_percent_of_resident_ones_for_a_billion_param
          ({:.1} before the model was loaded; {:.1} with the program's own pages), ratio {ratio:.4}",
         mib(planned),
         mib(need.weight_bytes),
-        mib(need.workspace_bytes),
+        mib(need.workspace_bytes + need.scratch_bytes),
         mib(need.overhead_bytes),
         mib(plan.kv_bytes()),
         mib(measured),

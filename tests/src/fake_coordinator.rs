@@ -9,8 +9,8 @@ use common::ids::{Generation, ReplicaId, RequestId, Term, WorkerId};
 use common::request::{Delta, End, Generate};
 use common::wire::link::{Receiver, Sender, split};
 use common::wire::message::{
-    Command, GroupMember, Hello, KvDtype, ModelSource, Output, PROTOCOL_MAX, Quantization, Report, ShardOptions,
-    ShardSpec, ShardState, Start,
+    Command, GroupMember, Hello, KvDtype, ModelSource, Output, PROTOCOL_MAX, Quantization, Report,
+    ShardOptions, ShardSpec, ShardState, Start,
 };
 use tempfile::TempDir;
 use tokio::net::{TcpListener, TcpStream};

@@ -51,10 +51,10 @@ fn parameters(facts: &ModelFacts) -> u64 {
 const TABLE: [(&str, u64, &str, u64); 7] = [
     ("llama-2-7b", 6_738_415_616, "GPU_LARGE", 31),
     ("llama-2-13b", 13_015_864_320, "GPU_LARGE", 16),
-    ("llama-2-70b", 68_976_648_192, "GPU_LARGE_2", 17),
-    ("code-llama-34b", 33_743_970_304, "GPU_LARGE", 4),
+    ("llama-2-70b", 68_976_648_192, "GPU_LARGE_2", 16),
+    ("code-llama-34b", 33_743_970_304, "GPU_LARGE", 3),
     ("mistral-7b", 7_241_732_096, "GPU_LARGE", 15),
-    ("mpt-7b", 6_649_286_656, "GPU_LARGE", 63),
+    ("mpt-7b", 6_649_286_656, "GPU_LARGE", 62),
     ("mpt-30b", 29_957_200_896, "GPU_LARGE", 1),
 ];
 
@@ -91,7 +91,7 @@ fn a_34b_model_on_one_card_says_how_little_is_left_for_kv() {
     assert!(fits, "{text}");
     for words in [
         "code-llama-34b version 1: LlamaForCausalLM, 33.74 billion parameters",
-        "GPU_LARGE: little is left for KV: 12 GiB of 76 GiB, room for 4 sequences of 16384 tokens",
+        "GPU_LARGE: little is left for KV: 12 GiB of 76 GiB, room for 3 sequences of 16384 tokens",
         "The smallest workload type that fits: GPU_LARGE\n",
     ] {
         assert!(text.contains(words), "no {words:?} in\n{text}");
@@ -129,7 +129,8 @@ fn where_nothing_fits_it_is_said_what_would() {
     assert!(
         text.contains("No workload type of cluster.toml fits")
             && text.contains("  16 shards, on devices of 16 GiB each")
-            && text.contains("int8"),
+            && text.contains("  quantization = \"int8\", on GPU_LARGE_8\n")
+            && text.contains("  quantization = \"int4\", on GPU_LARGE_8\n"),
         "{text}"
     );
     let (text, _) = report(&cluster("13GiB", ""), published("llama-2-7b"), &question()).unwrap();

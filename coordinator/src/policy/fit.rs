@@ -127,7 +127,7 @@ fn all_linked(places: &[Place]) -> Vec<Place> {
     places.iter().map(linked).collect()
 }
 
-fn rank_need(wish: Wish<'_>) -> Result<RankNeed, memory_plan::Indivisible> {
+fn rank_need(wish: Wish<'_>) -> Result<RankNeed, memory_plan::NoPlan> {
     memory_plan::need(
         wish.facts,
         wish.workload.device,

@@ -2,14 +2,17 @@
 //!
 //! Follows the engine byte for byte (`tests/it/footprint.rs` holds one against the other): query heads, the MLP's middle
 //! and the vocabulary are cut among ranks, KV heads too, or repeated when there are fewer than ranks; norms are whole on
-//! each rank. Figures are for the rank that has most.
+//! each rank. Figures are for the rank that has most. What kinds of devices have of their own is in [`cpu`] and [`cuda`].
 
-use common::wire::message::DeviceKind;
+mod cpu;
+pub mod cuda;
+mod part;
+
+use common::wire::message::{DeviceKind, KvDtype, Quantization};
 
 use super::bytes_text;
-use crate::registry::shape::Family;
-use crate::registry::tensors::{Slice, WeightTensor};
 use crate::registry::{ModelFacts, Shape};
+use part::Part;
 
 /// Tokens per KV block.
 pub const BLOCK_TOKENS: u64 = 16;
@@ -19,30 +22,20 @@ const SEQUENCES_MIN: u32 = 64;
 const STEP_TOKENS_CPU: u32 = 512;
 /// Tokens in one step on a GPU.
 const STEP_TOKENS_CUDA: u32 = 2048;
-/// Tokenizer, tables and allocator slack of a shard.
-const TABLES_BYTES: u64 = 32 << 20;
-/// The process that renders a model's chat template; rank 0 starts it with the first conversation.
-const CHAT_HELPER_BYTES: u64 = 12 << 20;
-/// Query vectors that a thread of a CPU attends with at a time, or as many as share a KV head.
-const ATTENTION_VECTORS: u64 = 24;
-/// Threads of a CPU that attend at a time: more are rare, and take what the tables leave.
-const ATTENTION_THREADS: u64 = 16;
-/// Rows of a weight matrix, and numbers of a head's values, are padded to whole panels of so many.
-const PANEL: u64 = 16;
-/// Weights are kept as bf16, whatever the file has.
-pub const WEIGHT_BYTES: u64 = 2;
-/// Rows whose logits are computed at a time.
-const LOGITS_ROWS: u64 = 32;
 
 /// What one rank of a replica needs, before its KV pool is sized.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RankNeed {
     /// Ranks of the group.
     pub ranks: u32,
+    /// Numbers in its matrices, in whatever form they are kept.
+    pub parameters: u64,
     /// Bytes of weights.
     pub weight_bytes: u64,
     /// Bytes of activations and logits for the largest step.
     pub workspace_bytes: u64,
+    /// Bytes that the device's products and attention take of their own for the largest step.
+    pub scratch_bytes: u64,
     /// Bytes of everything else.
     pub overhead_bytes: u64,
     /// Bytes of K and V of 16 tokens, all layers.
@@ -64,29 +57,66 @@ pub struct MemoryPlan {
     pub kv_blocks: u32,
 }
 
-/// The model cannot be divided among so many ranks.
+/// Why a model cannot be had in this way on any device of the kind.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{what} cannot be divided among {ranks} shards; choose a workload type with {instead}")]
-pub struct Indivisible {
-    what: String,
-    ranks: u32,
-    instead: String,
+pub enum NoPlan {
+    /// Not among so many ranks.
+    #[error("{what} cannot be divided among {ranks} shards; choose a workload type with {instead}")]
+    Indivisible {
+        /// Heads or columns.
+        what: String,
+        /// Into how many.
+        ranks: u32,
+        /// How many would do.
+        instead: String,
+    },
+    /// The kind of device has no kernels for it.
+    #[error("{0}")]
+    Unserved(String),
 }
 
 /// What each of `ranks` ranks on devices of `kind` needs for `concurrency` sequences at a time.
 ///
 /// # Errors
-/// [`Indivisible`] says how many ranks would do.
+/// [`NoPlan`] says what would do.
 pub fn need(
     facts: &ModelFacts,
     kind: DeviceKind,
     ranks: u32,
     concurrency: u32,
-) -> Result<RankNeed, Indivisible> {
+) -> Result<RankNeed, NoPlan> {
     let shape = &facts.shape;
+    check_division(shape, ranks)?;
+    check_kernels(facts, kind)?;
+    let step_tokens_max = match kind {
+        DeviceKind::Cpu => STEP_TOKENS_CPU,
+        DeviceKind::Cuda => STEP_TOKENS_CUDA,
+    };
+    let mut need = RankNeed {
+        ranks,
+        parameters: 0,
+        weight_bytes: 0,
+        workspace_bytes: 0,
+        scratch_bytes: 0,
+        overhead_bytes: 0,
+        block_bytes: 0,
+        context_max: facts.context_max,
+        step_tokens_max,
+        sequences_max: concurrency.max(SEQUENCES_MIN),
+    };
+    let part = Part::of(shape, ranks);
+    need.parameters = part.parameters(facts);
+    match kind {
+        DeviceKind::Cpu => cpu::fill(&mut need, facts, &part),
+        DeviceKind::Cuda => cuda::fill(&mut need, facts, &part),
+    }
+    Ok(need)
+}
+
+fn check_division(shape: &Shape, ranks: u32) -> Result<(), NoPlan> {
     let r = u64::from(ranks);
     let indivisible = |what: String, instead: String| {
-        Err(Indivisible {
+        Err(NoPlan::Indivisible {
             what,
             ranks,
             instead,
@@ -108,117 +138,29 @@ pub fn need(
             "fewer shards".into(),
         );
     }
-    let part = Part {
-        q: shape.heads / r * shape.head_width,
-        kv: shape.kv_heads.div_ceil(r) * shape.head_width,
-        middle: shape.intermediate.div_ceil(r),
-        vocab: shape.vocab.div_ceil(r),
-    };
-    let weight_bytes: u64 = facts
-        .tensors
-        .iter()
-        .map(|tensor| part.bytes(tensor, shape))
-        .sum();
-    let step_tokens_max = match kind {
-        DeviceKind::Cpu => STEP_TOKENS_CPU,
-        DeviceKind::Cuda => STEP_TOKENS_CUDA,
-    };
-    let sequences_max = concurrency.max(SEQUENCES_MIN);
-    let kv_heads = part.kv / shape.head_width;
-    let token_numbers =
-        shape.head_width.next_multiple_of(2) + shape.head_width.next_multiple_of(PANEL);
-    Ok(RankNeed {
-        ranks,
-        weight_bytes,
-        workspace_bytes: part.workspace_bytes(shape, kind, u64::from(step_tokens_max), r),
-        overhead_bytes: overhead_bytes(shape, kind, u64::from(facts.context_max)),
-        block_bytes: BLOCK_TOKENS
-            * shape.layers
-            * kv_heads
-            * token_numbers
-            * facts.kv_dtype.bytes(),
-        context_max: facts.context_max,
-        step_tokens_max,
-        sequences_max,
-    })
+    Ok(())
 }
 
-/// What a shard takes beside weights, workspace and KV.
-fn overhead_bytes(shape: &Shape, kind: DeviceKind, context: u64) -> u64 {
-    let scores = match kind {
-        // One row of scores per query vector and thread.
-        DeviceKind::Cpu => {
-            let vectors = ATTENTION_VECTORS.max(shape.heads / shape.kv_heads);
-            4 * ATTENTION_THREADS * vectors * context
+/// What a worker would refuse once it is asked: better said before.
+fn check_kernels(facts: &ModelFacts, kind: DeviceKind) -> Result<(), NoPlan> {
+    let unserved = |what: String| Err(NoPlan::Unserved(what));
+    match kind {
+        DeviceKind::Cpu if facts.quantization != Quantization::None => unserved(format!(
+            "weights in {} are served on GPUs alone; choose a workload type with device = \"cuda\"",
+            facts.quantization.name()
+        )),
+        DeviceKind::Cuda if facts.kv_dtype == KvDtype::F32 => unserved(
+            "keys and values in f32 are served on CPUs alone; leave kv_dtype out for bf16"
+                .to_owned(),
+        ),
+        DeviceKind::Cuda if !cuda::HEAD_WIDTHS.contains(&facts.shape.head_width) => {
+            unserved(format!(
+                "heads of {} numbers are not served on GPUs, which have kernels for {}",
+                facts.shape.head_width,
+                cuda::HEAD_WIDTHS.map(|width| width.to_string()).join(", ")
+            ))
         }
-        DeviceKind::Cuda => 0,
-    };
-    TABLES_BYTES + CHAT_HELPER_BYTES + scores
-}
-
-/// One rank's widths.
-struct Part {
-    q: u64,
-    kv: u64,
-    middle: u64,
-    vocab: u64,
-}
-
-impl Part {
-    /// The buffers of the largest step, as f32.
-    fn workspace_bytes(&self, shape: &Shape, kind: DeviceKind, tokens: u64, ranks: u64) -> u64 {
-        let qkv = self.q + 2 * self.kv;
-        let (gated, rope) = match shape.family {
-            Family::Llama => (true, true),
-            Family::Mpt => (false, false),
-        };
-        // The residual stream and what goes through attention and MLP; qkv; attention's output; gate, up and middle.
-        let middles = if gated { 3 } else { 1 };
-        let mut per_token = 2 * shape.hidden + qkv + self.q + middles * self.middle;
-        if shape.qk_norm {
-            per_token += shape.hidden;
-        }
-        if rope {
-            // Angles, on the device and on the host.
-            per_token += 2 * shape.head_width;
-        }
-        if kind == DeviceKind::Cpu {
-            // A product of many rows copies its input.
-            per_token += shape.hidden.max(self.q).max(self.middle);
-        }
-        // The last hidden states, a rank's logits, all ranks' logits on rank 0, the same on its host.
-        let mut per_row = shape.hidden + self.vocab + shape.vocab;
-        if ranks > 1 {
-            per_row += shape.vocab;
-        }
-        let slopes = if rope { 0 } else { self.q / shape.head_width };
-        4 * (tokens * per_token + LOGITS_ROWS * per_row + slopes)
-    }
-
-    fn bytes(&self, tensor: &WeightTensor, shape: &Shape) -> u64 {
-        let cut = |whole: u64| match tensor.slice {
-            Slice::Whole => whole,
-            Slice::Heads => self.q,
-            Slice::KvHeads => self.kv,
-            Slice::Fused => self.q + 2 * self.kv,
-            Slice::Middle => self.middle,
-            Slice::Vocabulary => self.vocab,
-        };
-        let [rows, columns] = match (&tensor.dims[..], tensor.by_columns) {
-            (&[rows, columns], true) => [rows, cut(columns)],
-            (&[rows, columns], false) => [cut(rows), columns],
-            // Norms and biases, as f32. The bias of a product that is summed over ranks is rank 0's, whole.
-            (dims, by_columns) => {
-                let whole = dims.iter().product::<u64>();
-                return 4 * if by_columns { whole } else { cut(whole) };
-            }
-        };
-        debug_assert!(
-            rows * columns <= tensor.dims.iter().product::<u64>(),
-            "{} of {shape:?}",
-            tensor.name
-        );
-        rows.next_multiple_of(PANEL) * columns.next_multiple_of(2) * WEIGHT_BYTES
+        _ => Ok(()),
     }
 }
 
@@ -230,7 +172,7 @@ impl RankNeed {
 
     /// Bytes before any KV.
     pub fn fixed_bytes(&self) -> u64 {
-        self.weight_bytes + self.workspace_bytes + self.overhead_bytes
+        self.weight_bytes + self.workspace_bytes + self.scratch_bytes + self.overhead_bytes
     }
 
     /// Bytes with KV for this many sequences at the longest context.
@@ -285,7 +227,7 @@ impl RankNeed {
         format!(
             "{} of weights + {} of workspace + {} of KV for one sequence of {} tokens",
             bytes_text(self.weight_bytes),
-            bytes_text(self.workspace_bytes + self.overhead_bytes),
+            bytes_text(self.fixed_bytes() - self.weight_bytes),
             bytes_text((1 + self.sequence_blocks()) * self.block_bytes),
             self.context_max
         )

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use common::wire::message::DeviceRates;
 
-use super::memory_plan::{BLOCK_TOKENS, MemoryPlan, WEIGHT_BYTES};
+use super::memory_plan::{BLOCK_TOKENS, MemoryPlan};
 use crate::api::{EntitySpec, Provisioned, WorkloadSize};
 
 /// A chunk is this part of what one replica gives on the smallest workload type that fits, so that a device can be
@@ -24,6 +24,7 @@ const RATE_MAX: f64 = 1e12;
 pub struct Forecast {
     rates: DeviceRates,
     weight_bytes: f64,
+    parameters: f64,
     /// Bytes of K and V that one sequence of half the longest context reads per token.
     sequence_bytes: f64,
     sequences_max: u64,
@@ -36,6 +37,7 @@ impl Forecast {
         Forecast {
             rates,
             weight_bytes: plan.need.weight_bytes as f64,
+            parameters: plan.need.parameters as f64,
             sequence_bytes: token_bytes * f64::from(plan.need.context_max) / 2.0,
             sequences_max: plan.concurrency().max(1),
         }
@@ -46,7 +48,7 @@ impl Forecast {
     pub fn tokens_per_s(&self, sequences: u64) -> f64 {
         let sequences = sequences.clamp(1, self.sequences_max) as f64;
         let reads_s = self.weight_bytes / self.rates.bytes_per_s.max(1) as f64;
-        let flops = 2.0 * sequences * self.weight_bytes / WEIGHT_BYTES as f64;
+        let flops = 2.0 * sequences * self.parameters;
         let multiplies_s = flops / self.rates.flops_per_s.max(1) as f64;
         let attends_s = sequences * self.sequence_bytes / self.rates.bytes_per_s.max(1) as f64;
         sequences / (reads_s.max(multiplies_s) + attends_s).max(1.0 / RATE_MAX)
@@ -187,8 +189,10 @@ mod tests {
     fn seven_b() -> Forecast {
         let need = RankNeed {
             ranks: 1,
+            parameters: 6_738_415_616,
             weight_bytes: 13_476_831_232,
             workspace_bytes: 0,
+            scratch_bytes: 0,
             overhead_bytes: 0,
             block_bytes: 16 * 524_288,
             context_max: 4096,

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::registry::shape::Family;
+use crate::registry::tensors::{Slice, WeightTensor};
 use crate::registry::{Context, Shape};
 
 /// A bf16 Llama of this shape, with the tensors its checkpoint would have.
@@ -128,6 +129,90 @@ fn a_70b_model_needs_two_a100_and_a_34b_one() {
             .fit(A100, 4)
             .is_some()
     );
+}
+
+fn llama_7b(quantization: Quantization) -> ModelFacts {
+    ModelFacts {
+        quantization,
+        ..llama(4096, 32, 32, 32, 11008, 32000, 4096)
+    }
+}
+
+#[test]
+fn quantised_weights_on_a_gpu_are_numbers_and_scales_and_their_ends_stay_bf16() {
+    let bytes = |quantization, ranks| {
+        let facts = llama_7b(quantization);
+        need(&facts, DeviceKind::Cuda, ranks, 4).unwrap()
+    };
+    // Two ends of 32,000 rows; 65 norms in f32.
+    let (ends, norms) = (2 * 32_000 * 4096 * 2, 65 * 4096 * 4);
+    // A row of 4096 has 32 groups, one of 11,008 has 86. Four scales' bytes each, with a zero point in int4.
+    let int8 = 4 * 4096 * (4096 + 32 * 4) + 2 * 11_008 * (4096 + 32 * 4) + 4096 * (11_008 + 86 * 4);
+    let int4 = 4 * 4096 * (2048 + 32 * 5) + 2 * 11_008 * (2048 + 32 * 5) + 4096 * (5504 + 86 * 5);
+    let bf16 = 2 * (4 * 4096 * 4096 + 3 * 11_008 * 4096);
+    for (quantization, layer) in [
+        (Quantization::None, bf16),
+        (Quantization::Int8, int8),
+        (Quantization::Int4, int4),
+    ] {
+        let need = bytes(quantization, 1);
+        assert_eq!(need.weight_bytes, ends + norms + 32 * layer);
+        assert_eq!(
+            need.parameters,
+            6_738_415_616 - 65 * 4096,
+            "{quantization:?}"
+        );
+    }
+    // Of four ranks each has 2752 columns of the MLP's middle: 21.5 groups, which touch 22.
+    let middle = 4096 * (2752 + 22 * 4);
+    let rows = (3 * 1024 + 2 * 2752) * (4096 + 32 * 4);
+    let out = 4096 * (1024 + 8 * 4);
+    assert_eq!(
+        bytes(Quantization::Int8, 4).weight_bytes,
+        ends / 4 + norms + 32 * (rows + out + middle)
+    );
+}
+
+#[test]
+fn a_gpu_counts_its_own_memory_alone() {
+    let facts = llama_7b(Quantization::None);
+    let need = need(&facts, DeviceKind::Cuda, 1, 64).unwrap();
+    // x, y, qkv, attention's output, gate, up and middle, angles: of 2048 tokens; the logits of 128 rows.
+    let per_token = 2 * 4096 + 3 * 4096 + 4096 + 3 * 11_008 + 128;
+    assert_eq!(
+        need.workspace_bytes,
+        4 * (2048 * per_token + 128 * (4096 + 32_000))
+    );
+    // cuBLAS, rounding and draws; the cast of the widest row; 64 parts of 32 heads; tables.
+    let fixed = (32 << 20) + (1 << 20) + (64 << 10);
+    let split = 4 * 32 * 130 * 64;
+    let tables = 4 * (2 * 2048 + 2 * 32 + 9 * 64 + 64 * 256);
+    assert_eq!(
+        need.scratch_bytes,
+        fixed + 2 * 2048 * 11_008 + split + tables
+    );
+    // 32 layers of 16 kernels and 8 more, recorded for 1, 2, 4, 8, 16, 24, 32, 48 and 64 sequences.
+    assert_eq!(need.overhead_bytes, (32 * 16 + 8) * 9 * (64 << 10));
+    assert_eq!(need.block_bytes, 2 * 16 * 32 * 32 * 128 * 2);
+}
+
+#[test]
+fn what_a_kind_of_device_has_no_kernels_for_is_refused_before_a_worker_is_asked() {
+    let refused = |facts: &ModelFacts, kind| need(facts, kind, 1, 4).unwrap_err().to_string();
+    assert_eq!(
+        refused(&llama_7b(Quantization::Int8), DeviceKind::Cpu),
+        "weights in int8 are served on GPUs alone; choose a workload type with device = \"cuda\""
+    );
+    let mut facts = llama_7b(Quantization::None);
+    facts.kv_dtype = KvDtype::F32;
+    assert!(refused(&facts, DeviceKind::Cuda).contains("f32 are served on CPUs alone"));
+    assert!(need(&facts, DeviceKind::Cpu, 1, 4).is_ok());
+    let odd = llama(96, 2, 2, 2, 96, 100, 128);
+    assert_eq!(
+        refused(&odd, DeviceKind::Cuda),
+        "heads of 48 numbers are not served on GPUs, which have kernels for 16, 32, 64, 80, 96, 112, 128, 256"
+    );
+    assert!(need(&odd, DeviceKind::Cpu, 1, 4).is_ok());
 }
 
 #[test]

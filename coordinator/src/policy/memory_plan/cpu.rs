@@ -1,0 +1,53 @@
+//! What a rank takes on a CPU: the same memory holds the device's part and the host's.
+
+use super::part::{F32, Part, Piece};
+use super::{BLOCK_TOKENS, RankNeed};
+use crate::registry::ModelFacts;
+
+/// Tokenizer, tables and allocator slack of a shard.
+const TABLES_BYTES: u64 = 32 << 20;
+/// The process that renders a model's chat template; rank 0 starts it with the first conversation.
+const CHAT_HELPER_BYTES: u64 = 12 << 20;
+/// Query vectors that a thread attends with at a time, or as many as share a KV head.
+const ATTENTION_VECTORS: u64 = 24;
+/// Threads that attend at a time: more are rare, and take what the tables leave.
+const ATTENTION_THREADS: u64 = 16;
+/// Rows of a weight matrix, and numbers of a head's values, are padded to whole panels of so many.
+const PANEL: u64 = 16;
+/// Weights are kept as bf16, whatever the file has.
+const WEIGHT_BYTES: u64 = 2;
+/// Rows whose logits are computed at a time.
+const LOGITS_ROWS: u64 = 32;
+
+/// The bytes of a rank.
+pub(super) fn fill(need: &mut RankNeed, facts: &ModelFacts, part: &Part<'_>) {
+    let shape = part.shape;
+    let tokens = u64::from(need.step_tokens_max);
+    need.weight_bytes = facts.tensors.iter().map(|t| bytes(&part.piece(t))).sum();
+    // Angles, on the device's side and on the host's; the host's copy of all ranks' logits.
+    let angles = if part.rotates() {
+        2 * shape.head_width
+    } else {
+        0
+    };
+    let per_token = part.activations() + angles;
+    let per_row = part.logits() + shape.vocab;
+    need.workspace_bytes = F32 * (tokens * per_token + LOGITS_ROWS * per_row + part.slopes());
+    // A product of many rows copies its input.
+    need.scratch_bytes = F32 * tokens * part.widest();
+    // One row of scores per query vector and thread.
+    let vectors = ATTENTION_VECTORS.max(shape.heads / shape.kv_heads);
+    let scores = F32 * ATTENTION_THREADS * vectors * u64::from(facts.context_max);
+    need.overhead_bytes = TABLES_BYTES + CHAT_HELPER_BYTES + scores;
+    let head = shape.head_width.next_multiple_of(2) + shape.head_width.next_multiple_of(PANEL);
+    need.block_bytes = BLOCK_TOKENS * shape.layers * part.kv_heads * head * facts.kv_dtype.bytes();
+}
+
+fn bytes(piece: &Piece) -> u64 {
+    match *piece {
+        Piece::Matrix { rows, columns, .. } => {
+            rows.next_multiple_of(PANEL) * columns.next_multiple_of(2) * WEIGHT_BYTES
+        }
+        Piece::Vector(numbers) => F32 * numbers,
+    }
+}
