@@ -80,6 +80,7 @@ pub(crate) fn places(cluster: &Cluster) -> Vec<Place> {
                 node: node.name.clone(),
                 kind: device.kind,
                 free_bytes: device.memory_bytes,
+                rank_before: None,
                 linked: true,
             });
         }

@@ -141,6 +141,7 @@ async fn commands_of_an_older_term_are_refused() {
         term: Term(6),
         replica: spec.replica,
         generation: spec.generation,
+        keep: false,
     })
     .await;
     link.send(Command::Start {

@@ -41,6 +41,8 @@ pub enum Command {
         replica: ReplicaId,
         /// Of this generation or an older one.
         generation: Generation,
+        /// The replica will be formed again: its weights may stay on the device until they are wanted or in the way.
+        keep: bool,
     },
     /// Answer a prompt. Only to rank 0 of a ready group.
     Start {

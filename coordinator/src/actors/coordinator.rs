@@ -211,8 +211,7 @@ impl CoordinatorActor {
             .map(|slot| slot.replica)
             .collect();
         for replica in gone {
-            self.slots.remove(&replica);
-            self.forget(replica);
+            self.drop_slot(replica);
         }
         for (replica, endpoint, entity) in &wanted {
             self.slots.entry(*replica).or_insert_with(|| {
@@ -270,6 +269,7 @@ impl CoordinatorActor {
                         term: self.means.term,
                         replica,
                         generation,
+                        keep: true,
                     });
                 }
                 self.replica_over(

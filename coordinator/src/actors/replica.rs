@@ -383,8 +383,8 @@ impl Replica {
         }
     }
 
-    /// It is over: requests go elsewhere, shards go.
-    fn let_go(&self, reason: &str) {
+    /// It is over: requests go elsewhere, shards go. What may be formed again keeps its weights.
+    fn let_go(&self, fatal: bool, reason: &str) {
         let (replica, generation) = self.id();
         self.credits.set_up(false, Instant::now());
         for link in self.ranks.iter().filter_map(|rank| rank.link.as_ref()) {
@@ -393,6 +393,7 @@ impl Replica {
                 term: link.term(),
                 replica,
                 generation,
+                keep: !fatal && self.retirement.is_none(),
             });
         }
     }
@@ -436,8 +437,8 @@ impl ReplicaActor {
         if self.told.as_ref() == Some(&status) {
             return;
         }
-        if let Status::Over { message, .. } = &status {
-            self.replica.let_go(message);
+        if let Status::Over { fatal, message } = &status {
+            self.replica.let_go(*fatal, message);
             self.death.orderly();
             ctx.stop();
         }

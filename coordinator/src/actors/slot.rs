@@ -33,6 +33,8 @@ pub struct Slot {
     pub endpoint: String,
     /// Its newest generation.
     pub generation: Generation,
+    /// The workers of ranks 0, 1, ... of its newest formation: what they kept of it serves the next one.
+    pub members: Vec<WorkerId>,
     /// How far it is.
     pub stage: Stage,
     /// Formations since it last served.
@@ -86,6 +88,7 @@ impl Slot {
             replica,
             endpoint: endpoint.to_owned(),
             generation: Generation(0),
+            members: Vec::new(),
             stage: Stage::Idle(now),
             attempts: 0,
             message: "Creating resources for served entity.".to_owned(),

@@ -232,6 +232,7 @@ mod tests {
             kind: DeviceKind::Cpu,
             free_bytes: Some(free),
             linked: true,
+            rank_before: None,
         };
         free.iter().enumerate().map(place).collect()
     }

@@ -1,7 +1,8 @@
 //! Which devices hold the ranks of a replica.
 //!
 //! Deterministic, and spreads: of the devices with room it takes those with the most free memory, and the ranks of a
-//! group on one node where one node has enough of them (shared memory instead of TCP).
+//! group on one node where one node has enough of them (shared memory instead of TCP). A replica that is formed again
+//! goes where it was, rank by rank, as far as there is room: what its workers kept of it need not be loaded again.
 
 use common::wire::message::DeviceKind;
 
@@ -20,6 +21,8 @@ pub struct Place {
     pub free_bytes: Option<u64>,
     /// Its worker is there.
     pub linked: bool,
+    /// The rank it had in the replica's formation before this one.
+    pub rank_before: Option<usize>,
 }
 
 /// What a replica needs of each of its devices.
@@ -76,9 +79,10 @@ pub fn place(need: Need, places: &[Place]) -> Result<Vec<usize>, NoPlace> {
         }
         return Err(NoPlace::NoRoom(no_room(need, places, possible)));
     }
-    // Most free first; the order of cluster.toml among equals. A device of unknown size comes last.
+    // Those of before first, then most free; the order of cluster.toml among equals. A device of unknown size comes last.
+    let before = |i: usize| places[i].rank_before.filter(|&rank| rank < need.ranks);
     let free = |i: usize| places[i].free_bytes.unwrap_or(0);
-    usable.sort_by_key(|&i| (std::cmp::Reverse(free(i)), i));
+    usable.sort_by_key(|&i| (before(i).is_none(), std::cmp::Reverse(free(i)), i));
     let on_node = |node: &str| {
         usable
             .iter()
@@ -94,8 +98,26 @@ pub fn place(need: Need, places: &[Place]) -> Result<Vec<usize>, NoPlace> {
     let mut chosen = together.unwrap_or_else(|| usable[..need.ranks].to_vec());
     // Ranks in the order of cluster.toml: neighbours there are neighbours in the group.
     chosen.sort_unstable();
-    debug_assert!(chosen.windows(2).all(|pair| pair[0] < pair[1]));
-    Ok(chosen)
+    Ok(seat(chosen, need.ranks, before))
+}
+
+/// Gives each device the rank it had `before`, and the others those that are left, in order.
+fn seat(devices: Vec<usize>, ranks: usize, before: impl Fn(usize) -> Option<usize>) -> Vec<usize> {
+    let mut seats: Vec<Option<usize>> = vec![None; ranks];
+    let mut standing = Vec::new();
+    for device in devices {
+        match before(device) {
+            Some(rank) if seats[rank].is_none() => seats[rank] = Some(device),
+            _ => standing.push(device),
+        }
+    }
+    let mut standing = standing.into_iter();
+    let seated: Vec<usize> = seats
+        .into_iter()
+        .filter_map(|seat| seat.or_else(|| standing.next()))
+        .collect();
+    debug_assert!(seated.len() == ranks && standing.next().is_none());
+    seated
 }
 
 fn kind_name(kind: DeviceKind) -> &'static str {
@@ -151,6 +173,7 @@ mod tests {
             kind: DeviceKind::Cpu,
             free_bytes: Some(free),
             linked: true,
+            rank_before: None,
         }
     }
 
@@ -181,6 +204,32 @@ mod tests {
         let places = [cpu("a/0", 90), cpu("b/0", 20), cpu("b/1", 20)];
         assert_eq!(place(need(2, 10), &places), Ok(vec![1, 2]));
         assert_eq!(place(need(3, 10), &places), Ok(vec![0, 1, 2]));
+    }
+
+    #[test]
+    fn a_replica_that_is_formed_again_finds_its_ranks_where_they_were() {
+        let mut places = [cpu("a/0", 20), cpu("a/1", 10), cpu("a/2", 30)];
+        places[1].rank_before = Some(1);
+        assert_eq!(
+            place(need(2, 5), &places),
+            Ok(vec![2, 1]),
+            "rank 0 was lost: the emptiest device takes its place"
+        );
+        places[0].rank_before = Some(0);
+        assert_eq!(place(need(2, 5), &places), Ok(vec![0, 1]));
+        assert_eq!(
+            place(need(2, 15), &places),
+            Ok(vec![0, 2]),
+            "no room any more where rank 1 was"
+        );
+        assert_eq!(
+            place(need(1, 5), &places),
+            Ok(vec![0]),
+            "a group of fewer ranks has no rank 1"
+        );
+        let mut apart = [cpu("a/0", 20), cpu("b/0", 20), cpu("b/1", 20)];
+        apart[0].rank_before = Some(1);
+        assert_eq!(place(need(2, 5), &apart), Ok(vec![1, 2]), "one node first");
     }
 
     #[test]
@@ -228,18 +277,24 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_placed_fits_and_what_fits_is_placed(
-            devices in proptest::collection::vec((0u8..3, 0u64..20, any::<bool>()), 0..8), ranks in 1usize..5, bytes in 0u64..20,
+            devices in proptest::collection::vec((0u8..3, 0u64..20, any::<bool>(), proptest::option::of(0usize..6)), 0..8),
+            ranks in 1usize..5, bytes in 0u64..20,
         ) {
             let places: Vec<Place> = devices
                 .iter()
                 .enumerate()
-                .map(|(i, &(node, free, linked))| Place { linked, ..cpu(&format!("{node}/{i}"), free) })
+                .map(|(i, &(node, free, linked, rank_before))| Place {
+                    linked,
+                    rank_before,
+                    ..cpu(&format!("{node}/{i}"), free)
+                })
                 .collect();
             let fitting = places.iter().filter(|p| p.linked && p.free_bytes >= Some(bytes)).count();
             match place(need(ranks, bytes), &places) {
                 Ok(chosen) => {
                     prop_assert_eq!(chosen.len(), ranks);
-                    prop_assert!(chosen.windows(2).all(|pair| pair[0] < pair[1]), "each device once");
+                    let once: std::collections::BTreeSet<&usize> = chosen.iter().collect();
+                    prop_assert_eq!(once.len(), ranks, "each device once");
                     prop_assert!(chosen.iter().all(|&i| places[i].linked && places[i].free_bytes >= Some(bytes)));
                     prop_assert_eq!(place(need(ranks, bytes), &places), Ok(chosen), "the same again");
                 }

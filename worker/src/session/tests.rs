@@ -400,6 +400,7 @@ fn two_shards_answer_as_the_goldens_do_and_the_group_ends_with_its_leader() {
                 term: Term(1),
                 replica: ReplicaId(1),
                 generation: Generation(1),
+                keep: false,
             })
             .await;
         assert_eq!(follower.settled().await, ShardState::Unloaded);
@@ -564,6 +565,7 @@ fn shards_outlive_a_link_and_requests_do_not() {
             term: Term(1),
             replica: ReplicaId(1),
             generation: Generation(1),
+            keep: false,
         })
         .await;
         let (mut ended, mut unloaded) = (None, false);

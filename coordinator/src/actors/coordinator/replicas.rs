@@ -6,7 +6,7 @@ use std::time::Instant;
 use actix::fut::ActorFutureExt;
 use actix::{Actor, AsyncContext, Context, WrapFuture};
 use common::ids::{Generation, ReplicaId, WorkerId};
-use common::wire::message::LogPhase;
+use common::wire::message::{Command, LogPhase};
 
 use super::CoordinatorActor;
 use crate::actors::messages::{Assigned, FactsRead, ReplicaStatus, Retire, Status};
@@ -47,6 +47,7 @@ impl CoordinatorActor {
         let mut slot = Slot::new(assignment.replica, &assignment.endpoint, now);
         slot.shortage = assignment.options.shortage(admitted);
         slot.generation = assignment.generation;
+        slot.members.clone_from(&assignment.members);
         let workload_type = self
             .means
             .cluster
@@ -97,6 +98,22 @@ impl CoordinatorActor {
                 tracing::warn!(%replica, %error, "where a replica was cannot be deleted");
             }
         });
+    }
+
+    /// Forgets a replica that is not wanted any more and has no actor: weights that were kept for it go.
+    pub(super) fn drop_slot(&mut self, replica: ReplicaId) {
+        if let Some(slot) = self.slots.remove(&replica) {
+            let members = slot.members.iter();
+            for worker in members.filter_map(|worker| self.workers.get(worker)) {
+                worker.link.command(Command::Unload {
+                    term: self.means.term,
+                    replica,
+                    generation: slot.generation,
+                    keep: false,
+                });
+            }
+        }
+        self.forget(replica);
     }
 
     pub(super) fn replica_status(&mut self, message: ReplicaStatus) {
@@ -269,7 +286,14 @@ impl CoordinatorActor {
                     workload,
                     concurrency: entity.spec.admitted(),
                 };
-                let places = self.places(false, |_| false);
+                let mut places = self.places(false, |_| false);
+                let before = self.slots.get(&replica).map(|slot| &slot.members);
+                for (rank, worker) in before.into_iter().flatten().enumerate() {
+                    let mut places = places.iter_mut();
+                    if let Some(place) = places.find(|place| place.worker == worker.0) {
+                        place.rank_before = Some(rank);
+                    }
+                }
                 let fit = fit::fit(wish, &places, types)?;
                 let members: Vec<WorkerId> = fit
                     .devices
@@ -301,6 +325,7 @@ impl CoordinatorActor {
         slot.stand_in = stand_in;
         slot.generation = Generation(slot.generation.0 + 1);
         slot.message = "assigned to workers".to_owned();
+        slot.members.clone_from(&members);
         let assignment = Assignment {
             replica,
             generation: slot.generation,
@@ -365,8 +390,7 @@ impl CoordinatorActor {
         });
         let Some((admitted, meters)) = wish else {
             // Deleted or replaced meanwhile.
-            self.slots.remove(&message.replica);
-            return self.forget(message.replica);
+            return self.drop_slot(message.replica);
         };
         let member = |worker: &WorkerId| {
             let worker = self.workers.get(worker)?;

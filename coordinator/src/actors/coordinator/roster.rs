@@ -42,9 +42,9 @@ impl CoordinatorActor {
             }
         }
         for shard in &hello.shards {
-            let wanted = self
-                .slots
-                .get_mut(&shard.replica)
+            let slot = self.slots.get_mut(&shard.replica);
+            let keep = slot.as_ref().is_some_and(|slot| !slot.is_retiring());
+            let wanted = slot
                 .and_then(|slot| slot.running(shard.generation))
                 .is_some();
             if !wanted {
@@ -53,6 +53,7 @@ impl CoordinatorActor {
                     term: self.means.term,
                     replica,
                     generation,
+                    keep,
                 });
             }
         }
@@ -134,6 +135,7 @@ impl CoordinatorActor {
                     node: node.name.clone(),
                     kind: device.kind,
                     free_bytes: bytes.map(|bytes| bytes.saturating_sub(claimed)),
+                    rank_before: None,
                     linked: all_there || worker.is_some(),
                 });
             }

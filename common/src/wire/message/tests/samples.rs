@@ -145,6 +145,7 @@ pub(crate) fn commands() -> Vec<(&'static str, Command)> {
                 term: Term(7),
                 replica: ReplicaId(2),
                 generation: Generation(3),
+                keep: true,
             },
         ),
         ("start text", start(Prompt::Text(text("Hello")))),
