@@ -17,6 +17,8 @@
 #[cfg(test)]
 pub mod conformance;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod reference;
 
 mod batch;
