@@ -26,7 +26,7 @@ constexpr int DECODE_PAGE = 16;
 constexpr int DECODE_HEADS = 4;
 constexpr float DECODE_LOG2E = 1.44269504f;
 
-constexpr int power_of_two_from(int n) {
+__device__ constexpr int power_of_two_from(int n) {
   int power = 1;
   while (power < n) power *= 2;
   return power;
@@ -46,7 +46,7 @@ template <int D> struct SplitShape {
 
 // Loads of K, and of V, under way at once: fewer for many heads, whose sums take the registers. Three blocks are to fit
 // on a multiprocessor (at most 168 registers a thread).
-constexpr int loads_at_once(int loads_page, int heads) {
+__device__ constexpr int loads_at_once(int loads_page, int heads) {
   int most = heads > 2 ? 4 : 8;
   return loads_page < most ? loads_page : most;
 }

@@ -1,7 +1,6 @@
 // Tensor cores and asynchronous copies: the five instructions that the tiled kernels are made of.
 //
-// Owns one inline function an instruction (sm_80 and later), and dynamic shared memory. On the device they are inline
-// PTX; on the rig the shim emulates them lane by lane from the fragment layouts of the PTX ISA. mma.sync, not
+// Owns one inline function an instruction (sm_80 and later). On the device they are inline PTX; on the rig the shim emulates them lane by lane from the fragment layouts of the PTX ISA. mma.sync, not
 // nvcuda::wmma: the wmma forerunner of the attention kernel reached 2 % of an H100's peak, the mma.sync one 205 TFLOP/s.
 //
 // Fragments of m16n8k16 (lane = 4 * g + q, g in 0..8, q in 0..4):
@@ -12,11 +11,6 @@
 #include "device.cuh"
 
 #ifndef TANDEM_RIG
-
-// `DYNAMIC_SHARED(float, tile);` declares `float* tile`, the start of the block's dynamic shared memory.
-#define DYNAMIC_SHARED(type, name)                                       \
-  extern __shared__ __align__(128) unsigned char dynamic_shared_bytes[]; \
-  type* name = reinterpret_cast<type*>(dynamic_shared_bytes)
 
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return (unsigned)__cvta_generic_to_shared(pointer);
