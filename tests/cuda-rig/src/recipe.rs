@@ -134,7 +134,7 @@ fn common_flags() -> Vec<String> {
         .map(str::to_owned)
         .collect();
     // Never fused: a result must not depend on where the compiler sees a chance. Aliasing as CUDA C++ takes it.
-    flags.extend(["-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknown-pragmas"].map(str::to_owned));
+    flags.extend(["-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-Wno-psabi"].map(str::to_owned));
     flags.push(architecture_flag());
     for folder in ["include", "src"] {
         flags.push(format!("-I{}", here().join(folder).display()));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <type_traits>
 #include <utility>
 
 #include "block.h"
@@ -13,6 +14,7 @@ constexpr unsigned PARAMETERS_MAX = 32;
 // One parameter: its size, and its type so that a harness can tell float* from int*.
 struct Parameter {
   unsigned bytes, alignment;
+  bool pointer;
   const char* type;
 };
 
@@ -48,7 +50,7 @@ struct Entry<F> {
   static void call(void** arguments) { unpack(arguments, std::index_sequence_for<A...>{}); }
 
   Entry(const char* name, const char* file, unsigned threads_max) {
-    static const Parameter parameters[] = {{unsigned(sizeof(A)), unsigned(alignof(A)), TypeName<A>::get()}...};
+    static const Parameter parameters[] = {{unsigned(sizeof(A)), unsigned(alignof(A)), std::is_pointer<A>::value, TypeName<A>::get()}...};
     static Kernel kernel = {name, file, threads_max, unsigned(sizeof...(A)), parameters, call, nullptr};
     add_kernel(&kernel);
   }
