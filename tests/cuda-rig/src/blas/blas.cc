@@ -91,6 +91,12 @@ RIG_API Status cublasGetVersion_v2(Blas*, int* version) {
   *version = 120901;
   return BLAS_SUCCESS;
 }
+RIG_API Status cublasGetProperty(int which, int* value) {
+  static const int VERSION[] = {12, 9, 1};
+  if (which < 0 || which > 2) return BLAS_INVALID_VALUE;
+  *value = VERSION[which];
+  return BLAS_SUCCESS;
+}
 RIG_API Status cublasSetStream_v2(Blas* blas, CUstream stream) {
   blas->stream = stream;
   blas->workspace = nullptr;  // documented: back to the library's own
