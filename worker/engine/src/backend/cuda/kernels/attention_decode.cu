@@ -1,23 +1,25 @@
 // Attention of one query of each sequence over its paged cache, split over the keys.
 //
-// Computes the formula of attention_prefill.cu for spans of one row: span s is row rows[s] of qkv, at position
-// lens[s] - 1 of a sequence of lens[s] tokens in the cache. A span of length 0 is padding and gives zeros.
+// Computes the formula of attention_prefill.cu for spans of one row: span s is row rows[s] of qkv, at
+// position lens[s] - 1 of a sequence of lens[s] tokens in the cache. A span of length 0 is padding and gives
+// zeros.
 //
-// attend_split_d{d}: grid (spans, kv_heads * ceil(group / 4), splits) with group = q_heads / kv_heads, 128 threads. Split
-// z takes the z-th part of the pages that the query sees, whole pages, parts of one size but the last; the parts follow
-// from the length, the window and the number of splits alone. Each leaves an unfinished softmax in
-// partial [span][q_head][split][d + 2]: the weighted sum of values [d], the largest score in units of log2, the sum of
-// weights. attend_combine: grid (spans, q_heads), d / 2 threads rounded up to warps; puts the parts together into
-// out [rows][q_heads * d] (bf16).
+// attend_split_d{d}: grid (spans, kv_heads * ceil(group / 4), splits) with group = q_heads / kv_heads, 128
+// threads. Split z takes the z-th part of the pages that the query sees, whole pages, parts of one size but
+// the last; the parts follow from the length, the window and the number of splits alone. Each leaves an
+// unfinished softmax in partial [span][q_head][split][d + 2]: the weighted sum of values [d], the largest
+// score in units of log2, the sum of weights. attend_combine: grid (spans, q_heads), d / 2 threads rounded up
+// to warps; puts the parts together into out [rows][q_heads * d] (bf16).
 //
-// The form is split-KV decoding (Flash-Decoding: Dao, Haziza, Massa, Sizov, 2023), so that a few long sequences fill the
-// card. A warp takes a page at a time. A key's d numbers lie on as many lanes as it has 16-byte chunks (rounded up to a
-// power of two), so that each load of a warp covers whole keys; up to 8 loads of K and of V are under way at once.
-// Up to 4 query heads of a KV head share each load: a group of 8 reads a page twice, the second time from the L2.
-// Keys past the length or behind the window are not read: their scores are minus infinity and their values zero.
+// The form is split-KV decoding (Flash-Decoding: Dao, Haziza, Massa, Sizov, 2023), so that a few long
+// sequences fill the card. A warp takes a page at a time. A key's d numbers lie on as many lanes as it has
+// 16-byte chunks (rounded up to a power of two), so that each load of a warp covers whole keys; up to 8 loads
+// of K and of V are under way at once. Up to 4 query heads of a KV head share each load: a group of 8 reads a
+// page twice, the second time from the L2. Keys past the length or behind the window are not read: their
+// scores are minus infinity and their values zero.
 //
-// The forerunner (d 128 alone, another layout of the cache) reached 96 % of an H100's read bandwidth and took 98 us for
-// one sequence of 16384 tokens with 32 heads. This kernel has not run on hardware.
+// The forerunner (d 128 alone, another layout of the cache) reached 96 % of an H100's read bandwidth and took
+// 98 us for one sequence of 16384 tokens with 32 heads. This kernel has not run on hardware.
 #include "device.cuh"
 
 constexpr int DECODE_WARPS = 4;
@@ -32,7 +34,8 @@ __device__ constexpr int power_of_two_from(int n) {
   return power;
 }
 
-template <int D> struct SplitShape {
+template <int D>
+struct SplitShape {
   static constexpr int CHUNKS = D / 8;
   // Lanes of a key; where d is no power of two the last ones hold zeros.
   static constexpr int LANES = power_of_two_from(CHUNKS);
@@ -44,8 +47,8 @@ template <int D> struct SplitShape {
   static constexpr int MERGE = PARTS * DECODE_HEADS * (D + 2);
 };
 
-// Loads of K, and of V, under way at once: fewer for many heads, whose sums take the registers. Three blocks are to fit
-// on a multiprocessor (at most 168 registers a thread).
+// Loads of K, and of V, under way at once: fewer for many heads, whose sums take the registers. Three blocks
+// are to fit on a multiprocessor (at most 168 registers a thread).
 __device__ constexpr int loads_at_once(int loads_page, int heads) {
   int most = heads > 2 ? 4 : 8;
   return loads_page < most ? loads_page : most;
@@ -69,7 +72,8 @@ struct SplitArgs {
 
 // HEADS query heads from `first_head` on, of which `heads` exist.
 template <int D, int HEADS>
-__device__ __forceinline__ void attend_split_heads(float* merge, const SplitArgs& args, int kv_head, int first_head, int heads) {
+__device__ __forceinline__ void attend_split_heads(float* merge, const SplitArgs& args, int kv_head,
+                                                   int first_head, int heads) {
   using Shape = SplitShape<D>;
   constexpr int LANES = Shape::LANES, KEYS = Shape::KEYS, LOADS = loads_at_once(Shape::LOADS_PAGE, HEADS);
   int span = blockIdx.x, split = blockIdx.z;
@@ -113,7 +117,8 @@ __device__ __forceinline__ void attend_split_heads(float* merge, const SplitArgs
   int block = page < end ? __ldg(table + page) : 0;
 #pragma unroll 1
   for (; page < end; page += DECODE_WARPS) {
-    const bf16* page_keys = args.cache + (size_t)block * 2 * side + (size_t)kv_head * DECODE_PAGE * D + chunk * 8;
+    const bf16* page_keys =
+        args.cache + (size_t)block * 2 * side + (size_t)kv_head * DECODE_PAGE * D + chunk * 8;
     block = page + DECODE_WARPS < end ? __ldg(table + page + DECODE_WARPS) : 0;
 #pragma unroll 1
     for (int part = 0; part < Shape::LOADS_PAGE; part += LOADS) {
@@ -200,7 +205,8 @@ __device__ __forceinline__ void attend_split_heads(float* merge, const SplitArgs
       weights += factor * from[D + 1];
       values += factor * from[column];
     }
-    float* to = args.partial + (((size_t)span * args.q_heads + first_head + h) * args.splits + split) * (D + 2);
+    float* to =
+        args.partial + (((size_t)span * args.q_heads + first_head + h) * args.splits + split) * (D + 2);
     to[column] = values;
     if (column == 0) {
       to[D] = most;
@@ -209,7 +215,8 @@ __device__ __forceinline__ void attend_split_heads(float* merge, const SplitArgs
   }
 }
 
-template <int D> __device__ __forceinline__ void attend_split(float* merge, const SplitArgs& args) {
+template <int D>
+__device__ __forceinline__ void attend_split(float* merge, const SplitArgs& args) {
   int group = args.q_heads / args.kv_heads, blocks_group = (group + DECODE_HEADS - 1) / DECODE_HEADS;
   int kv_head = blockIdx.y / blocks_group, first = blockIdx.y % blocks_group * DECODE_HEADS;
   int heads = min(DECODE_HEADS, group - first), first_head = kv_head * group + first;
@@ -221,7 +228,9 @@ template <int D> __device__ __forceinline__ void attend_split(float* merge, cons
     attend_split_heads<D, DECODE_HEADS>(merge, args, kv_head, first_head, heads);
 }
 
-KERNEL(128, attend_combine, (bf16* out, const float* partial, const int* rows, int q_heads, int d, int splits)) {
+// lint: narrow <= 0
+KERNEL(128, attend_combine,
+       (bf16* out, const float* partial, const int* rows, int q_heads, int d, int splits)) {
   int span = blockIdx.x, head = blockIdx.y;
   const float* parts = partial + ((size_t)span * q_heads + head) * splits * (d + 2);
   bf16* row = out + ((size_t)rows[span] * q_heads + head) * d;
@@ -244,42 +253,82 @@ KERNEL(128, attend_combine, (bf16* out, const float* partial, const int* rows, i
   }
 }
 
-KERNEL(128, attend_split_d16, (float* partial, const float* qkv, const bf16* kv_layer, const int* rows, const int* lens, const int* tables, const int* table_starts, const float* slopes, int q_heads, int kv_heads, int window, float scale, int splits)) {
+// lint: wide >= 8, narrow <= 0, registers <= 168
+KERNEL(128, attend_split_d16,
+       (float* partial, const float* qkv, const bf16* kv_layer, const int* rows, const int* lens,
+        const int* tables, const int* table_starts, const float* slopes, int q_heads, int kv_heads,
+        int window, float scale, int splits)) {
   __shared__ float merge[SplitShape<16>::MERGE];
-  attend_split<16>(merge, SplitArgs{partial, qkv, kv_layer, rows, lens, tables, table_starts, slopes, q_heads, kv_heads, window, scale, splits});
+  attend_split<16>(merge, SplitArgs{partial, qkv, kv_layer, rows, lens, tables, table_starts, slopes, q_heads,
+                                    kv_heads, window, scale, splits});
 }
 
-KERNEL(128, attend_split_d32, (float* partial, const float* qkv, const bf16* kv_layer, const int* rows, const int* lens, const int* tables, const int* table_starts, const float* slopes, int q_heads, int kv_heads, int window, float scale, int splits)) {
+// lint: wide >= 8, narrow <= 0, registers <= 168
+KERNEL(128, attend_split_d32,
+       (float* partial, const float* qkv, const bf16* kv_layer, const int* rows, const int* lens,
+        const int* tables, const int* table_starts, const float* slopes, int q_heads, int kv_heads,
+        int window, float scale, int splits)) {
   __shared__ float merge[SplitShape<32>::MERGE];
-  attend_split<32>(merge, SplitArgs{partial, qkv, kv_layer, rows, lens, tables, table_starts, slopes, q_heads, kv_heads, window, scale, splits});
+  attend_split<32>(merge, SplitArgs{partial, qkv, kv_layer, rows, lens, tables, table_starts, slopes, q_heads,
+                                    kv_heads, window, scale, splits});
 }
 
-KERNEL(128, attend_split_d64, (float* partial, const float* qkv, const bf16* kv_layer, const int* rows, const int* lens, const int* tables, const int* table_starts, const float* slopes, int q_heads, int kv_heads, int window, float scale, int splits)) {
+// lint: wide >= 8, narrow <= 0, registers <= 168
+KERNEL(128, attend_split_d64,
+       (float* partial, const float* qkv, const bf16* kv_layer, const int* rows, const int* lens,
+        const int* tables, const int* table_starts, const float* slopes, int q_heads, int kv_heads,
+        int window, float scale, int splits)) {
   __shared__ float merge[SplitShape<64>::MERGE];
-  attend_split<64>(merge, SplitArgs{partial, qkv, kv_layer, rows, lens, tables, table_starts, slopes, q_heads, kv_heads, window, scale, splits});
+  attend_split<64>(merge, SplitArgs{partial, qkv, kv_layer, rows, lens, tables, table_starts, slopes, q_heads,
+                                    kv_heads, window, scale, splits});
 }
 
-KERNEL(128, attend_split_d80, (float* partial, const float* qkv, const bf16* kv_layer, const int* rows, const int* lens, const int* tables, const int* table_starts, const float* slopes, int q_heads, int kv_heads, int window, float scale, int splits)) {
+// lint: wide >= 8, narrow <= 0, registers <= 168
+KERNEL(128, attend_split_d80,
+       (float* partial, const float* qkv, const bf16* kv_layer, const int* rows, const int* lens,
+        const int* tables, const int* table_starts, const float* slopes, int q_heads, int kv_heads,
+        int window, float scale, int splits)) {
   __shared__ float merge[SplitShape<80>::MERGE];
-  attend_split<80>(merge, SplitArgs{partial, qkv, kv_layer, rows, lens, tables, table_starts, slopes, q_heads, kv_heads, window, scale, splits});
+  attend_split<80>(merge, SplitArgs{partial, qkv, kv_layer, rows, lens, tables, table_starts, slopes, q_heads,
+                                    kv_heads, window, scale, splits});
 }
 
-KERNEL(128, attend_split_d96, (float* partial, const float* qkv, const bf16* kv_layer, const int* rows, const int* lens, const int* tables, const int* table_starts, const float* slopes, int q_heads, int kv_heads, int window, float scale, int splits)) {
+// lint: wide >= 8, narrow <= 0, registers <= 168
+KERNEL(128, attend_split_d96,
+       (float* partial, const float* qkv, const bf16* kv_layer, const int* rows, const int* lens,
+        const int* tables, const int* table_starts, const float* slopes, int q_heads, int kv_heads,
+        int window, float scale, int splits)) {
   __shared__ float merge[SplitShape<96>::MERGE];
-  attend_split<96>(merge, SplitArgs{partial, qkv, kv_layer, rows, lens, tables, table_starts, slopes, q_heads, kv_heads, window, scale, splits});
+  attend_split<96>(merge, SplitArgs{partial, qkv, kv_layer, rows, lens, tables, table_starts, slopes, q_heads,
+                                    kv_heads, window, scale, splits});
 }
 
-KERNEL(128, attend_split_d112, (float* partial, const float* qkv, const bf16* kv_layer, const int* rows, const int* lens, const int* tables, const int* table_starts, const float* slopes, int q_heads, int kv_heads, int window, float scale, int splits)) {
+// lint: wide >= 8, narrow <= 0, registers <= 168
+KERNEL(128, attend_split_d112,
+       (float* partial, const float* qkv, const bf16* kv_layer, const int* rows, const int* lens,
+        const int* tables, const int* table_starts, const float* slopes, int q_heads, int kv_heads,
+        int window, float scale, int splits)) {
   __shared__ float merge[SplitShape<112>::MERGE];
-  attend_split<112>(merge, SplitArgs{partial, qkv, kv_layer, rows, lens, tables, table_starts, slopes, q_heads, kv_heads, window, scale, splits});
+  attend_split<112>(merge, SplitArgs{partial, qkv, kv_layer, rows, lens, tables, table_starts, slopes,
+                                     q_heads, kv_heads, window, scale, splits});
 }
 
-KERNEL(128, attend_split_d128, (float* partial, const float* qkv, const bf16* kv_layer, const int* rows, const int* lens, const int* tables, const int* table_starts, const float* slopes, int q_heads, int kv_heads, int window, float scale, int splits)) {
+// lint: wide >= 8, narrow <= 0, registers <= 168
+KERNEL(128, attend_split_d128,
+       (float* partial, const float* qkv, const bf16* kv_layer, const int* rows, const int* lens,
+        const int* tables, const int* table_starts, const float* slopes, int q_heads, int kv_heads,
+        int window, float scale, int splits)) {
   __shared__ float merge[SplitShape<128>::MERGE];
-  attend_split<128>(merge, SplitArgs{partial, qkv, kv_layer, rows, lens, tables, table_starts, slopes, q_heads, kv_heads, window, scale, splits});
+  attend_split<128>(merge, SplitArgs{partial, qkv, kv_layer, rows, lens, tables, table_starts, slopes,
+                                     q_heads, kv_heads, window, scale, splits});
 }
 
-KERNEL(128, attend_split_d256, (float* partial, const float* qkv, const bf16* kv_layer, const int* rows, const int* lens, const int* tables, const int* table_starts, const float* slopes, int q_heads, int kv_heads, int window, float scale, int splits)) {
+// lint: wide >= 8, narrow <= 0, registers <= 168
+KERNEL(128, attend_split_d256,
+       (float* partial, const float* qkv, const bf16* kv_layer, const int* rows, const int* lens,
+        const int* tables, const int* table_starts, const float* slopes, int q_heads, int kv_heads,
+        int window, float scale, int splits)) {
   __shared__ float merge[SplitShape<256>::MERGE];
-  attend_split<256>(merge, SplitArgs{partial, qkv, kv_layer, rows, lens, tables, table_starts, slopes, q_heads, kv_heads, window, scale, splits});
+  attend_split<256>(merge, SplitArgs{partial, qkv, kv_layer, rows, lens, tables, table_starts, slopes,
+                                     q_heads, kv_heads, window, scale, splits});
 }

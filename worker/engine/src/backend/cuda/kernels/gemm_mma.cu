@@ -1,20 +1,23 @@
-// The product of activations with a weight matrix on tensor cores, adding over k in one order whatever the rows.
+// The product of activations with a weight matrix on tensor cores, adding over k in one order whatever the
+// rows.
 //
-// Computes out[r][i] = sum_j x[r][j] * w[i][j] + bias[i], of x [rows][ldx] (bf16), w [n][k] and out [rows][n] (f32); `bias`
-// may be null. gemm_bf16 takes w as [n][ldw] bf16 with ldw a multiple of 8. gemm_w8 and gemm_w4 take the quantised form:
-// w = scale * (q - zero), rounded to bf16, with q row-major [n][ldq bytes] (ldq a multiple of 16), int8 (zero 0) or
-// unsigned nibbles, the even column low; scales, and zeros for int4 (null: 8), are [n][groups] with column j in group
-// (lead + j) / group, groups = ceil((lead + k) / group). They give the bits of dequantising and gemm_bf16.
+// Computes out[r][i] = sum_j x[r][j] * w[i][j] + bias[i], of x [rows][ldx] (bf16), w [n][k] and out [rows][n]
+// (f32); `bias` may be null. gemm_bf16 takes w as [n][ldw] bf16 with ldw a multiple of 8. gemm_w8 and gemm_w4
+// take the quantised form: w = scale * (q - zero), rounded to bf16, with q row-major [n][ldq bytes] (ldq a
+// multiple of 16), int8 (zero 0) or unsigned nibbles, the even column low; scales, and zeros for int4 (null:
+// 8), are [n][groups] with column j in group (lead + j) / group, groups = ceil((lead + k) / group). They give
+// the bits of dequantising and gemm_bf16.
 //
-// Grid (ceil(rows / 64), ceil(n / 64)), 128 threads, GEMM_{BF16,W8,W4}_SHARED bytes of dynamic shared memory. A block owns
-// 64 x 64 results, a warp 32 x 32. Tiles of 64 columns of x and w come through a ring of four stages of shared memory by
-// asynchronous copies, the multistage form of CUTLASS for sm_80; quantised weights lie in the ring as they are and are
-// widened into one more tile, the scales read a step ahead. Rows of bf16 tiles are padded by 16 bytes, so that the eight
-// rows of an ldmatrix lie in different banks.
+// Grid (ceil(rows / 64), ceil(n / 64)), 128 threads, GEMM_{BF16,W8,W4}_SHARED bytes of dynamic shared memory.
+// A block owns 64 x 64 results, a warp 32 x 32. Tiles of 64 columns of x and w come through a ring of four
+// stages of shared memory by asynchronous copies, the multistage form of CUTLASS for sm_80; quantised weights
+// lie in the ring as they are and are widened into one more tile, the scales read a step ahead. Rows of bf16
+// tiles are padded by 16 bytes, so that the eight rows of an ldmatrix lie in different banks.
 //
-// A result is one chain of mma over k, 16 columns a link: no split over k, and rows of other results never enter. Past
-// the edges of x and w the copies write zeros; blocks of 16 rows that lie wholly past the last row are left out. A row
-// of x that is not aligned to 16 bytes (ldx not a multiple of 8) is copied number by number.
+// A result is one chain of mma over k, 16 columns a link: no split over k, and rows of other results never
+// enter. Past the edges of x and w the copies write zeros; blocks of 16 rows that lie wholly past the last
+// row are left out. A row of x that is not aligned to 16 bytes (ldx not a multiple of 8) is copied number by
+// number.
 //
 // This kernel has not run on hardware, and no forerunner has.
 #include "mma.cuh"
@@ -50,7 +53,8 @@ struct DenseWeights {
   const bf16* w;
   int ldw;
 
-  __device__ __forceinline__ void copy(unsigned char* stage, int first_row, int n, int first_column, int k) const {
+  __device__ __forceinline__ void copy(unsigned char* stage, int first_row, int n, int first_column,
+                                       int k) const {
 #pragma unroll
     for (int i = 0; i < GEMM_TILE * GEMM_TILE / 8 / GEMM_THREADS; i++) {
       int chunk = threadIdx.x + i * GEMM_THREADS, row = chunk / 8, column = chunk % 8 * 8;
@@ -68,11 +72,13 @@ struct DenseWeights {
 };
 
 // Quantised weights of BITS 8 or 4: a thread widens 32 columns of one row of the tile.
-template <int BITS> struct QuantisedWeights {
+template <int BITS>
+struct QuantisedWeights {
   static constexpr int ROW_BYTES = GEMM_TILE * BITS / 8;
   static constexpr int STAGE_BYTES = GEMM_TILE * ROW_BYTES;
   static constexpr int SHARED = BITS == 8 ? GEMM_W8_SHARED : GEMM_W4_SHARED;
   static constexpr int RUN = 32;
+  static constexpr int WORDS = RUN * BITS / 32;
   // The f32 with these bits plus u is 2^23 + u for u below 2^23: widening without a conversion.
   static constexpr unsigned MAGIC = 0x4b000000u;
 
@@ -83,12 +89,14 @@ template <int BITS> struct QuantisedWeights {
   int group_shift;
   int lead;
 
-  // Of the thread's next run: its two groups at most (a group has 32 columns or more), and the columns in the first.
+  // Of the thread's next run: its two groups at most (a group has 32 columns or more), and the columns in the
+  // first.
   float scale[2];
   float zero[2];
   int first_columns;
 
-  __device__ __forceinline__ void copy(unsigned char* stage, int first_row, int n, int first_column, int k) const {
+  __device__ __forceinline__ void copy(unsigned char* stage, int first_row, int n, int first_column,
+                                       int k) const {
     constexpr int CHUNKS = ROW_BYTES / 16;
     int row_bytes = (k * BITS + 7) / 8, first_byte = first_column * BITS / 8;
 #pragma unroll
@@ -100,7 +108,8 @@ template <int BITS> struct QuantisedWeights {
     }
   }
 
-  // Begins to read the scales of the tile at `first_column`; columns past k take the last group's, for x is zero there.
+  // Begins to read the scales of the tile at `first_column`; columns past k take the last group's, for x is
+  // zero there.
   __device__ __forceinline__ void prepare(int first_row, int n, int first_column, int k) {
     int row = min(first_row + (int)threadIdx.x / 2, n - 1), column = first_column + threadIdx.x % 2 * RUN;
     int groups = ((lead + k - 1) >> group_shift) + 1, group = (lead + column) >> group_shift;
@@ -114,8 +123,29 @@ template <int BITS> struct QuantisedWeights {
     }
   }
 
+  // A run whose second group, if TWO_GROUPS, begins at column `first_columns`.
+  template <bool TWO_GROUPS>
+  __device__ __forceinline__ void widen(const unsigned (&words)[WORDS], uint4* to) const {
+    constexpr int PER_WORD = 32 / BITS;
+#pragma unroll
+    for (int chunk = 0; chunk < RUN / 8; chunk++) {
+      float numbers[8];
+#pragma unroll
+      for (int e = 0; e < 8; e++) {
+        int column = chunk * 8 + e;
+        unsigned word = words[column / PER_WORD];
+        // An int8 plus 128 is unsigned: its sign bit flipped.
+        if (BITS == 8) word ^= 0x80808080u;
+        unsigned number = word >> (column % PER_WORD * BITS) & ((1u << BITS) - 1);
+        bool second = TWO_GROUPS && column >= first_columns;
+        float exact = __uint_as_float(MAGIC | number) - (second ? zero[1] : zero[0]);
+        numbers[e] = exact * (second ? scale[1] : scale[0]);
+      }
+      to[chunk] = pack8(numbers);
+    }
+  }
+
   __device__ __forceinline__ const bf16* tile(const unsigned char* stage, bf16* wide) const {
-    constexpr int WORDS = RUN * BITS / 32;
     int row = threadIdx.x / 2, half = threadIdx.x % 2;
     const uint4* from = reinterpret_cast<const uint4*>(stage + row * ROW_BYTES + half * (RUN * BITS / 8));
     unsigned words[WORDS];
@@ -128,28 +158,10 @@ template <int BITS> struct QuantisedWeights {
       words[4 * i + 3] = four.w;
     }
     uint4* to = reinterpret_cast<uint4*>(wide + row * GEMM_LD + half * RUN);
-    auto widen = [&](auto in_second_group) {
-#pragma unroll
-      for (int chunk = 0; chunk < RUN / 8; chunk++) {
-        float numbers[8];
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
-          int column = chunk * 8 + e, per_word = 32 / BITS;
-          unsigned word = words[column / per_word];
-          // An int8 plus 128 is unsigned: its sign bit flipped.
-          if (BITS == 8) word ^= 0x80808080u;
-          unsigned number = word >> (column % per_word * BITS) & ((1u << BITS) - 1);
-          bool second = in_second_group(column);
-          float exact = __uint_as_float(MAGIC | number) - (second ? zero[1] : zero[0]);
-          numbers[e] = exact * (second ? scale[1] : scale[0]);
-        }
-        to[chunk] = pack8(numbers);
-      }
-    };
     if (first_columns >= RUN)
-      widen([](int) { return false; });
+      widen<false>(words, to);
     else
-      widen([&](int column) { return column >= first_columns; });
+      widen<true>(words, to);
     __syncthreads();
     return wide;
   }
@@ -164,7 +176,8 @@ __device__ __forceinline__ void copy_x(bf16* stage, const Product& product, int 
     int row = threadIdx.x / 8 + i * 16, column = threadIdx.x % 8 * 8;
     int left = first_row + row < product.rows ? product.k - first_column - column : 0;
     bf16* to = stage + row * GEMM_LD + column;
-    const bf16* from = left > 0 ? product.x + (size_t)(first_row + row) * product.ldx + first_column + column : product.x;
+    const bf16* from =
+        left > 0 ? product.x + (size_t)(first_row + row) * product.ldx + first_column + column : product.x;
     if (aligned) {
       cp_async_16(to, from, bytes_of_chunk(left * 2));
     } else {
@@ -210,7 +223,8 @@ __device__ __forceinline__ void gemm(unsigned char* shared, const Product& produ
   weights.prepare(first_column, product.n, 0, product.k);
   for (int step = 0; step < steps; step++) {
     cp_async_wait<GEMM_STAGES - 2>();
-    // The step's stage is there for all, and all are done with the stage and the wide tile of the step before.
+    // The step's stage is there for all, and all are done with the stage and the wide tile of the step
+    // before.
     __syncthreads();
     copy(step + GEMM_STAGES - 1);
     const unsigned char* stage = stage_of(step);
@@ -231,7 +245,8 @@ __device__ __forceinline__ void gemm(unsigned char* shared, const Product& produ
         unsigned a[4];
         ldmatrix_x4(a, x_lane + i * 16 * GEMM_LD + link);
 #pragma unroll
-        for (int j = 0; j < 4; j++) mma_bf16_16816(sums[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+        for (int j = 0; j < 4; j++)
+          mma_bf16_16816(sums[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
       }
     }
   }
@@ -262,19 +277,25 @@ __device__ __forceinline__ void gemm(unsigned char* shared, const Product& produ
 
 __device__ __forceinline__ int shift_of_group(int group) { return group == 32 ? 5 : group == 64 ? 6 : 7; }
 
-KERNEL(128, gemm_bf16, (float* out, const bf16* x, const bf16* w, const float* bias, int rows, int n, int k, int ldx, int ldw)) {
+KERNEL(128, gemm_bf16,
+       (float* out, const bf16* x, const bf16* w, const float* bias, int rows, int n, int k, int ldx,
+        int ldw)) {
   DYNAMIC_SHARED(unsigned char, shared);
   gemm(shared, Product{out, x, bias, rows, n, k, ldx}, DenseWeights{w, ldw});
 }
 
-KERNEL(128, gemm_w8, (float* out, const bf16* x, const signed char* w, const float* scales, const float* bias, int rows, int n, int k, int ldx, int ldq, int group, int lead)) {
+KERNEL(128, gemm_w8,
+       (float* out, const bf16* x, const signed char* w, const float* scales, const float* bias, int rows,
+        int n, int k, int ldx, int ldq, int group, int lead)) {
   DYNAMIC_SHARED(unsigned char, shared);
   const unsigned char* bytes = reinterpret_cast<const unsigned char*>(w);
   QuantisedWeights<8> weights{bytes, scales, nullptr, ldq, shift_of_group(group), lead, {}, {}, 0};
   gemm(shared, Product{out, x, bias, rows, n, k, ldx}, weights);
 }
 
-KERNEL(128, gemm_w4, (float* out, const bf16* x, const unsigned char* w, const float* scales, const unsigned char* zeros, const float* bias, int rows, int n, int k, int ldx, int ldq, int group, int lead)) {
+KERNEL(128, gemm_w4,
+       (float* out, const bf16* x, const unsigned char* w, const float* scales, const unsigned char* zeros,
+        const float* bias, int rows, int n, int k, int ldx, int ldq, int group, int lead)) {
   DYNAMIC_SHARED(unsigned char, shared);
   QuantisedWeights<4> weights{w, scales, zeros, ldq, shift_of_group(group), lead, {}, {}, 0};
   gemm(shared, Product{out, x, bias, rows, n, k, ldx}, weights);
