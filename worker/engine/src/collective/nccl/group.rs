@@ -15,13 +15,15 @@ use nccl_rs::{
 use super::guard::{self, Kill, NAME_GRACE, Shared};
 use super::lane::{LANDING, Lane, Placement};
 use super::watch;
-use crate::collective::host::HostGroup;
+use crate::collective::host::{HostGroup, RANKS_MAX};
 use crate::collective::{AbortHandle, Collective, CollectiveError, check_gather};
 
 /// How much later than its maker the guard gives a group up that does not form.
 const FORM_GRACE: Duration = Duration::from_secs(2);
 /// How long a clean end may take before it becomes an abort.
 const CLOSE_MAX: Duration = Duration::from_secs(5);
+/// Each rank's numbers land at a multiple of so many, for copies that take 16 bytes at a time.
+const VECTOR: usize = 4;
 /// How long the connections of a group that was ended are kept for its communicator's sake.
 const LINGER: Duration = Duration::from_secs(10);
 
@@ -126,15 +128,17 @@ impl<L: Lane> Group<L> {
     /// Enqueues work of the group's.
     fn enqueue(
         &mut self,
-        work: impl FnOnce(&mut L, &mut Communicator) -> Result<(), Error>,
+        work: impl FnOnce(&mut L, &mut Communicator) -> Result<(), Fault>,
     ) -> Result<(), CollectiveError> {
         self.shared.standing()?;
         // A step whose plan was not sent, as tests have it.
         self.shared.take_off_if_idle(self.wait_max);
         let communicator = self.communicator.as_mut().ok_or(CollectiveError::Aborted)?;
-        work(&mut self.lane, communicator).map_err(|error| {
-            let error = refusal(&self.shared, &error);
-            self.end(error)
+        work(&mut self.lane, communicator).map_err(|fault| {
+            self.end(match fault {
+                Fault::Nccl(error) => refusal(&self.shared, &error),
+                Fault::Device(reason) => CollectiveError::Failed(reason),
+            })
         })
     }
 
@@ -153,6 +157,18 @@ impl<L: Lane> Group<L> {
         let error = self.shared.fail(error);
         self.watchdog.look();
         error
+    }
+}
+
+/// Why work could not be enqueued.
+enum Fault {
+    Nccl(Error),
+    Device(String),
+}
+
+impl From<Error> for Fault {
+    fn from(error: Error) -> Fault {
+        Fault::Nccl(error)
     }
 }
 
@@ -216,7 +232,8 @@ impl<L: Lane> Collective<L::Buf> for Group<L> {
             // calls, see `Collective`.
             unsafe {
                 communicator.all_reduce(numbers, numbers, len, DataType::F32, ReduceOp::Sum, stream)
-            }
+            }?;
+            Ok(())
         })
     }
 
@@ -323,7 +340,8 @@ impl<L: Lane> std::fmt::Debug for Group<L> {
 /// Cuts rows into pieces whose foreign numbers, `width` a row, have room in the landing: first row and number of rows. A
 /// single row needs no landing.
 fn pieces(rows: usize, width: usize) -> impl Iterator<Item = (usize, usize)> {
-    let step = (LANDING / width.max(1)).max(1);
+    const ROOM: usize = LANDING - VECTOR * RANKS_MAX as usize;
+    let step = (ROOM / width.max(1)).max(1);
     (0..rows)
         .step_by(step)
         .map(move |first| (first, step.min(rows - first)))
@@ -337,12 +355,13 @@ fn take_in<L: Lane>(
     rows: usize,
     own: *mut c_void,
     to: *mut c_void,
-) -> Result<(), Error> {
+) -> Result<(), Fault> {
     let whole = widths.iter().sum::<usize>();
-    let landing = if rows == 1 {
-        numbers_at(to, widths[0])
+    // A single row lands in its place.
+    let (landing, vector) = if rows == 1 {
+        (numbers_at(to, widths[0]), 1)
     } else {
-        lane.landing()
+        (lane.landing(), VECTOR)
     };
     let stream = lane.stream();
     let mut group = communicator.group()?;
@@ -362,7 +381,7 @@ fn take_in<L: Lane>(
                 )
             }?;
         }
-        landed += count;
+        landed += count.next_multiple_of(vector);
     }
     group.end()?;
     let mut place = |from: *const c_void, width: usize, column: usize| {
@@ -374,18 +393,19 @@ fn take_in<L: Lane>(
             whole,
             column,
         };
-        if width > 0 {
-            // SAFETY: `from` holds `rows * width` numbers, `to` has room for `rows * whole`: checked by `check_gather` for the
-            // buffers, and by `pieces` for the landing.
-            unsafe { lane.place(placement) };
+        if width == 0 {
+            return Ok(());
         }
+        // SAFETY: `from` holds `rows * width` numbers, `to` has room for `rows * whole`: checked by `check_gather` for the
+        // buffers, and by `pieces` for the landing.
+        unsafe { lane.place(placement) }.map_err(Fault::Device)
     };
-    place(own, widths[0], 0);
+    place(own, widths[0], 0)?;
     if rows > 1 {
         let (mut landed, mut column) = (0, widths[0]);
         for width in &widths[1..] {
-            place(numbers_at(landing, landed), *width, column);
-            landed += rows * width;
+            place(numbers_at(landing, landed), *width, column)?;
+            landed += (rows * width).next_multiple_of(vector);
             column += width;
         }
     }
@@ -398,13 +418,14 @@ fn hand_over<L: Lane>(
     communicator: &mut Communicator,
     count: usize,
     own: *const c_void,
-) -> Result<(), Error> {
+) -> Result<(), Fault> {
     if count == 0 {
         return Ok(());
     }
     // SAFETY: `own` holds `count` numbers, checked by `check_gather`, which live until the stream has passed this (the lane's
     // promise); rank 0 receives as many.
-    unsafe { communicator.send(own, count, DataType::F32, 0, lane.stream()) }
+    unsafe { communicator.send(own, count, DataType::F32, 0, lane.stream()) }?;
+    Ok(())
 }
 
 /// The address `numbers` f32 further on.

@@ -37,16 +37,20 @@ pub unsafe trait Lane: Send + 'static {
 
     /// Enqueues a copy of rows to columns of wider rows.
     ///
+    /// # Errors
+    /// What the device's library says.
+    ///
     /// # Safety
     /// Both addresses are valid for what is read and written, as those of this trait are.
-    unsafe fn place(&mut self, placement: Placement);
+    unsafe fn place(&mut self, placement: Placement) -> Result<(), String>;
 
     /// Destroys all recordings that hold collectives, for good. Called from any thread, more than once, and also while the
     /// thread that uses the device waits for the stream: it must not wait for that.
     fn recordings(&self) -> Arc<dyn Fn() + Send + Sync>;
 }
 
-/// Copies `from [rows, width]` to columns `column ..` of `to [rows, whole]`.
+/// Copies `from [rows, width]` to columns `column ..` of `to [rows, whole]`. `from` lies at a multiple of 16 bytes where
+/// `width` is a multiple of 4, `to` where `whole` is, if the buffers and the landing do.
 #[derive(Debug, Clone, Copy)]
 pub struct Placement {
     /// First number to read.

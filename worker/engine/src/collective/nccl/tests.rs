@@ -142,10 +142,19 @@ unsafe impl Lane for HostLane {
         self.landing.as_ptr().cast_mut().cast()
     }
 
-    unsafe fn place(&mut self, placement: Placement) {
+    unsafe fn place(&mut self, placement: Placement) -> Result<(), String> {
+        // A kernel would take 16 bytes at a time.
+        if [placement.width, placement.whole, placement.column]
+            .iter()
+            .all(|n| n % 4 == 0)
+        {
+            let offset = (placement.from as usize).wrapping_sub(self.landing.as_ptr() as usize);
+            let lands = offset < LANDING * size_of::<f32>();
+            assert!(!lands || offset.is_multiple_of(16), "{placement:?}");
+        }
         // A stream that is stuck gets to no copy.
-        if !wait(&self.stand_in, self.stream, Duration::from_secs(5)) {
-            return;
+        if !wait(&self.stand_in, self.stream, Duration::from_secs(2)) {
+            return Err("the stream is stuck".into());
         }
         let Placement {
             from,
@@ -163,6 +172,7 @@ unsafe impl Lane for HostLane {
                 std::ptr::copy_nonoverlapping(from, to, width);
             }
         }
+        Ok(())
     }
 
     fn recordings(&self) -> Arc<dyn Fn() + Send + Sync> {
@@ -357,11 +367,12 @@ fn sums_are_the_same_on_every_rank() {
 
 #[test]
 fn gathered_columns_stand_side_by_side_whatever_their_widths() {
-    let shapes: [(usize, [usize; 4]); 7] = [
+    let shapes: [(usize, [usize; 4]); 8] = [
         (1, [5, 5, 5, 4]),
         (3, [4, 0, 2, 1]),
         (0, [3, 3, 3, 3]),
         (2, [0, 0, 0, 9]),
+        (3, [1, 3, 4, 4]),
         (7, [30_000, 30_000, 11, 0]),
         // More than the landing holds, in one row and in several pieces.
         (1, [1, 0, LANDING + 5, 3]),
@@ -661,6 +672,21 @@ fn a_device_that_cannot_be_bound_fails_on_its_rank_and_is_a_loss_to_the_others()
         Err(CollectiveError::Failed("no context".into()))
     );
     assert_eq!(lost(thread.join().unwrap()).0, 0);
+}
+
+#[test]
+fn a_copy_that_the_device_refuses_ends_the_group_with_its_words() {
+    let stand_in = StandIn::new(&[]);
+    let mut group = form(&stand_in, 2, SOON);
+    // Rank 1 sends nothing, so that the copies behind it never come to their turn.
+    let (part, mut out) = (vec![0.0; 4], vec![0.0; 8]);
+    let error = group[0].group.gather_columns(&part, 2, &[2, 2], &mut out);
+    assert_eq!(
+        error,
+        Err(CollectiveError::Failed("the stream is stuck".into()))
+    );
+    assert!(wait(&stand_in, group[0].stream, SOON), "it is freed");
+    assert_eq!(lost(group[1].sum(&mut vec![1.0])).0, 0);
 }
 
 #[test]
