@@ -415,4 +415,6 @@ fn smallest(
 }
 
 #[cfg(test)]
+mod document;
+#[cfg(test)]
 mod tests;

@@ -42,8 +42,8 @@ const LAYER_NODES: u64 = 16;
 const LAYER_SUMS: u64 = 2;
 /// Kernels before the first layer and behind the last.
 const END_NODES: u64 = 8;
-/// What the driver keeps on the device for a recorded kernel. An estimate: other servers report 24 to 28 MiB per recorded
-/// step of some 400 kernels.
+/// What the driver keeps on the device for a recorded kernel. An estimate: another server logs 24 to 28 MiB per recorded
+/// step, which is this for some 400 kernels.
 const NODE_BYTES: u64 = 64 << 10;
 /// Sizes of recorded steps, as [`recordings`] counts them.
 const SMALL_STEPS: [u64; 7] = [1, 2, 4, 8, 16, 24, 32];
@@ -131,7 +131,8 @@ fn scratch_bytes(need: &RankNeed, facts: &ModelFacts, part: &Part<'_>) -> u64 {
 fn recorded_bytes(need: &RankNeed, part: &Part<'_>) -> u64 {
     let sums = if part.ranks > 1 { LAYER_SUMS } else { 0 };
     let nodes = part.shape.layers * (LAYER_NODES + sums) + END_NODES;
-    nodes * NODE_BYTES * recordings(u64::from(need.sequences_max))
+    // More decodes than logits fit together are not recorded.
+    nodes * NODE_BYTES * recordings(u64::from(need.sequences_max).min(LOGITS_ROWS))
 }
 
 /// Steps of different sizes that are recorded for up to so many sequences.
