@@ -70,105 +70,183 @@ struct SplitArgs {
   int splits;
 };
 
-// HEADS query heads from `first_head` on, of which `heads` exist.
-template <int D, int HEADS>
-__device__ __forceinline__ void attend_split_heads(float* merge, const SplitArgs& args, int kv_head,
-                                                   int first_head, int heads) {
-  using Shape = SplitShape<D>;
-  constexpr int LANES = Shape::LANES, KEYS = Shape::KEYS, LOADS = loads_at_once(Shape::LOADS_PAGE, HEADS);
-  int span = blockIdx.x, split = blockIdx.z;
-  int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  // The lane's key within a load, and its chunk of that key.
-  int of_key = lane / LANES, chunk = lane % LANES;
-  bool has_chunk = chunk < Shape::CHUNKS;
+// The unfinished softmax of one query head over the keys of one lane group: its 8 columns of the weighted sum
+// of values, the largest score, the sum of weights.
+struct Softmax {
+  float values[8];
+  float largest;
+  float sum;
+};
 
-  int length = args.lens[span];
+// A lane's place, and the keys that the query sees.
+template <int D>
+struct Lane {
+  // The lane's key within a load, and its 16-byte chunk of that key.
+  int of_key;
+  int chunk;
+  int first_key;
+  int length;
+
+  __device__ __forceinline__ bool has_chunk() const { return chunk < SplitShape<D>::CHUNKS; }
+  __device__ __forceinline__ int key_of(int load) const { return load * SplitShape<D>::KEYS + of_key; }
+  __device__ __forceinline__ bool visible(int key) const {
+    return (unsigned)(key - first_key) < (unsigned)(length - first_key);
+  }
+  // 16 bytes of a key of the page, or zeros where it is not to be seen.
+  __device__ __forceinline__ uint4 load(const bf16* page, int page_key, int load) const {
+    int token = key_of(load);
+    uint4 chunk_of_key = make_uint4(0, 0, 0, 0);
+    if (has_chunk() && visible(page_key + token))
+      chunk_of_key = __ldg(reinterpret_cast<const uint4*>(page + token * D + chunk * 8));
+    return chunk_of_key;
+  }
+};
+
+// A head's query, multiplied by `scale`: the lane's 8 numbers.
+template <int D>
+__device__ __forceinline__ void load_query(float (&query)[8], const float* from, const Lane<D>& lane,
+                                           float scale) {
+  float4 low = make_float4(0.f, 0.f, 0.f, 0.f), high = low;
+  if (lane.has_chunk()) {
+    low = __ldg(reinterpret_cast<const float4*>(from + lane.chunk * 8));
+    high = __ldg(reinterpret_cast<const float4*>(from + lane.chunk * 8 + 4));
+  }
+  float numbers[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+  for (int e = 0; e < 8; e++) query[e] = numbers[e] * scale;
+}
+
+// The product of a key and a query, in all lanes of the key.
+template <int LANES>
+__device__ __forceinline__ float dot(const float (&query)[8], const float (&key)[8]) {
+  float sum = 0.f;
+#pragma unroll
+  for (int e = 0; e < 8; e++) sum += query[e] * key[e];
+#pragma unroll
+  for (int distance = LANES / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(WARP_ALL, sum, distance);
+  return sum;
+}
+
+// Scores become weights; what was summed before is brought to the new maximum.
+template <int LOADS>
+__device__ __forceinline__ void advance(Softmax& softmax, float (&scores)[LOADS]) {
+  float before = softmax.largest;
+#pragma unroll
+  for (int i = 0; i < LOADS; i++) softmax.largest = fmaxf(softmax.largest, scores[i]);
+  // Nothing seen yet: infinity minus infinity is not a number.
+  float base = softmax.largest == -INFINITY ? 0.f : softmax.largest;
+  float factor = exp2f(before - base);
+  softmax.sum *= factor;
+#pragma unroll
+  for (int e = 0; e < 8; e++) softmax.values[e] *= factor;
+#pragma unroll
+  for (int i = 0; i < LOADS; i++) {
+    scores[i] = exp2f(scores[i] - base);
+    softmax.sum += scores[i];
+  }
+}
+
+// Puts the block's softmaxes together (of its warps, and of the keys side by side in a warp) and writes the
+// split's.
+template <int D, int HEADS>
+__device__ __forceinline__ void merge_softmaxes(float* merge, const Softmax (&softmax)[HEADS],
+                                                const Lane<D>& lane, const SplitArgs& args, int first_head,
+                                                int heads) {
+  using Shape = SplitShape<D>;
+  auto part_of = [&](int part, int h) { return merge + (part * HEADS + h) * (D + 2); };
+#pragma unroll
+  for (int h = 0; h < HEADS; h++) {
+    float* to = part_of(warp_id() * Shape::KEYS + lane.of_key, h);
+    const float(&values)[8] = softmax[h].values;
+    if (lane.has_chunk()) {
+#pragma unroll
+      for (int e = 0; e < 8; e += 2)
+        *reinterpret_cast<float2*>(to + lane.chunk * 8 + e) = make_float2(values[e], values[e + 1]);
+    }
+    if (lane.chunk == 0) *reinterpret_cast<float2*>(to + D) = make_float2(softmax[h].largest, softmax[h].sum);
+  }
+  __syncthreads();
+  for (int at = threadIdx.x; at < heads * D; at += DECODE_WARPS * 32) {
+    int h = at / D, column = at % D;
+    float largest = -INFINITY, sum = 0.f, values = 0.f;
+    for (int part = 0; part < Shape::PARTS; part++) largest = fmaxf(largest, part_of(part, h)[D]);
+#pragma unroll 4
+    for (int part = 0; part < Shape::PARTS; part++) {
+      const float* from = part_of(part, h);
+      float factor = from[D] == -INFINITY ? 0.f : exp2f(from[D] - largest);
+      sum += factor * from[D + 1];
+      values += factor * from[column];
+    }
+    size_t row = (size_t)blockIdx.x * args.q_heads + first_head + h;
+    float* to = args.partial + (row * args.splits + blockIdx.z) * (D + 2);
+    to[column] = values;
+    if (column == 0) {
+      to[D] = largest;
+      to[D + 1] = sum;
+    }
+  }
+}
+
+// HEADS query heads from `first_head` on, of which `heads` exist; a head past them repeats the last.
+template <int D, int HEADS>
+__device__ __forceinline__ void attend_heads(float* merge, const SplitArgs& args, int kv_head, int first_head,
+                                             int heads) {
+  using Shape = SplitShape<D>;
+  constexpr int LOADS = loads_at_once(Shape::LOADS_PAGE, HEADS);
+  int span = blockIdx.x, length = args.lens[span];
   int first_key = args.window > 0 ? max(0, length - args.window) : 0;
+  Lane<D> lane{lane_id() / Shape::LANES, lane_id() % Shape::LANES, first_key, length};
+
+  // The split's part of the visible pages.
   int first_page = first_key / DECODE_PAGE, pages_end = (length + DECODE_PAGE - 1) / DECODE_PAGE;
   int pages_split = (pages_end - first_page + args.splits - 1) / args.splits;
-  int begin = first_page + split * pages_split, end = min(pages_end, begin + pages_split);
+  int begin = first_page + (int)blockIdx.z * pages_split, end = min(pages_end, begin + pages_split);
 
-  float query[HEADS][8], sum_values[HEADS][8], largest[HEADS], sum[HEADS], slope[HEADS];
+  float query[HEADS][8], slope[HEADS];
+  Softmax softmax[HEADS];
   const float* row = args.qkv + (size_t)args.rows[span] * (args.q_heads + 2 * args.kv_heads) * D;
 #pragma unroll
   for (int h = 0; h < HEADS; h++) {
     int head = first_head + min(h, heads - 1);
-    float4 low = make_float4(0.f, 0.f, 0.f, 0.f), high = low;
-    if (has_chunk) {
-      const float4* from = reinterpret_cast<const float4*>(row + (size_t)head * D + chunk * 8);
-      low = __ldg(from);
-      high = __ldg(from + 1);
-    }
-    float numbers[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-    for (int e = 0; e < 8; e++) {
-      query[h][e] = numbers[e] * (args.scale * DECODE_LOG2E);
-      sum_values[h][e] = 0.f;
-    }
-    largest[h] = -INFINITY;
-    sum[h] = 0.f;
+    load_query<D>(query[h], row + (size_t)head * D, lane, args.scale * DECODE_LOG2E);
     slope[h] = args.slopes ? args.slopes[head] * DECODE_LOG2E : 0.f;
+    softmax[h] = Softmax{{}, -INFINITY, 0.f};
   }
 
   const int* table = args.tables + args.table_starts[span];
   size_t side = (size_t)args.kv_heads * DECODE_PAGE * D;
+  const bf16* cache = args.cache + (size_t)kv_head * DECODE_PAGE * D;
   // The id of the next page's block is read a page ahead.
-  int page = begin + warp;
+  int page = begin + warp_id();
   int block = page < end ? __ldg(table + page) : 0;
 #pragma unroll 1
   for (; page < end; page += DECODE_WARPS) {
-    const bf16* page_keys =
-        args.cache + (size_t)block * 2 * side + (size_t)kv_head * DECODE_PAGE * D + chunk * 8;
+    const bf16* keys = cache + (size_t)block * 2 * side;
+    int page_key = page * DECODE_PAGE;
     block = page + DECODE_WARPS < end ? __ldg(table + page + DECODE_WARPS) : 0;
 #pragma unroll 1
-    for (int part = 0; part < Shape::LOADS_PAGE; part += LOADS) {
+    for (int first = 0; first < Shape::LOADS_PAGE; first += LOADS) {
       uint4 k[LOADS], v[LOADS];
-      auto key_of = [&](int i) { return page * DECODE_PAGE + (part + i) * KEYS + of_key; };
-      auto visible = [&](int key) { return (unsigned)(key - first_key) < (unsigned)(length - first_key); };
-      auto load = [&](const bf16* from, int i) {
-        bool wanted = has_chunk && visible(key_of(i));
-        const bf16* at = from + ((part + i) * KEYS + of_key) * D;
-        return wanted ? __ldg(reinterpret_cast<const uint4*>(at)) : make_uint4(0, 0, 0, 0);
-      };
 #pragma unroll
-      for (int i = 0; i < LOADS; i++) k[i] = load(page_keys, i);
+      for (int i = 0; i < LOADS; i++) k[i] = lane.load(keys, page_key, first + i);
 #pragma unroll
-      for (int i = 0; i < LOADS; i++) v[i] = load(page_keys + side, i);
+      for (int i = 0; i < LOADS; i++) v[i] = lane.load(keys + side, page_key, first + i);
 
       float scores[HEADS][LOADS];
 #pragma unroll
       for (int i = 0; i < LOADS; i++) {
         float numbers[8];
         unpack8(k[i], numbers);
-        int key = key_of(i);
+        int key = page_key + lane.key_of(first + i);
         float distance = (float)(key + 1 - length);
 #pragma unroll
         for (int h = 0; h < HEADS; h++) {
-          float dot = 0.f;
-#pragma unroll
-          for (int e = 0; e < 8; e++) dot += query[h][e] * numbers[e];
-#pragma unroll
-          for (int o = LANES / 2; o > 0; o /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, o);
-          scores[h][i] = visible(key) ? dot + slope[h] * distance : -INFINITY;
+          float score = dot<Shape::LANES>(query[h], numbers);
+          scores[h][i] = lane.visible(key) ? score + slope[h] * distance : -INFINITY;
         }
       }
 #pragma unroll
-      for (int h = 0; h < HEADS; h++) {
-        float before = largest[h];
-#pragma unroll
-        for (int i = 0; i < LOADS; i++) largest[h] = fmaxf(largest[h], scores[h][i]);
-        // Nothing seen yet: infinity minus infinity is not a number.
-        float base = largest[h] == -INFINITY ? 0.f : largest[h];
-        float factor = exp2f(before - base);
-        sum[h] *= factor;
-#pragma unroll
-        for (int e = 0; e < 8; e++) sum_values[h][e] *= factor;
-#pragma unroll
-        for (int i = 0; i < LOADS; i++) {
-          scores[h][i] = exp2f(scores[h][i] - base);
-          sum[h] += scores[h][i];
-        }
-      }
+      for (int h = 0; h < HEADS; h++) advance(softmax[h], scores[h]);
 #pragma unroll
       for (int i = 0; i < LOADS; i++) {
         float numbers[8];
@@ -176,43 +254,11 @@ __device__ __forceinline__ void attend_split_heads(float* merge, const SplitArgs
 #pragma unroll
         for (int h = 0; h < HEADS; h++)
 #pragma unroll
-          for (int e = 0; e < 8; e++) sum_values[h][e] += scores[h][i] * numbers[e];
+          for (int e = 0; e < 8; e++) softmax[h].values[e] += scores[h][i] * numbers[e];
       }
     }
   }
-
-  // Merge the softmaxes of the block's warps and of the keys side by side in a warp.
-  auto part_of = [&](int part, int h) { return merge + (part * HEADS + h) * (D + 2); };
-#pragma unroll
-  for (int h = 0; h < HEADS; h++) {
-    float* to = part_of(warp * KEYS + of_key, h);
-    if (has_chunk) {
-#pragma unroll
-      for (int e = 0; e < 8; e += 2)
-        *reinterpret_cast<float2*>(to + chunk * 8 + e) = make_float2(sum_values[h][e], sum_values[h][e + 1]);
-    }
-    if (chunk == 0) *reinterpret_cast<float2*>(to + D) = make_float2(largest[h], sum[h]);
-  }
-  __syncthreads();
-  for (int at = threadIdx.x; at < heads * D; at += DECODE_WARPS * 32) {
-    int h = at / D, column = at % D;
-    float most = -INFINITY, weights = 0.f, values = 0.f;
-    for (int part = 0; part < Shape::PARTS; part++) most = fmaxf(most, part_of(part, h)[D]);
-#pragma unroll 4
-    for (int part = 0; part < Shape::PARTS; part++) {
-      const float* from = part_of(part, h);
-      float factor = from[D] == -INFINITY ? 0.f : exp2f(from[D] - most);
-      weights += factor * from[D + 1];
-      values += factor * from[column];
-    }
-    float* to =
-        args.partial + (((size_t)span * args.q_heads + first_head + h) * args.splits + split) * (D + 2);
-    to[column] = values;
-    if (column == 0) {
-      to[D] = most;
-      to[D + 1] = weights;
-    }
-  }
+  merge_softmaxes<D, HEADS>(merge, softmax, lane, args, first_head, heads);
 }
 
 template <int D>
@@ -221,11 +267,11 @@ __device__ __forceinline__ void attend_split(float* merge, const SplitArgs& args
   int kv_head = blockIdx.y / blocks_group, first = blockIdx.y % blocks_group * DECODE_HEADS;
   int heads = min(DECODE_HEADS, group - first), first_head = kv_head * group + first;
   if (heads == 1)
-    attend_split_heads<D, 1>(merge, args, kv_head, first_head, heads);
+    attend_heads<D, 1>(merge, args, kv_head, first_head, heads);
   else if (heads == 2)
-    attend_split_heads<D, 2>(merge, args, kv_head, first_head, heads);
+    attend_heads<D, 2>(merge, args, kv_head, first_head, heads);
   else
-    attend_split_heads<D, DECODE_HEADS>(merge, args, kv_head, first_head, heads);
+    attend_heads<D, DECODE_HEADS>(merge, args, kv_head, first_head, heads);
 }
 
 // lint: narrow <= 0
