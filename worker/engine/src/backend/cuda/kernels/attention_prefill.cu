@@ -1,16 +1,16 @@
 // Causal attention of many queries of a sequence over its paged cache, on tensor cores.
 //
-// Computes, for the query at position p of query head h, with the KV head h / (q_heads / kv_heads):
-//   out[h] = sum_j softmax_j(scale * q[h] . k_j + slope[h] * (j - p)) * v_j   over max(0, p + 1 - window) <=
-//   j <= p
+// Computes, for the query at position p of query head h, with the KV head h / (q_heads / kv_heads) and over
+// the keys max(0, p + 1 - window) <= j <= p:
+//   out[h] = sum_j softmax_j(scale * q[h] . k_j + slope[h] * (j - p)) * v_j
 // from qkv [rows][(q_heads + 2 kv_heads) * d] (f32; only the query heads are read) and the layer's cache
 // [block][K, V][kv_head][16 tokens][d] (bf16), into out [rows][q_heads * d] (bf16).
 //
 // Grid (tiles, q_heads), 128 threads, TileShape<d>::SHARED bytes of dynamic shared memory. A block owns 64
 // queries of one span and one head, a warp 16 of them: tiles[2t] is the span, tiles[2t + 1] the first query
 // within it. rows[span] is the span's first row of qkv and out, positions[span] its first position,
-// lens[span] its number of queries, tables[table_starts[span] + page] the block of its page. The host lists
-// long tiles first: they take longest.
+// lens[span] its number of queries (0: padding, nothing is written), tables[table_starts[span] + page] the
+// block of its page. Tiles may come in any order; those that see most keys are best listed first.
 //
 // The form is FlashAttention-2 (Dao, 2023): queries, scores, the running maximum and sum, and the output stay
 // in registers; K and V go through two buffers of shared memory, filled by asynchronous copies one tile
@@ -22,7 +22,8 @@
 // in order, and a tile of which a query sees nothing leaves its state as it is (a factor of exactly 1, or
 // zero times zero). Sums and products of a row's state name their rounding (__fadd_rn), so that the compiler
 // may not fuse them in one copy of the code and not in another. Keys outside the tile's visible range are
-// never read: the copies write zeros there, and their scores are replaced.
+// never read: the copies write zeros there, and their scores are replaced. A key or value that is itself not
+// a number may spoil earlier queries of its tile: zero times it is none. All of them are of one sequence.
 //
 // The forerunner (the same loop over unpaged K and V) reached 205 TFLOP/s at d 128 and 2048 tokens on an H100
 // SXM, and 265 at 8192 (FlashAttention-2 there: 214 and 320). This kernel has not run on hardware.
