@@ -31,7 +31,7 @@ use crate::plan::{Logits, StepPlan};
 use crate::runner::{
     Geometry, PoolRows, Runner, SampleRow, ScoreRows, StepError, StepOutput, Ticket,
 };
-use footprint::{kv_shape, workspace_sizes};
+use footprint::{kv_shape, step_shape, workspace_sizes};
 use outputs::{Outputs, Pending};
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -87,7 +87,8 @@ impl<B: Backend, C: Collective<B::Buf>> ModelRunner<B, C> {
         let (rank, ranks) = (collective.rank() as usize, collective.ranks() as usize);
         let partition = Partition::new(spec, rank, ranks)?;
         let footprint = Footprint::of::<B>(spec, rank, ranks, options)?;
-        backend.reserve(footprint.bytes(options.blocks))?;
+        let step = step_shape::<B>(spec, &partition, options);
+        backend.reserve(footprint.bytes(options.blocks), &step)?;
         let mut loader = Loader {
             backend: &mut backend,
             weights: &checkpoint.weights,
@@ -235,10 +236,11 @@ impl<B: Backend, C: Collective<B::Buf>> ModelRunner<B, C> {
         self.rows.extend(0..padded as u32);
         let (mut step, decoder, kv, work) = self.parts.step(&mut self.collective, &self.batch);
         decoder.begin_step(&mut step, work);
-        if step.backend.begin_decode(padded) == DecodeOps::Wanted {
+        let mut ops = step.backend.begin_decode(padded);
+        while ops == DecodeOps::Wanted {
             decoder.forward(&mut step, work, kv)?;
             decoder.embedding.logits(&mut step, &self.rows, work)?;
-            step.backend.end_decode();
+            ops = step.backend.end_decode();
         }
         self.take(0..rows, taker)
     }

@@ -23,7 +23,7 @@ mod softmax;
 #[cfg(test)]
 mod tests;
 
-use crate::backend::Draw;
+use crate::backend::{Draw, NOT_FINITE};
 use crate::request::{Sampling, SequenceError, TokenLogprob};
 use crate::runner::{SampleRow, Sampled};
 use softmax::{exp, ln, sum_exp};
@@ -46,7 +46,7 @@ pub fn sample(logits: &mut [f32], row: &SampleRow<'_>) -> Result<Sampled, Sequen
             mask.restrict(logits)?;
         }
         adjust(logits, row, scratch);
-        let id = choose(logits, row, scratch);
+        let id = pick(logits, &draw_of(row, 0), scratch);
         let raw_logit = |id: u32| {
             let changed = scratch.raw.iter().find(|(changed, _)| *changed == id);
             changed.map_or(logits[id as usize], |&(_, x)| x)
@@ -60,32 +60,21 @@ pub fn sample(logits: &mut [f32], row: &SampleRow<'_>) -> Result<Sampled, Sequen
 /// Whether they are is the sequence's own matter: which rows it shares a step with never decides who chooses.
 #[must_use]
 pub fn draw(row: &SampleRow<'_>, at: u32) -> Option<Draw> {
-    let Sampling {
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        repetition_penalty,
-        presence_penalty,
-        frequency_penalty,
-        ref logit_bias,
-        seed,
-        logprobs,
-    } = *row.sampling;
+    let sampling = row.sampling;
     let plain = row.mask.is_none()
-        && logprobs.is_none()
-        && logit_bias.is_empty()
-        && repetition_penalty == 1.0
-        && presence_penalty == 0.0
-        && frequency_penalty == 0.0;
-    plain.then(|| Draw {
-        row: at,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        u: random::uniform(seed, row.candidate, row.output_index),
-    })
+        && sampling.logprobs.is_none()
+        && sampling.logit_bias.is_empty()
+        && !penalises(sampling);
+    plain.then(|| draw_of(row, at))
+}
+
+/// The token that a device must choose for a draw from this row of logits; [`NOT_FINITE`] where it has none.
+#[must_use]
+pub fn choose(logits: &[f32], draw: &Draw) -> u32 {
+    match check(logits) {
+        Ok(()) => SCRATCH.with_borrow_mut(|scratch| pick(logits, draw, scratch)),
+        Err(_) => NOT_FINITE,
+    }
 }
 
 /// Log-probability of `target` in the row, with the `top` most probable tokens.
@@ -200,7 +189,7 @@ fn adjust(logits: &mut [f32], row: &SampleRow<'_>, scratch: &mut Scratch) {
     } else {
         row.prompt
     };
-    if *repetition_penalty == 1.0 && *presence_penalty == 0.0 && *frequency_penalty == 0.0 {
+    if !penalises(row.sampling) {
         return;
     }
     if counts.len() < logits.len() {
@@ -236,8 +225,13 @@ fn adjust(logits: &mut [f32], row: &SampleRow<'_>, scratch: &mut Scratch) {
     }
 }
 
-fn choose(logits: &[f32], row: &SampleRow<'_>, scratch: &mut Scratch) -> u32 {
-    let best = argmax(logits);
+fn penalises(sampling: &Sampling) -> bool {
+    sampling.repetition_penalty != 1.0
+        || sampling.presence_penalty != 0.0
+        || sampling.frequency_penalty != 0.0
+}
+
+fn draw_of(row: &SampleRow<'_>, at: u32) -> Draw {
     let Sampling {
         temperature,
         top_k,
@@ -246,6 +240,27 @@ fn choose(logits: &[f32], row: &SampleRow<'_>, scratch: &mut Scratch) -> u32 {
         seed,
         ..
     } = *row.sampling;
+    Draw {
+        row: at,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        u: random::uniform(seed, row.candidate, row.output_index),
+    }
+}
+
+/// Steps 7 to 12.
+fn pick(logits: &[f32], draw: &Draw, scratch: &mut Scratch) -> u32 {
+    let best = argmax(logits);
+    let Draw {
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        u,
+        ..
+    } = *draw;
     if temperature == 0.0 {
         return best as u32;
     }
@@ -254,12 +269,11 @@ fn choose(logits: &[f32], row: &SampleRow<'_>, scratch: &mut Scratch) -> u32 {
         max: logits[best],
         scale: (1.0 / temperature).min(1e30),
     };
-    let u = random::uniform(seed, row.candidate, row.output_index);
     let id = if top_k == 0 && top_p >= 1.0 && min_p <= 0.0 {
         softmax.draw_from_row(logits, u, &mut scratch.sums)
     } else {
         let ranked = &mut scratch.ranked;
-        softmax.keep(logits, row.sampling, ranked);
+        softmax.keep(logits, draw, ranked);
         softmax.draw_from(
             ranked.iter().map(|&(x, id)| (id, x)),
             u * softmax.sum(ranked),
@@ -290,13 +304,13 @@ impl Softmax {
     }
 
     /// Fills `ranked` with the tokens that pass `top_k`, `top_p` and `min_p`.
-    fn keep(&self, logits: &[f32], sampling: &Sampling, ranked: &mut Vec<(f32, u32)>) {
-        let Sampling {
+    fn keep(&self, logits: &[f32], draw: &Draw, ranked: &mut Vec<(f32, u32)>) {
+        let Draw {
             top_k,
             top_p,
             min_p,
             ..
-        } = *sampling;
+        } = *draw;
         let top_p = f64::from(top_p);
         if top_k > 0 {
             rank(logits, top_k as usize, ranked);

@@ -2,12 +2,12 @@
 //! and recomputed, resumed after some of its tokens, or on cached blocks; on any number of threads; on one rank and on
 //! two, whether they sum through shared memory or TCP.
 
+mod support;
+
 use engine::backend::cpu::{CpuBackend, CpuBuf, Pool};
 use engine::backend::{KvDtype, WeightDtype};
 use engine::collective::Collective;
-use engine::collective::host::{
-    GroupBuilder, GroupId, GroupKey, GroupListener, HostGroup, Membership, Transport, host_id, join,
-};
+use engine::collective::host::Transport;
 use engine::collective::solo::Solo;
 use engine::engine::{Engine, EngineConfig, EngineEnd, EngineHandle};
 use engine::follower::{self, FollowerHandle};
@@ -19,10 +19,10 @@ use engine::sampler::random;
 use engine::scheduler::Backlog;
 use engine::stats::StatsSnapshot;
 use std::collections::BTreeMap;
-use std::net::TcpListener;
 use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
+use support::groups::host_pair;
 
 /// Prompts per model: 200 over the three.
 const PROMPTS: u64 = 67;
@@ -203,7 +203,7 @@ impl Model {
                 events,
             };
         }
-        let [leader, second] = form_pair(way.transport);
+        let [leader, second] = host_pair(1, way.transport);
         let second = Box::new(self.load(way, &pool, second));
         let follower = follower::spawn("follower", second, 1, Box::new(drop)).expect("a thread");
         let leader = Box::new(self.load(way, &pool, leader));
@@ -311,31 +311,6 @@ impl Running {
         }
         (answers, cached)
     }
-}
-
-fn form_pair(transport: Transport) -> [HostGroup; 2] {
-    let listener = GroupListener::start(TcpListener::bind("127.0.0.1:0").expect("a port"))
-        .expect("a listener");
-    let member = |rank| Membership {
-        id: GroupId {
-            group: 1,
-            generation: 1,
-        },
-        rank,
-        ranks: 2,
-        key: GroupKey::new(&[7; 32]).expect("long enough"),
-        host: host_id(),
-        transport,
-        wait_max: PATIENCE,
-    };
-    std::thread::scope(|scope| {
-        let second = scope.spawn(|| join(listener.address(), &member(1), PATIENCE).expect("joins"));
-        let leader = GroupBuilder::new(&listener, member(0))
-            .expect("a group")
-            .lead(PATIENCE)
-            .expect("forms");
-        [leader, second.join().expect("no panic")]
-    })
 }
 
 /// The first difference, in words short enough to read.

@@ -53,18 +53,13 @@ pub trait Backend: Send + 'static {
 
     // Memory.
 
-    /// Sets `bytes` aside, all that later calls of this section take: a model is loaded whole or not at all. Does nothing
-    /// by default.
+    /// Sets `bytes` aside, all that later calls of this section and the ops of steps like `step` take: a model is loaded
+    /// whole or not at all. Does nothing by default.
     ///
     /// # Errors
     /// [`DeviceError::OutOfMemory`].
-    fn reserve(&mut self, _bytes: u64) -> Result<(), DeviceError> {
+    fn reserve(&mut self, _bytes: u64, _step: &StepShape) -> Result<(), DeviceError> {
         Ok(())
-    }
-
-    /// Bytes that [`Backend::alloc`] takes, and a matrix's bias of as many numbers.
-    fn buf_bytes(len: usize) -> u64 {
-        4 * len as u64
     }
 
     /// A buffer of `len` zeros.
@@ -153,9 +148,14 @@ pub trait Backend: Send + 'static {
         DecodeOps::Wanted
     }
 
-    /// Called after the ops of a step of decodes, unless one of them failed: then no step follows, and the recording is left
-    /// half made for [`Backend::renew`] or the end of the backend to drop.
-    fn end_decode(&mut self) {}
+    /// Called after the ops of a step of decodes. `Wanted`: they were only recorded, and that has failed, so they are to be
+    /// called once more.
+    ///
+    /// Not called when one of them failed: then no step follows, and the recording is left half made for [`Backend::renew`]
+    /// or the end of the backend to drop.
+    fn end_decode(&mut self) -> DecodeOps {
+        DecodeOps::Enqueued
+    }
 
     /// Called when a group of ranks is over and before its [`Collective`](crate::collective::Collective) is dropped: waits
     /// until nothing runs, drops all recordings, draws and faults, and keeps all memory with what lies in it. A group's
@@ -269,8 +269,8 @@ pub trait Backend: Send + 'static {
 pub enum DecodeOps {
     /// They are to be called, and [`Backend::end_decode`] after them.
     Wanted,
-    /// They have been enqueued already, from a recording: nothing is to be called.
-    Replayed,
+    /// They are enqueued, as called or from a recording: nothing is to be called.
+    Enqueued,
 }
 
 /// How a token is chosen from a row of logits, where nothing but the row decides: no mask, bias or penalty.

@@ -98,7 +98,7 @@ pub(crate) fn weight_bytes<B: Backend>(
             0
         };
         let biases = slices.iter().take(biased);
-        let biases: u64 = biases.map(|slice| B::buf_bytes(slice.rows)).sum();
+        let biases: u64 = biases.map(|slice| 4 * slice.rows as u64).sum();
         slices
             .iter()
             .map(|slice| slice.bytes::<B>(dtype))
@@ -117,7 +117,7 @@ pub(crate) fn weight_bytes<B: Backend>(
     };
     let norms =
         (2 * spec.layers + 1 + if spec.qk_norm { 2 * spec.layers } else { 0 }) * norm_vectors;
-    ends + layer * spec.layers as u64 + norms as u64 * B::buf_bytes(spec.hidden)
+    ends + layer * spec.layers as u64 + 4 * (norms * spec.hidden) as u64
 }
 
 /// Numbers of one rank's largest quantised matrix; 0 without any.

@@ -164,9 +164,8 @@ impl WorkspaceSizes {
             position,
             host,
         } = *self;
-        let bufs = [
-            hidden,
-            hidden,
+        let numbers = [
+            2 * hidden,
             qkv,
             attended,
             mlp_in,
@@ -176,9 +175,9 @@ impl WorkspaceSizes {
             logits_part,
             logits,
             position,
+            if B::ON_HOST { host } else { 0 },
         ];
-        let host = if B::ON_HOST { 4 * host as u64 } else { 0 };
-        bufs.into_iter().map(B::buf_bytes).sum::<u64>() + host
+        4 * numbers.iter().map(|&numbers| numbers as u64).sum::<u64>()
     }
 }
 

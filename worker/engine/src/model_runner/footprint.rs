@@ -117,7 +117,7 @@ pub(super) fn kv_shape(
 }
 
 /// The largest step of one rank.
-fn step_shape<B: Backend>(
+pub(super) fn step_shape<B: Backend>(
     spec: &ModelSpec,
     partition: &Partition,
     options: &RunnerOptions,

@@ -427,3 +427,70 @@ fn a_row_that_is_not_finite_is_an_error() {
         Err(SequenceError::Invalid(_))
     ));
 }
+
+#[test]
+fn a_device_draws_what_nothing_but_the_row_decides() {
+    use crate::mask::tests::Steps;
+    let plain = Sampling {
+        temperature: 0.7,
+        top_k: 4,
+        top_p: 0.9,
+        min_p: 0.01,
+        seed: 9,
+        ..Sampling::default()
+    };
+    let drawn = super::draw(&row(&plain, &[1], &[2, 3]), 5).expect("plain");
+    let u = random::uniform(9, 0, 2);
+    assert_eq!((drawn.row, drawn.temperature, drawn.u), (5, 0.7, u));
+    assert_eq!((drawn.top_k, drawn.top_p, drawn.min_p), (4, 0.9, 0.01));
+    let others: [fn(&mut Sampling); 5] = [
+        |sampling| sampling.logprobs = Some(0),
+        |sampling| sampling.logit_bias = vec![(1, 0.0)],
+        |sampling| sampling.repetition_penalty = 1.1,
+        |sampling| sampling.presence_penalty = 0.1,
+        |sampling| sampling.frequency_penalty = -0.1,
+    ];
+    for change in others {
+        let mut sampling = plain.clone();
+        change(&mut sampling);
+        assert_eq!(super::draw(&row(&sampling, &[1], &[2]), 0), None);
+    }
+    let (vocab, last, left) = (8, 3, 1);
+    let mask = MaskSlot::new(Box::new(Steps { vocab, last, left }));
+    let masked = SampleRow {
+        mask: Some(&mask),
+        ..row(&plain, &[1], &[2])
+    };
+    assert_eq!(super::draw(&masked, 0), None);
+}
+
+#[test]
+fn a_draw_chooses_as_the_host_does_and_tells_a_broken_row() {
+    for sampling in [
+        Sampling::default(),
+        seeded(1.0),
+        Sampling {
+            top_k: 3,
+            top_p: 0.8,
+            ..seeded(2.0)
+        },
+        Sampling {
+            min_p: 0.2,
+            ..seeded(3.0)
+        },
+    ] {
+        for output_index in 0..100 {
+            let row = SampleRow {
+                output_index,
+                ..row(&sampling, &[], &[])
+            };
+            let drawn = choose(&ROW, &super::draw(&row, 0).expect("plain"));
+            assert_eq!(drawn, draw(&ROW, &sampling, output_index));
+        }
+        let drawn = super::draw(&row(&sampling, &[], &[]), 0).expect("plain");
+        for broken in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            assert_eq!(choose(&[1.0, broken], &drawn), NOT_FINITE);
+        }
+        assert_eq!(choose(&[], &drawn), NOT_FINITE);
+    }
+}

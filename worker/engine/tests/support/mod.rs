@@ -1,7 +1,9 @@
 //! Helpers of the engine's integration tests: sequences become plans, ranks run as threads, logits come back.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub mod groups;
 pub mod naive;
+pub mod recorder;
 
 use engine::backend::cpu::{CpuBackend, Pool};
 use engine::backend::{Backend, KvDtype, WeightDtype};
@@ -202,7 +204,7 @@ where
         generation: 1,
     };
     let rank = |collective: Threads| {
-        let leads = collective.rank == 0;
+        let leads = collective.0.rank == 0;
         let mut runner =
             ModelRunner::load(&checkpoint, &options, backend(), collective, &mut |_| {})
                 .expect("loads");
@@ -241,8 +243,19 @@ where
 }
 
 /// A shard group of threads of one process.
-pub struct Threads {
-    rank: usize,
+pub struct Threads(Exchange);
+
+impl Threads {
+    /// The ends of all ranks.
+    pub fn group(ranks: u32) -> Vec<Threads> {
+        Exchange::group(ranks).into_iter().map(Threads).collect()
+    }
+}
+
+/// Where the threads of a group meet.
+#[derive(Clone)]
+pub struct Exchange {
+    pub rank: usize,
     shared: Arc<Shared>,
 }
 
@@ -251,24 +264,53 @@ struct Shared {
     parts: Vec<Mutex<Vec<f32>>>,
 }
 
-impl Threads {
+impl Exchange {
     /// The ends of all ranks.
-    pub fn group(ranks: u32) -> Vec<Threads> {
+    pub fn group(ranks: u32) -> Vec<Exchange> {
         let parts = (0..ranks).map(|_| Mutex::default()).collect();
         let shared = Arc::new(Shared {
             barrier: Barrier::new(ranks as usize),
             parts,
         });
         (0..ranks as usize)
-            .map(|rank| Threads {
+            .map(|rank| Exchange {
                 rank,
                 shared: Arc::clone(&shared),
             })
             .collect()
     }
 
+    pub fn ranks(&self) -> usize {
+        self.shared.parts.len()
+    }
+
+    /// Sums of all ranks' numbers, in rank order.
+    pub fn sum(&self, values: &mut [f32]) {
+        let own = values.to_vec();
+        self.meet(&own, |parts| {
+            for (i, out) in values.iter_mut().enumerate() {
+                *out = parts.iter().map(|part| part[i]).sum();
+            }
+        });
+    }
+
+    /// The ranks' columns side by side, on rank 0.
+    pub fn gather(&self, part: &[f32], rows: usize, widths: &[usize], out: &mut [f32]) {
+        let (rank, whole) = (self.rank, widths.iter().sum::<usize>());
+        self.meet(&part[..rows * widths[rank]], |parts| {
+            let mut at = 0;
+            for (part, width) in parts.iter().zip(widths).filter(|_| rank == 0) {
+                for row in 0..rows {
+                    out[row * whole + at..][..*width]
+                        .copy_from_slice(&part[row * width..][..*width]);
+                }
+                at += width;
+            }
+        });
+    }
+
     /// Everybody lays down his part; then everybody sees all parts.
-    fn exchange(&self, part: &[f32], see: impl FnOnce(&[Vec<f32>])) {
+    fn meet(&self, part: &[f32], see: impl FnOnce(&[Vec<f32>])) {
         *self.shared.parts[self.rank].lock().expect("not poisoned") = part.to_vec();
         self.shared.barrier.wait();
         let parts: Vec<Vec<f32>> = self
@@ -284,21 +326,15 @@ impl Threads {
 
 impl<Buf: AsRef<[f32]> + AsMut<[f32]>> Collective<Buf> for Threads {
     fn rank(&self) -> u32 {
-        self.rank as u32
+        self.0.rank as u32
     }
 
     fn ranks(&self) -> u32 {
-        self.shared.parts.len() as u32
+        self.0.ranks() as u32
     }
 
     fn all_reduce_sum(&mut self, buf: &mut Buf, len: usize) -> Result<(), CollectiveError> {
-        let buf = &mut buf.as_mut()[..len];
-        let own = buf.to_vec();
-        self.exchange(&own, |parts| {
-            for (i, out) in buf.iter_mut().enumerate() {
-                *out = parts.iter().map(|part| part[i]).sum();
-            }
-        });
+        self.0.sum(&mut buf.as_mut()[..len]);
         Ok(())
     }
 
@@ -309,17 +345,7 @@ impl<Buf: AsRef<[f32]> + AsMut<[f32]>> Collective<Buf> for Threads {
         widths: &[usize],
         out: &mut Buf,
     ) -> Result<(), CollectiveError> {
-        let (rank, whole) = (self.rank, widths.iter().sum::<usize>());
-        self.exchange(&part.as_ref()[..rows * widths[rank]], |parts| {
-            let mut at = 0;
-            for (part, width) in parts.iter().zip(widths).filter(|_| rank == 0) {
-                for row in 0..rows {
-                    out.as_mut()[row * whole + at..][..*width]
-                        .copy_from_slice(&part[row * width..][..*width]);
-                }
-                at += width;
-            }
-        });
+        self.0.gather(part.as_ref(), rows, widths, out.as_mut());
         Ok(())
     }
 
