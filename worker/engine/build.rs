@@ -146,7 +146,7 @@ fn write_launchers(out: &mut String, sources: &[Source]) {
         "/// Every kernel, ready to launch.\npub(super) struct Kernels {",
     );
     for Signature { name, .. } in all() {
-        line(out, &format!("    {name}: Function,"));
+        line(out, &format!("    pub(super) {name}: Function,"));
     }
     line(out, "}\n\nimpl Kernels {");
     line(

@@ -4,39 +4,55 @@
 //! [`check`] once per instruction path.
 
 mod attention;
+mod draws;
+mod promises;
+mod quantised;
+
+pub use promises::Promises;
 
 use super::reference::ReferenceBackend;
 use super::{
     Backend, Batch, BatchSpan, Columns, FloatDtype, Heads, KvDtype, KvShape, LayerNorm,
     LinearShape, Size,
 };
+use half::bf16;
 
 /// Checks all ops of a backend. `backend` makes a fresh one.
 ///
 /// # Panics
 /// On the first difference, naming op, shape and numbers.
-pub fn check<B: Backend>(backend: impl Fn() -> B) {
+pub fn check<B: Backend>(promises: Promises, backend: impl Fn() -> B) {
+    let twins = || Twins::new(promises, backend());
     let checks: [fn(&mut Twins<B>); 8] = [
         embedding,
         norms,
         linear,
-        linear_rows,
         rope,
         elementwise,
         columns_and_rows,
         memory,
+        draws::like_the_sampler,
     ];
     for check in checks {
-        check(&mut Twins::new(backend()));
+        check(&mut twins());
     }
-    for dtype in [KvDtype::F32, KvDtype::Bf16] {
-        attention::near(&mut Twins::new(backend()), dtype);
-        attention::in_chunks(&mut Twins::new(backend()), dtype);
+    if promises.quantised {
+        quantised::near(&mut twins());
+    }
+    if promises.rows_alone {
+        linear_rows(&mut twins());
+    }
+    for dtype in promises.caches {
+        attention::near(&mut twins(), *dtype);
+        if promises.rows_alone {
+            attention::in_chunks(&mut twins(), *dtype);
+        }
     }
 }
 
 /// The backend under test beside the reference.
 struct Twins<B: Backend> {
+    promises: Promises,
     device: B,
     twin: ReferenceBackend,
     random: Random,
@@ -49,8 +65,9 @@ struct Both<B: Backend> {
 }
 
 impl<B: Backend> Twins<B> {
-    fn new(device: B) -> Self {
+    fn new(promises: Promises, device: B) -> Self {
         Twins {
+            promises,
             device,
             twin: ReferenceBackend,
             random: Random(1),
@@ -74,6 +91,22 @@ impl<B: Backend> Twins<B> {
     fn random(&mut self, len: usize, size: f32) -> Both<B> {
         let values = self.random.numbers(len, size);
         self.buf(&values)
+    }
+
+    /// The same for what goes into a product: where it would be rounded, it is already.
+    fn inputs(&mut self, len: usize, size: f32) -> Both<B> {
+        let values = self.input_values(len, size);
+        self.buf(&values)
+    }
+
+    fn input_values(&mut self, len: usize, size: f32) -> Vec<f32> {
+        let mut values = self.random.numbers(len, size);
+        if self.promises.rounds {
+            for value in &mut values {
+                *value = bf16::from_f32(*value).to_f32();
+            }
+        }
+        values
     }
 
     fn matrix(
@@ -127,6 +160,9 @@ fn embedding<B: Backend>(twins: &mut Twins<B>) {
         (FloatDtype::F32, 5, 33),
         (FloatDtype::Bf16, 100, 129),
     ] {
+        if !twins.promises.weights.contains(&dtype) {
+            continue;
+        }
         let table = twins.matrix(LinearShape { n, k, dtype }, false);
         let tokens: Vec<u32> = (95..110)
             .chain([
@@ -163,7 +199,13 @@ fn norms<B: Backend>(twins: &mut Twins<B>) {
         twins
             .twin
             .rms_norm(size, &x.twin, &weight.twin, 1e-5, &mut out.twin);
-        twins.compare(&format!("rms_norm of {size:?}"), &out, rows * width, SUMS);
+        let tolerance = twins.promises.left(SUMS);
+        twins.compare(
+            &format!("rms_norm of {size:?}"),
+            &out,
+            rows * width,
+            tolerance,
+        );
         for with_bias in [false, true] {
             let norm = LayerNorm {
                 weight: &weight.device,
@@ -183,7 +225,7 @@ fn norms<B: Backend>(twins: &mut Twins<B>) {
                 &format!("layer_norm of {size:?}, bias {with_bias}"),
                 &out,
                 rows * width,
-                SUMS,
+                tolerance,
             );
         }
         rows_stand_alone(
@@ -208,9 +250,10 @@ fn linear<B: Backend>(twins: &mut Twins<B>) {
             (96, 64),
             (130, 257),
         ] {
-            for dtype in [FloatDtype::Bf16, FloatDtype::F32] {
+            for dtype in twins.promises.weights {
+                let dtype = *dtype;
                 let weight = twins.matrix(LinearShape { n, k, dtype }, rows % 2 == 1);
-                let x = twins.random(rows * k, 1.0);
+                let x = twins.inputs(rows * k, 1.0);
                 let mut out = twins.zeros(rows * n);
                 twins
                     .device
@@ -230,10 +273,10 @@ fn linear<B: Backend>(twins: &mut Twins<B>) {
 /// Each row of a product has the same bits whatever rows are computed with it.
 fn linear_rows<B: Backend>(twins: &mut Twins<B>) {
     for (n, k) in [(48, 64), (33, 100), (257, 515)] {
-        for dtype in [FloatDtype::Bf16, FloatDtype::F32] {
-            let rows = 70;
+        for dtype in twins.promises.weights {
+            let (dtype, rows) = (*dtype, 70);
             let weight = twins.matrix(LinearShape { n, k, dtype }, true);
-            let values = twins.random.numbers(rows * k, 1.0);
+            let values = twins.input_values(rows * k, 1.0);
             let (x, mut out) = (twins.buf(&values), twins.zeros(rows * n));
             twins
                 .device
@@ -336,7 +379,8 @@ fn elementwise<B: Backend>(twins: &mut Twins<B>) {
                 .device
                 .silu_mul(size, &gate_up.device, &mut out.device);
             twins.twin.silu_mul(size, &gate_up.twin, &mut out.twin);
-            twins.compare(&shown("silu_mul"), &out, len, POINTWISE);
+            let tolerance = twins.promises.left(POINTWISE);
+            twins.compare(&shown("silu_mul"), &out, len, tolerance);
 
             let mut x = twins.random(len, magnitude);
             twins.device.gelu(size, &mut x.device);
@@ -401,12 +445,12 @@ fn memory<B: Backend>(twins: &mut Twins<B>) {
     twins.device.write(&[1.0, 2.0, 3.0], &mut buf);
     assert_eq!(twins.read(&buf, 4), [1.0, 2.0, 3.0, 0.0]);
     assert!(twins.device.alloc(0).is_ok(), "an empty buffer is a buffer");
-    for dtype in [FloatDtype::F32, FloatDtype::Bf16] {
+    for dtype in twins.promises.weights {
         assert!(
             B::linear_bytes(LinearShape {
                 n: 64,
                 k: 64,
-                dtype
+                dtype: *dtype,
             }) >= (64 * 64 * dtype.bytes()) as u64
         );
     }
@@ -460,6 +504,12 @@ mod tests {
 
     #[test]
     fn the_reference_conforms_to_itself() {
-        check(|| ReferenceBackend);
+        check(
+            Promises {
+                quantised: true,
+                ..Promises::HOST
+            },
+            || ReferenceBackend,
+        );
     }
 }

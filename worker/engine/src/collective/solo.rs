@@ -27,7 +27,41 @@ impl Solo {
     }
 }
 
-impl<Buf: AsRef<[f32]> + AsMut<[f32]>> Collective<Buf> for Solo {
+/// Buffers whose numbers can be copied to one another.
+pub trait CopyNumbers {
+    /// How many f32 numbers it has room for.
+    fn numbers(&self) -> usize;
+
+    /// Makes its first `len` numbers those of another.
+    ///
+    /// # Errors
+    /// What the device said.
+    fn copy_numbers(&mut self, from: &Self, len: usize) -> Result<(), String>;
+}
+
+impl<Buf: AsRef<[f32]> + AsMut<[f32]>> CopyNumbers for Buf {
+    fn numbers(&self) -> usize {
+        self.as_ref().len()
+    }
+
+    fn copy_numbers(&mut self, from: &Self, len: usize) -> Result<(), String> {
+        self.as_mut()[..len].copy_from_slice(&from.as_ref()[..len]);
+        Ok(())
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl CopyNumbers for crate::backend::cuda::CudaBuf {
+    fn numbers(&self) -> usize {
+        self.len()
+    }
+
+    fn copy_numbers(&mut self, from: &Self, len: usize) -> Result<(), String> {
+        self.copy_from(from, len).map_err(|error| error.to_string())
+    }
+}
+
+impl<Buf: CopyNumbers> Collective<Buf> for Solo {
     fn rank(&self) -> u32 {
         0
     }
@@ -48,10 +82,9 @@ impl<Buf: AsRef<[f32]> + AsMut<[f32]>> Collective<Buf> for Solo {
         out: &mut Buf,
     ) -> Result<(), CollectiveError> {
         self.alive()?;
-        let (part, out) = (part.as_ref(), out.as_mut());
-        let whole = check_gather(0, 1, rows, widths, part.len(), out.len())?;
-        out[..rows * whole].copy_from_slice(&part[..rows * whole]);
-        Ok(())
+        let whole = check_gather(0, 1, rows, widths, part.numbers(), out.numbers())?;
+        out.copy_numbers(part, rows * whole)
+            .map_err(CollectiveError::OutOfStep)
     }
 
     fn send_plan(&mut self, _plan: &[u8]) -> Result<(), CollectiveError> {

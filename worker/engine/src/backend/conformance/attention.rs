@@ -1,7 +1,7 @@
 //! Attention over the paged cache: near the reference's, and the same bits however a sequence is cut into chunks.
 
-use super::{Random, SUMS, Twins, bits};
-use crate::backend::{Attention, Backend, Batch, BatchSpan, Heads, KvDtype, KvShape};
+use super::{SUMS, Twins, bits};
+use crate::backend::{Attention, Backend, Batch, BatchSpan, DeviceError, Heads, KvDtype, KvShape};
 use crate::plan::{BLOCK_TOKENS, NULL_BLOCK};
 
 /// Sequences in a cache, and the queries of some of their tokens.
@@ -16,7 +16,12 @@ struct Scene {
 
 impl Scene {
     /// Sequences of these lengths with random q, k and v, their blocks mixed.
-    fn new(random: &mut Random, heads: Heads, lengths: &[usize], dtype: KvDtype) -> Scene {
+    fn new<B: Backend>(
+        twins: &mut Twins<B>,
+        heads: Heads,
+        lengths: &[usize],
+        dtype: KvDtype,
+    ) -> Scene {
         let mut sequences = Batch::default();
         let tables: Vec<usize> = lengths
             .iter()
@@ -43,7 +48,7 @@ impl Scene {
             head_width: heads.width,
             dtype,
         };
-        let qkv = random.numbers(sequences.len() * heads.qkv_width(), 2.0);
+        let qkv = twins.input_values(sequences.len() * heads.qkv_width(), 2.0);
         Scene {
             heads,
             sequences,
@@ -139,7 +144,13 @@ const WINDOWS: [usize; 6] = [0, 1, 5, 16, 17, 40];
 /// Every ratio of heads, window, slope and span.
 pub(super) fn near<B: Backend>(twins: &mut Twins<B>, dtype: KvDtype) {
     for heads in HEADS {
-        let scene = Scene::new(&mut twins.random, heads, &[1, 16, 37, 90, 17], dtype);
+        let scene = Scene::new(twins, heads, &[1, 16, 37, 90, 17], dtype);
+        if !twins.promises.attends(heads.width) {
+            let refused = twins.device.alloc_kv(scene.kv).err();
+            let expected = matches!(refused, Some(DeviceError::Unsupported(_)));
+            assert!(expected, "a cache of {heads:?}: {refused:?}");
+            continue;
+        }
         let (mut device_kv, mut twin_kv) = (
             twins.device.alloc_kv(scene.kv).expect("memory for a test"),
             twins.twin.alloc_kv(scene.kv).expect("memory for a test"),
@@ -168,9 +179,10 @@ pub(super) fn near<B: Backend>(twins: &mut Twins<B>, dtype: KvDtype) {
             );
         }
         let slopes = twins.random(heads.q, 0.5);
-        for (first, len) in [(0, 90), (0, 1), (13, 9), (16, 1), (36, 1), (60, 30)] {
-            for window in WINDOWS {
-                let window = (window > 0).then_some(window);
+        let chunks = [(0, 90), (0, 1), (13, 9), (16, 1), (60, 30), (36, 1)];
+        for &(first, len) in twins.promises.some(&chunks) {
+            for window in twins.promises.some(&WINDOWS) {
+                let window = (*window > 0).then_some(*window);
                 let (batch, qkv) = scene.queries(first, len, window);
                 let (qkv, mut out) = (twins.buf(&qkv), twins.zeros(batch.len() * heads.q_width()));
                 twins.device.begin_step(&batch);
@@ -200,6 +212,7 @@ pub(super) fn near<B: Backend>(twins: &mut Twins<B>, dtype: KvDtype) {
                     );
                     // Scores of hundreds: their rounding alone moves a softmax by some 1e-4.
                     let tolerance = if scale > 1.0 { 1e-3 } else { SUMS };
+                    let tolerance = twins.promises.attended(tolerance);
                     twins.compare(&what, &out, batch.len() * heads.q_width(), tolerance);
                 }
             }
@@ -210,12 +223,16 @@ pub(super) fn near<B: Backend>(twins: &mut Twins<B>, dtype: KvDtype) {
 /// A token's attention has the same bits whether its sequence came in one chunk or in many.
 pub(super) fn in_chunks<B: Backend>(twins: &mut Twins<B>, dtype: KvDtype) {
     for heads in HEADS {
-        let scene = Scene::new(&mut twins.random, heads, &[75, 50], dtype);
+        if !twins.promises.attends(heads.width) {
+            continue;
+        }
+        let scene = Scene::new(twins, heads, &[75, 50], dtype);
         let slopes = twins.random(heads.q, 0.5);
-        for window in WINDOWS {
-            let window = (window > 0).then_some(window);
+        for window in twins.promises.some(&WINDOWS) {
+            let window = (*window > 0).then_some(*window);
             let mut results: Vec<Vec<Vec<u32>>> = Vec::new();
-            for chunk in [75, 1, 7, 16, 33] {
+            let chunks = [75, 1, 7, 16, 33];
+            for &chunk in twins.promises.some(&chunks) {
                 let mut kv = twins.device.alloc_kv(scene.kv).expect("memory for a test");
                 let mut by_sequence = vec![Vec::new(); scene.sequences.spans.len()];
                 for first in (0..75).step_by(chunk) {
@@ -246,7 +263,7 @@ pub(super) fn in_chunks<B: Backend>(twins: &mut Twins<B>, dtype: KvDtype) {
                 }
                 results.push(by_sequence);
             }
-            for (result, chunk) in results[1..].iter().zip([1, 7, 16, 33]) {
+            for (result, chunk) in results.iter().zip(twins.promises.some(&chunks)) {
                 assert!(
                     *result == results[0],
                     "attention of {heads:?}, {dtype:?}, window {window:?}: chunks of {chunk} differ from one chunk"

@@ -110,6 +110,8 @@ impl std::fmt::Debug for BlasLibrary {
 pub(super) struct Blas {
     library: Arc<BlasLibrary>,
     handle: *mut c_void,
+    /// Where its workspace is.
+    workspace: Option<u64>,
     /// Outlives the handle.
     stream: Arc<Stream>,
 }
@@ -126,6 +128,7 @@ impl Blas {
         let blas = Blas {
             library: Arc::clone(library),
             handle,
+            workspace: None,
             stream: Arc::clone(stream),
         };
         // SAFETY: both live.
@@ -137,6 +140,10 @@ impl Blas {
 
     /// Gives it memory of its own, which the caller keeps for as long as this lives.
     pub fn set_workspace(&mut self, start: u64, bytes: u64) -> Result<(), CudaError> {
+        if self.workspace == Some(start) {
+            return Ok(());
+        }
+        self.workspace = Some(start);
         // SAFETY: the caller keeps the memory; 256 bytes divide its address.
         let result = unsafe {
             (self.library.set_workspace)(self.handle, start as *mut c_void, bytes as usize)
@@ -161,6 +168,7 @@ impl Blas {
         const F32: c_int = 0;
         const SUMS_IN_F32: c_int = 68;
         const DEFAULT: c_int = -1;
+        self.stream.context().bind()?;
         let Product {
             rows,
             n,

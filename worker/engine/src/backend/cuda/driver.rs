@@ -119,6 +119,7 @@ impl Stream {
 
     /// Enqueues a copy of pinned memory to the device.
     pub(super) fn upload(&self, from: &Pinned, bytes: usize, to: u64) -> Result<(), CudaError> {
+        self.context.bind()?;
         assert!(
             bytes <= from.bytes,
             "a copy of {bytes} bytes from {}",
@@ -138,6 +139,7 @@ impl Stream {
         at: usize,
         bytes: usize,
     ) -> Result<(), CudaError> {
+        self.context.bind()?;
         assert!(
             at + bytes <= to.bytes,
             "a copy of {bytes} bytes to {at} of {}",
@@ -151,6 +153,7 @@ impl Stream {
 
     /// Enqueues a copy within the device.
     pub(super) fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), CudaError> {
+        self.context.bind()?;
         // SAFETY: the device's memory alone is touched.
         check("cuMemcpyDtoDAsync", unsafe {
             sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.raw)
@@ -159,6 +162,7 @@ impl Stream {
 
     /// Enqueues zeros.
     pub(super) fn clear(&self, at: u64, bytes: usize) -> Result<(), CudaError> {
+        self.context.bind()?;
         // SAFETY: the device's memory alone is touched.
         check("cuMemsetD8Async", unsafe {
             sys::cuMemsetD8Async(at, 0, bytes, self.raw)
@@ -167,6 +171,7 @@ impl Stream {
 
     /// From now on work is recorded, not done. Other threads' calls are no part of it.
     pub(super) fn begin_capture(&self) -> Result<(), CudaError> {
+        self.context.bind()?;
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream lives.
         check("cuStreamBeginCapture", unsafe {
@@ -176,6 +181,7 @@ impl Stream {
 
     /// Ends the recording; an error where any of it was refused, and then it is gone.
     pub(super) fn end_capture(&self) -> Result<Graph, CudaError> {
+        self.context.bind()?;
         let mut graph = null_mut();
         // SAFETY: the handle is written to `graph`.
         check("cuStreamEndCapture", unsafe {
@@ -221,6 +227,7 @@ unsafe impl Send for Graph {}
 
 impl Graph {
     pub fn launch(&self, stream: &Stream) -> Result<(), CudaError> {
+        stream.context.bind()?;
         // SAFETY: both live; the memory that the graph names is the backend's and outlives it.
         check("cuGraphLaunch", unsafe {
             sys::cuGraphLaunch(self.raw, stream.raw)
@@ -265,6 +272,7 @@ impl Event {
 
     /// Stands for all work that the stream holds now.
     pub fn record(&self, stream: &Stream) -> Result<(), CudaError> {
+        self.context.bind()?;
         // SAFETY: both live.
         check("cuEventRecord", unsafe {
             sys::cuEventRecord(self.raw, stream.raw)
@@ -273,6 +281,7 @@ impl Event {
 
     /// Whether that work is done; an error where the device failed. Never recorded is done.
     pub fn done(&self) -> Result<bool, CudaError> {
+        self.context.bind()?;
         // SAFETY: the event lives.
         match unsafe { sys::cuEventQuery(self.raw) } {
             CUresult::CUDA_SUCCESS => Ok(true),
@@ -450,10 +459,11 @@ pub(super) unsafe fn launch(
     threads: u32,
     shared: u32,
     arguments: &mut [*mut c_void],
-) -> CUresult {
+) -> Result<CUresult, CudaError> {
+    stream.context.bind()?;
     let [x, y, z] = grid;
     // SAFETY: the caller's; the driver copies the parameters before it returns.
-    unsafe {
+    Ok(unsafe {
         sys::cuLaunchKernel(
             kernel,
             x,
@@ -467,5 +477,5 @@ pub(super) unsafe fn launch(
             arguments.as_mut_ptr(),
             null_mut(),
         )
-    }
+    })
 }

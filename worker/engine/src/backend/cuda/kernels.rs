@@ -97,7 +97,7 @@ impl Function {
             return Ok(());
         }
         // SAFETY: the caller's.
-        let result = unsafe { driver::launch(self.raw, stream, grid, threads, shared, arguments) };
+        let result = unsafe { driver::launch(self.raw, stream, grid, threads, shared, arguments) }?;
         driver::check(self.name, result)
     }
 }

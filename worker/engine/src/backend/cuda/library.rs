@@ -111,7 +111,7 @@ mod tests {
                 continue;
             }
             let text = std::fs::read_to_string(&path).expect("a source");
-            for (at, _) in text.match_indices("sys::cu") {
+            for (at, _) in text.match_indices(concat!("sys::", "cu")) {
                 let name: String = text[at + "sys::".len()..]
                     .chars()
                     .take_while(|c| c.is_alphanumeric() || *c == '_')

@@ -1,0 +1,59 @@
+//! What a backend promises, and so what is asked of it.
+
+use crate::backend::{FloatDtype, KvDtype};
+
+/// The promises of a backend under test.
+#[derive(Debug, Clone, Copy)]
+pub struct Promises {
+    /// Formats of weights that it keeps.
+    pub weights: &'static [FloatDtype],
+    /// Formats of the cache that it keeps.
+    pub caches: &'static [KvDtype],
+    /// Widths of heads that it has attention for; none stands for any.
+    pub head_widths: &'static [usize],
+    /// Whether it has products of quantised weights.
+    pub quantised: bool,
+    /// Whether what goes into a product is rounded to bf16, and so is what an op leaves for a product alone.
+    pub rounds: bool,
+    /// Whether a row of a product or of attention has the same bits whatever rows are computed with it.
+    pub rows_alone: bool,
+    /// Whether fewer shapes are to be tried, since each takes long.
+    pub slow: bool,
+}
+
+impl Promises {
+    /// Of backends on the host.
+    pub const HOST: Promises = Promises {
+        weights: &[FloatDtype::Bf16, FloatDtype::F32],
+        caches: &[KvDtype::F32, KvDtype::Bf16],
+        head_widths: &[],
+        quantised: false,
+        rounds: false,
+        rows_alone: true,
+        slow: false,
+    };
+
+    /// Tolerance of a result that is left for a product: half a step of bf16, where it is rounded.
+    pub fn left(&self, tolerance: f32) -> f32 {
+        if self.rounds { 1.0 / 256.0 } else { tolerance }
+    }
+
+    /// Tolerance of attention. Where it rounds, it rounds the weights of the values too.
+    pub fn attended(&self, tolerance: f32) -> f32 {
+        if self.rounds { 0.02 } else { tolerance }
+    }
+
+    /// Whether it has attention for heads of this width.
+    pub fn attends(&self, head_width: usize) -> bool {
+        self.head_widths.is_empty() || self.head_widths.contains(&head_width)
+    }
+
+    /// These values, or the first and the last of them where each takes long.
+    pub fn some<'a, T>(&self, values: &'a [T]) -> Vec<&'a T> {
+        if self.slow && values.len() > 2 {
+            vec![&values[0], &values[values.len() - 1]]
+        } else {
+            values.iter().collect()
+        }
+    }
+}
