@@ -22,18 +22,6 @@ __device__ __forceinline__ void map(float* x, long long n, F f) {
   }
 }
 
-// Copies n numbers into another type.
-template <class To, class From, class Convert>
-__device__ __forceinline__ void convert(To* out, const From* x, long long n, Convert one) {
-  for (long long at = first_of_four(); at < n; at += stride_of_four()) {
-    if (at + 4 <= n) {
-      store4(out + at, load4(x + at));
-    } else {
-      for (long long i = at; i < n; i++) out[i] = one(x[i]);
-    }
-  }
-}
-
 // x += y over n numbers.
 // lint: wide >= 2, narrow <= 0
 KERNEL(256, add, (float* x, const float* y, long long n)) {
@@ -68,12 +56,13 @@ KERNEL(256, gelu, (float* x, long long n)) {
 // out = x rounded to bf16 (to nearest, ties to even), n numbers.
 // lint: wide >= 1, narrow <= 0
 KERNEL(256, to_bf16, (bf16* out, const float* x, long long n)) {
-  convert(out, x, n, [](float v) { return __float2bfloat16(v); });
-}
-
-// out = x as f32, exact, n numbers.
-KERNEL(256, to_f32, (float* out, const bf16* x, long long n)) {
-  convert(out, x, n, [](bf16 v) { return __bfloat162float(v); });
+  for (long long at = first_of_four(); at < n; at += stride_of_four()) {
+    if (at + 4 <= n) {
+      store4(out + at, load4(x + at));
+    } else {
+      for (long long i = at; i < n; i++) out[i] = __float2bfloat16(x[i]);
+    }
+  }
 }
 
 __device__ __forceinline__ float silu(float z) { return z / (1.0f + __expf(-z)); }
