@@ -6,8 +6,7 @@ using namespace harness;
 namespace {
 
 struct DecodeBatch : SceneBatch {
-  DecodeBatch(const Scene& scene, const std::vector<SpanOf>& spans)
-      : SceneBatch(scene, spans) {
+  DecodeBatch(const Scene& scene, const std::vector<SpanOf>& spans) : SceneBatch(scene, spans) {
     // The kernel takes the length of the sequence, its query included; 0 is padding.
     for (size_t s = 0; s < spans.size(); s++) lens[s] = spans[s].count ? spans[s].first + 1 : 0;
   }
@@ -20,8 +19,10 @@ void attend(Run& run, const Scene& scene, DecodeBatch& batch, int splits) {
   run.launch(("attend_split_d" + std::to_string(heads.d)).c_str(),
              {{spans, unsigned(heads.kv) * group_blocks, unsigned(splits)}, {128, 1, 1}, 0}, partial.data(),
              batch.qkv.data(), scene.cache.data(), batch.rows.data(), batch.lens.data(), batch.tables.data(),
-             batch.table_starts.data(), scene.slopes_or_null(), heads.q, heads.kv, heads.window, heads.scale, splits);
-  run.launch("attend_combine", {{spans, unsigned(heads.q), 1}, {unsigned(heads.d / 2 + 31) / 32 * 32, 1, 1}, 0},
+             batch.table_starts.data(), scene.slopes_or_null(), heads.q, heads.kv, heads.window, heads.scale,
+             splits);
+  run.launch("attend_combine",
+             {{spans, unsigned(heads.q), 1}, {unsigned(heads.d / 2 + 31) / 32 * 32, 1, 1}, 0},
              batch.out.data(), partial.data(), batch.rows.data(), heads.q, heads.d, splits);
 }
 
@@ -42,7 +43,8 @@ void last_tokens(Run& run, int d) {
   compare_with_twin(run, scene, batch, false);
   for (size_t s = 0; s < spans.size(); s++)
     for (int i = 0; spans[s].count == 0 && i < heads.q * heads.d; i++)
-      run.check(number(batch.out[size_t(batch.rows[s]) * heads.q * heads.d + i]) == 0, "a padding row is not zero");
+      run.check(number(batch.out[size_t(batch.rows[s]) * heads.q * heads.d + i]) == 0,
+                "a padding row is not zero");
 }
 
 }  // namespace
@@ -70,7 +72,8 @@ CASE(decode_attention_of_a_sequence_does_not_depend_on_its_batch) {
     attend(run, scene, alone, splits);
     size_t row = size_t(heads.q) * heads.d;
     for (size_t i = 0; i < row; i++)
-      run.check(alone.out[size_t(alone.rows[0]) * row + i].bits == both.out[size_t(both.rows[s]) * row + i].bits,
-                "sequence %zu, number %zu differs", s, i);
+      run.check(
+          alone.out[size_t(alone.rows[0]) * row + i].bits == both.out[size_t(both.rows[s]) * row + i].bits,
+          "sequence %zu, number %zu differs", s, i);
   }
 }

@@ -20,10 +20,10 @@ void attend(Run& run, const Scene& scene, SceneBatch& batch) {
     }
   Buffer<int> tile_buffer(tiles);
   run.launch(("attend_tile_d" + std::to_string(heads.d)).c_str(),
-             {{unsigned(tiles.size() / 2), unsigned(heads.q), 1}, {128, 1, 1}, shared_bytes(heads.d)}, batch.out.data(),
-             batch.qkv.data(), scene.cache.data(), tile_buffer.data(), batch.rows.data(), batch.positions.data(),
-             batch.lens.data(), batch.tables.data(), batch.table_starts.data(), scene.slopes_or_null(), heads.q, heads.kv,
-             heads.window, heads.scale);
+             {{unsigned(tiles.size() / 2), unsigned(heads.q), 1}, {128, 1, 1}, shared_bytes(heads.d)},
+             batch.out.data(), batch.qkv.data(), scene.cache.data(), tile_buffer.data(), batch.rows.data(),
+             batch.positions.data(), batch.lens.data(), batch.tables.data(), batch.table_starts.data(),
+             scene.slopes_or_null(), heads.q, heads.kv, heads.window, heads.scale);
 }
 
 // Parts of up to two sequences, and a span without queries.
@@ -47,7 +47,8 @@ void spans(Run& run, int d) {
   size_t row = size_t(heads.q) * heads.d;
   for (size_t s = 0; s < spans.size(); s++)
     for (size_t i = 0; i < row; i++)
-      run.check(batch.out[size_t(batch.rows[s] - 1) * row + i].bits == 0xffff, "the row before span %zu was written", s);
+      run.check(batch.out[size_t(batch.rows[s] - 1) * row + i].bits == 0xffff,
+                "the row before span %zu was written", s);
 }
 
 // One sequence whole, and in chunks of every size down to one: the bits of each row are the same.
@@ -72,8 +73,8 @@ void chunks(Run& run, int d) {
     for (size_t i = 0; i < size_t(spans[s].count) * row; i++) {
       unsigned got = cut.out[size_t(cut.rows[s]) * row + i].bits;
       unsigned want = whole.out[size_t(whole.rows[0] + spans[s].first) * row + i].bits;
-      run.check(got == want, "d %d, position %zu, number %zu: bits %04x in a chunk of %d, %04x in the whole", d,
-                spans[s].first + i / row, i % row, got, spans[s].count, want);
+      run.check(got == want, "d %d, position %zu, number %zu: bits %04x in a chunk of %d, %04x in the whole",
+                d, spans[s].first + i / row, i % row, got, spans[s].count, want);
     }
 }
 

@@ -1,7 +1,8 @@
-// Sequences in a paged cache, for the cases of both attention kernels, and attention itself in double precision.
+// Sequences in a paged cache, for the cases of both attention kernels, and attention itself in double
+// precision.
 //
-// All that a kernel must not read is poison: slots past a sequence's end, blocks behind the window, the K and V columns
-// of qkv, rows that belong to no span.
+// All that a kernel must not read is poison: slots past a sequence's end, blocks behind the window, the K and
+// V columns of qkv, rows that belong to no span.
 #pragma once
 
 #include <algorithm>
@@ -43,8 +44,13 @@ struct SpanOf {
 class Scene {
  public:
   // Sequences of these lengths; a window lets the blocks go that no query from `oldest_query` on sees.
-  Scene(Random& random, const Heads& heads, const std::vector<int>& lengths, const std::vector<int>& oldest_query)
-      : heads(heads), lengths(lengths), tables_(lengths.size()), queries_(lengths.size()), slopes(size_t(heads.q)),
+  Scene(Random& random, const Heads& heads, const std::vector<int>& lengths,
+        const std::vector<int>& oldest_query)
+      : heads(heads),
+        lengths(lengths),
+        tables_(lengths.size()),
+        queries_(lengths.size()),
+        slopes(size_t(heads.q)),
         cache(cache_size(heads, lengths)) {
     std::vector<int> ids(total_pages(lengths));
     for (size_t i = 0; i < ids.size(); i++) ids[i] = int(i) + 1;
@@ -93,7 +99,8 @@ class Scene {
     double largest = -INFINITY, sum = 0;
     for (int key = first; key <= position; key++) {
       double dot = 0;
-      for (int i = 0; i < heads.d; i++) dot += (rounded ? number(bf16(q[i])) : q[i]) * cached(sequence, 0, kv_head, key, i);
+      for (int i = 0; i < heads.d; i++)
+        dot += (rounded ? number(bf16(q[i])) : q[i]) * cached(sequence, 0, kv_head, key, i);
       scores.push_back(dot * heads.scale + double(slopes[size_t(head)]) * (key - position));
       largest = std::max(largest, scores.back());
     }
@@ -126,11 +133,12 @@ class Scene {
 // A batch of spans as the kernels take it: their rows one after another, a row of poison before each.
 struct SceneBatch {
   SceneBatch(const Scene& scene, const std::vector<SpanOf>& spans)
-      : spans(spans), rows(ints(spans, [&](size_t s) { return first_row(spans, s); })),
+      : spans(spans),
+        rows(ints(spans, [&](size_t s) { return first_row(spans, s); })),
         positions(ints(spans, [&](size_t s) { return spans[s].first; })),
         lens(ints(spans, [&](size_t s) { return spans[s].count; })),
-        table_starts(ints(spans, [&](size_t s) { return first_entry(scene, spans, s); })),
-        tables(std::max<size_t>(1, size_t(first_entry(scene, spans, spans.size())))),
+        table_starts(ints(spans, [&](size_t s) { return first_entry(spans, s); })),
+        tables(std::max<size_t>(1, size_t(first_entry(spans, spans.size())))),
         qkv(size_t(first_row(spans, spans.size())) * scene.heads.qkv_width()),
         out(size_t(first_row(spans, spans.size())) * scene.heads.q * scene.heads.d) {
     for (size_t s = 0; s < spans.size(); s++) {
@@ -140,8 +148,9 @@ struct SceneBatch {
         tables[size_t(table_starts[s] + page)] = scene.table(span.sequence)[size_t(page)];
       for (int i = 0; i < span.count; i++)
         for (int head = 0; head < scene.heads.q; head++)
-          std::copy_n(scene.query(span.sequence, span.first + i, head), scene.heads.d,
-                      qkv.data() + size_t(rows[s] + i) * scene.heads.qkv_width() + size_t(head) * scene.heads.d);
+          std::copy_n(
+              scene.query(span.sequence, span.first + i, head), scene.heads.d,
+              qkv.data() + size_t(rows[s] + i) * scene.heads.qkv_width() + size_t(head) * scene.heads.d);
     }
   }
 
@@ -167,15 +176,15 @@ struct SceneBatch {
     for (size_t s = 0; s < of; s++) row += std::max(1, spans[s].count) + 1;
     return row;
   }
-  static int first_entry(const Scene&, const std::vector<SpanOf>& spans, size_t of) {
+  static int first_entry(const std::vector<SpanOf>& spans, size_t of) {
     int entry = 0;
     for (size_t s = 0; s < of; s++) entry += pages(spans[s]);
     return entry;
   }
 };
 
-// Compares the rows of a batch's spans with the twin. A weight of the softmax that was rounded to bf16 and the rounding
-// of the result are each off by at most 2^-9.
+// Compares the rows of a batch's spans with the twin. A weight of the softmax that was rounded to bf16 and
+// the rounding of the result are each off by at most 2^-9.
 inline void compare_with_twin(Run& run, const Scene& scene, const SceneBatch& batch, bool rounded) {
   const Heads& heads = scene.heads;
   for (size_t s = 0; s < batch.spans.size(); s++) {
@@ -186,8 +195,8 @@ inline void compare_with_twin(Run& run, const Scene& scene, const SceneBatch& ba
         for (int e = 0; e < heads.d; e++) {
           double got = number(batch.out[(size_t(batch.rows[s] + i) * heads.q + head) * heads.d + e]);
           run.check(std::fabs(got - want[size_t(e)]) <= 5e-3 * (std::fabs(want[size_t(e)]) + 1),
-                    "d %d, heads %d:%d, window %d, position %d, head %d, column %d: %.6g, expected %.6g", heads.d, heads.q,
-                    heads.kv, heads.window, span.first + i, head, e, got, want[size_t(e)]);
+                    "d %d, heads %d:%d, window %d, position %d, head %d, column %d: %.6g, expected %.6g",
+                    heads.d, heads.q, heads.kv, heads.window, span.first + i, head, e, got, want[size_t(e)]);
         }
       }
   }

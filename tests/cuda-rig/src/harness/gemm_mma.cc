@@ -23,14 +23,17 @@ Shape random_shape(Random& random) {
 }
 
 rig::Launch launch_of(const Shape& shape, size_t stage_bytes, size_t more_bytes) {
-  unsigned tiles_rows = (unsigned(shape.rows) + TILE - 1) / TILE, tiles_n = (unsigned(shape.n) + TILE - 1) / TILE;
+  unsigned tiles_rows = (unsigned(shape.rows) + TILE - 1) / TILE,
+           tiles_n = (unsigned(shape.n) + TILE - 1) / TILE;
   return {{tiles_rows, tiles_n, 1}, {128, 1, 1}, STAGES * (TILE_BYTES + stage_bytes) + more_bytes};
 }
 
 // Activations, their rows `ld` numbers apart with poison between, and a bias or none.
 struct Inputs {
   Inputs(Random& random, const Shape& shape)
-      : ld(shape.k + (random.coin() ? 0 : random.between(1, 9))), x(size_t(shape.rows) * ld), bias(size_t(shape.n)),
+      : ld(shape.k + (random.coin() ? 0 : random.between(1, 9))),
+        x(size_t(shape.rows) * ld),
+        bias(size_t(shape.n)),
         with_bias(random.coin()) {
     for (int row = 0; row < shape.rows; row++)
       for (int j = 0; j < shape.k; j++) x[size_t(row) * ld + j] = bf16(random.normal());
@@ -48,13 +51,15 @@ struct Inputs {
 // Weights as plain numbers [n][k], rounded to bf16 as the tensor cores take them.
 using Weights = std::vector<float>;
 
-void compare_with_twin(Run& run, const Shape& shape, const Inputs& in, const Weights& w, const Buffer<float>& out) {
+void compare_with_twin(Run& run, const Shape& shape, const Inputs& in, const Weights& w,
+                       const Buffer<float>& out) {
   run.close(
       "out", out,
       [&](size_t at) {
         size_t row = at / size_t(shape.n), i = at % size_t(shape.n);
         double sum = in.with_bias ? double(in.bias[i]) : 0;
-        for (int j = 0; j < shape.k; j++) sum += number(in.x[row * size_t(in.ld) + j]) * w[i * size_t(shape.k) + j];
+        for (int j = 0; j < shape.k; j++)
+          sum += number(in.x[row * size_t(in.ld) + j]) * w[i * size_t(shape.k) + j];
         return sum;
       },
       1e-4, std::sqrt(double(shape.k)));
@@ -71,8 +76,9 @@ struct Dense {
 };
 
 void multiply(Run& run, const Shape& shape, Inputs& in, Dense& w, Buffer<float>& out, int first_row = 0) {
-  run.launch("gemm_bf16", launch_of(shape, TILE_BYTES, 0), out.data(), in.x.data() + size_t(first_row) * in.ld,
-             w.packed.data(), in.bias_or_null(), shape.rows, shape.n, shape.k, in.ld, w.ld);
+  run.launch("gemm_bf16", launch_of(shape, TILE_BYTES, 0), out.data(),
+             in.x.data() + size_t(first_row) * in.ld, w.packed.data(), in.bias_or_null(), shape.rows, shape.n,
+             shape.k, in.ld, w.ld);
 }
 
 Weights random_weights(Random& random, const Shape& shape) {
@@ -84,10 +90,16 @@ Weights random_weights(Random& random, const Shape& shape) {
 // One matrix in the quantised form: a slice of columns that may begin inside a group.
 struct Quantised {
   Quantised(Random& random, const Shape& shape, int bits)
-      : bits(bits), group(32 << random.between(0, 2)), lead(random.coin() ? 0 : random.between(0, group - 1)),
-        groups((lead + shape.k - 1) / group + 1), ld(((shape.k * bits + 7) / 8 + 15) / 16 * 16),
-        q(size_t(shape.n) * ld), scales(size_t(shape.n) * groups), zeros(size_t(shape.n) * groups),
-        with_zeros(bits == 4 && random.coin()), plain(size_t(shape.n) * shape.k) {
+      : bits(bits),
+        group(32 << random.between(0, 2)),
+        lead(random.coin() ? 0 : random.between(0, group - 1)),
+        groups((lead + shape.k - 1) / group + 1),
+        ld(((shape.k * bits + 7) / 8 + 15) / 16 * 16),
+        q(size_t(shape.n) * ld),
+        scales(size_t(shape.n) * groups),
+        zeros(size_t(shape.n) * groups),
+        with_zeros(bits == 4 && random.coin()),
+        plain(size_t(shape.n) * shape.k) {
     for (float& scale : scales) scale = random.uniform(0.001f, 0.2f);
     for (unsigned char& zero : zeros) zero = (unsigned char)(random.between(0, 15));
     for (int i = 0; i < shape.n; i++)
@@ -96,8 +108,10 @@ struct Quantised {
         unsigned char& byte = q[size_t(i) * ld + size_t(j) * bits / 8];
         int value = bits == 8 ? random.between(-127, 127) : random.between(0, 15);
         int zero = bits == 8 ? 0 : with_zeros ? zeros[of_group] : 8;
-        if (bits == 8) byte = (unsigned char)(value);
-        else byte = j % 2 ? (unsigned char)((byte & 0x0f) | value << 4) : (unsigned char)(0xf0 | value);
+        if (bits == 8)
+          byte = (unsigned char)(value);
+        else
+          byte = j % 2 ? (unsigned char)((byte & 0x0f) | value << 4) : (unsigned char)(0xf0 | value);
         plain[size_t(i) * shape.k + j] = float(bf16(scales[of_group] * float(value - zero)));
       }
   }
@@ -113,11 +127,13 @@ void multiply(Run& run, const Shape& shape, Inputs& in, Quantised& w, Buffer<flo
   const bf16* x = in.x.data() + size_t(first_row) * in.ld;
   rig::Launch launch = launch_of(shape, TILE * TILE * size_t(w.bits) / 8, TILE_BYTES);
   if (w.bits == 8)
-    run.launch("gemm_w8", launch, out.data(), x, reinterpret_cast<const signed char*>(w.q.data()), w.scales.data(),
-               in.bias_or_null(), shape.rows, shape.n, shape.k, in.ld, w.ld, w.group, w.lead);
+    run.launch("gemm_w8", launch, out.data(), x, reinterpret_cast<const signed char*>(w.q.data()),
+               w.scales.data(), in.bias_or_null(), shape.rows, shape.n, shape.k, in.ld, w.ld, w.group,
+               w.lead);
   else
-    run.launch("gemm_w4", launch, out.data(), x, w.q.data(), w.scales.data(), w.with_zeros ? w.zeros.data() : nullptr,
-               in.bias_or_null(), shape.rows, shape.n, shape.k, in.ld, w.ld, w.group, w.lead);
+    run.launch("gemm_w4", launch, out.data(), x, w.q.data(), w.scales.data(),
+               w.with_zeros ? w.zeros.data() : nullptr, in.bias_or_null(), shape.rows, shape.n, shape.k,
+               in.ld, w.ld, w.group, w.lead);
 }
 
 void matches_its_twin(Run& run, int bits) {
