@@ -51,7 +51,7 @@ pub use weights::CudaLinear;
 use crate::backend::DeviceError;
 use arena::Arena;
 use blas::Blas;
-use driver::{Event, Stream};
+use driver::Stream;
 use graphs::Next;
 use sampling::Draws;
 use scratch::Scratch;
@@ -109,6 +109,7 @@ impl CudaBackend {
     /// # Errors
     /// [`DeviceError::Failed`].
     pub fn new(device: Arc<CudaDevice>, options: CudaOptions) -> Result<CudaBackend, DeviceError> {
+        device.bind()?;
         attention::allow_shared(&device.kernels)?;
         product::allow_shared(&device.kernels)?;
         let stream = Arc::new(Stream::new(&device.context)?);
@@ -160,13 +161,6 @@ impl CudaBackend {
     /// The fault, if there was one.
     fn sound(&self) -> Result<(), DeviceError> {
         self.fault.clone().map_or(Ok(()), Err)
-    }
-
-    /// Waits until all work is done.
-    fn settle(&self) -> Result<(), CudaError> {
-        let done = Event::new(&self.device.context)?;
-        done.record(&self.stream)?;
-        staging::wait(&done)
     }
 
     /// Begins a step of decodes; true where it was replayed and nothing is to be called.
@@ -236,7 +230,7 @@ impl Drop for CudaBackend {
     fn drop(&mut self) {
         self.abandon_recording();
         // The driver would wait too, but for ever.
-        let _ = self.settle();
+        let _ = self.staging.settle(&self.stream);
     }
 }
 

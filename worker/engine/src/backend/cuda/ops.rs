@@ -103,6 +103,9 @@ impl CudaBackend {
     }
 
     fn read_buffer(&mut self, buf: &CudaBuf, out: &mut [f32]) -> Result<(), CudaError> {
+        if out.is_empty() {
+            return self.staging.settle(&self.stream);
+        }
         match buf.form() {
             Form::F32 => {
                 let from = buf.floats(out.len()).address();
@@ -328,7 +331,7 @@ impl Backend for CudaBackend {
         let _ = self.draws.take(&mut Vec::new());
         self.fault = None;
         // A device that failed fails here too.
-        let settled = self.settle();
+        let settled = self.staging.settle(&self.stream);
         self.note(settled);
     }
 

@@ -26,6 +26,8 @@ pub(super) struct Staging {
     context: Arc<Context>,
     slots: Vec<Slot>,
     next: usize,
+    /// For waits without a copy.
+    settled: Event,
 }
 
 #[derive(Debug)]
@@ -49,6 +51,7 @@ impl Staging {
             context: Arc::clone(context),
             slots: slots?,
             next: 0,
+            settled: Event::new(context)?,
         })
     }
 
@@ -96,6 +99,12 @@ impl Staging {
             take(at, &memory.bytes()[..part]);
         }
         Ok(())
+    }
+
+    /// Waits for all work before it.
+    pub fn settle(&mut self, stream: &Stream) -> Result<(), CudaError> {
+        self.settled.record(stream)?;
+        wait(&self.settled)
     }
 
     /// The next piece, of at least `bytes`, that no copy uses.
