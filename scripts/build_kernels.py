@@ -86,6 +86,10 @@ def declared(name, text):
     return found
 
 
+class Broken(Exception):
+    """The compiler cannot be used. No SystemExit: a pool of processes would wait for its worker for ever."""
+
+
 class Nvrtc:
     """The few calls of libnvrtc that compile a program."""
 
@@ -94,7 +98,7 @@ class Nvrtc:
         try:
             self.library = ctypes.CDLL(str(folder / "libnvrtc.so.12"))
         except OSError as error:
-            sys.exit(f"build-kernels: cannot load NVRTC: {error}; remove target/kernels-venv and run again")
+            raise Broken(f"cannot load NVRTC: {error}; remove target/kernels-venv and run again") from error
 
     def compile(self, name, source, headers, architecture):
         """Gives cubin, PTX and log; no cubin when it does not compile."""
@@ -122,7 +126,7 @@ class Nvrtc:
         self.library[f"nvrtcGet{what}Size"](program, ctypes.byref(size))
         buffer = ctypes.create_string_buffer(size.value)
         if self.library[f"nvrtcGet{what}"](program, buffer):
-            sys.exit(f"build-kernels: NVRTC gives no {what}")
+            raise Broken(f"NVRTC gives no {what}")
         return buffer.raw
 
     def text(self, program, what):
@@ -223,4 +227,7 @@ def compare(files):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Broken as error:
+        sys.exit(f"build-kernels: {error}")
