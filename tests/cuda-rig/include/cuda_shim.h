@@ -29,7 +29,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __align__(N) alignas(N)
+#define __align__(N) __attribute__((aligned(N)))
 #define __constant__ static const
 // One section for all of a library's static shared memory: it is poisoned as a whole before each block.
 #define __shared__ static __attribute__((section("rig_shared")))

@@ -9,8 +9,8 @@ use std::fs;
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Mutex, OnceLock};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock};
 
 /// One translation unit.
 pub(crate) struct Unit {
@@ -18,6 +18,8 @@ pub(crate) struct Unit {
     /// Files that it includes beside the headers common to all.
     pub(crate) also: Vec<PathBuf>,
     pub(crate) flags: Vec<String>,
+    /// Variables that may not be in the object, see [`check_variables`].
+    pub(crate) kernels: bool,
 }
 
 /// One binary or shared library.
@@ -31,7 +33,12 @@ pub(crate) struct Link {
 
 /// Builds all of `links` in order into one folder and gives it. A later link may use the output of an earlier one by `-L.`;
 /// `aliases` are symbolic links (name, target) in the folder.
-pub(crate) fn build(name: &str, headers: &[PathBuf], links: &[Link], aliases: &[(&str, &str)]) -> PathBuf {
+pub(crate) fn build(
+    name: &str,
+    headers: &[PathBuf],
+    links: &[Link],
+    aliases: &[(&str, &str)],
+) -> PathBuf {
     let common = Common::new(headers);
     let mut hasher = DefaultHasher::new();
     for link in links {
@@ -46,8 +53,10 @@ pub(crate) fn build(name: &str, headers: &[PathBuf], links: &[Link], aliases: &[
     }
     create_folder(&cache().join("objects"));
     let lock_path = cache().join(format!("{name}.lock"));
-    let lock = fs::File::create(&lock_path).unwrap_or_else(|e| panic!("cannot create {}: {e}", lock_path.display()));
-    lock.lock().unwrap_or_else(|e| panic!("cannot lock {}: {e}", lock_path.display()));
+    let lock = fs::File::create(&lock_path)
+        .unwrap_or_else(|e| panic!("cannot create {}: {e}", lock_path.display()));
+    lock.lock()
+        .unwrap_or_else(|e| panic!("cannot lock {}: {e}", lock_path.display()));
     if folder.is_dir() {
         return folder;
     }
@@ -65,15 +74,19 @@ pub(crate) fn build(name: &str, headers: &[PathBuf], links: &[Link], aliases: &[
         run(command, &link.output).unwrap_or_else(|failure| panic!("{failure}"));
     }
     for (alias, target) in aliases {
-        std::os::unix::fs::symlink(target, making.join(alias)).unwrap_or_else(|e| panic!("cannot link {alias}: {e}"));
+        std::os::unix::fs::symlink(target, making.join(alias))
+            .unwrap_or_else(|e| panic!("cannot link {alias}: {e}"));
     }
-    fs::rename(&making, &folder).unwrap_or_else(|e| panic!("cannot put {} into place: {e}", folder.display()));
+    fs::rename(&making, &folder)
+        .unwrap_or_else(|e| panic!("cannot put {} into place: {e}", folder.display()));
     folder
 }
 
 /// The files directly in `folder` whose names end in `.extension`, sorted; none if there is no such folder.
 pub(crate) fn files_in(folder: &Path, extension: &str) -> Vec<PathBuf> {
-    let Ok(entries) = fs::read_dir(folder) else { return vec![] };
+    let Ok(entries) = fs::read_dir(folder) else {
+        return vec![];
+    };
     let mut files: Vec<PathBuf> = entries
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|path| path.extension().is_some_and(|found| found == extension))
@@ -94,7 +107,9 @@ impl Common {
         for header in headers {
             (header, read(header)).hash(&mut hasher);
         }
-        Common { hash: hasher.finish() }
+        Common {
+            hash: hasher.finish(),
+        }
     }
 
     fn key_of(&self, unit: &Unit) -> u64 {
@@ -107,7 +122,9 @@ impl Common {
     }
 
     fn object_of(&self, unit: &Unit) -> PathBuf {
-        cache().join("objects").join(format!("{:016x}.o", self.key_of(unit)))
+        cache()
+            .join("objects")
+            .join(format!("{:016x}.o", self.key_of(unit)))
     }
 }
 
@@ -137,19 +154,63 @@ fn compile(unit: &Unit, object: &Path) -> Result<(), String> {
     }
     let making = object.with_extension(format!("{}.making", std::process::id()));
     let mut command = Command::new(compiler());
-    command.args(&unit.flags).arg("-c").arg(&unit.source).arg("-o").arg(&making);
+    command
+        .args(&unit.flags)
+        .arg("-c")
+        .arg(&unit.source)
+        .arg("-o")
+        .arg(&making);
     let what = unit.also.first().unwrap_or(&unit.source);
     run(command, &what.display().to_string())?;
-    fs::rename(&making, object).map_err(|e| format!("cannot put {} into place: {e}", object.display()))
+    if unit.kernels {
+        check_variables(&making, what)?;
+    }
+    fs::rename(&making, object)
+        .map_err(|e| format!("cannot put {} into place: {e}", object.display()))
+}
+
+/// Shared memory must lie in its own section, to be poisoned, and g++ silently ignores the section of a variable in a
+/// template. Such a one is found as what it then is: a variable of the kernel file outside that section.
+fn check_variables(object: &Path, what: &Path) -> Result<(), String> {
+    let output = Command::new("nm")
+        .args(["--demangle", "--defined-only", "--format=sysv"])
+        .arg(object)
+        .output();
+    let output = output.map_err(|e| format!("nm (of binutils, which g++ needs too): {e}"))?;
+    for line in String::from_utf8_lossy(&output.stdout).lines() {
+        // name | value | class | type | size | line | section
+        let fields: Vec<&str> = line.split('|').map(str::trim).collect();
+        let [name, _, _, "OBJECT", _, _, section] = fields[..] else {
+            continue;
+        };
+        let ours = name.starts_with("rig::")
+            || name.contains("rig_entry_of_")
+            || name.starts_with("guard variable for");
+        if !ours
+            && (section.starts_with(".bss")
+                || section.starts_with(".data") && !section.contains(".rel.ro"))
+        {
+            return Err(format!(
+                "{}: '{name}' is shared memory declared in a template, where g++ ignores its section: \
+                 declare it in the KERNEL's body and pass a pointer",
+                what.display()
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn run(mut command: Command, what: &str) -> Result<(), String> {
-    let output = command.output().map_err(|e| format!("{}: {e}. {ADVICE}", compiler()))?;
+    let output = command
+        .output()
+        .map_err(|e| format!("{}: {e}. {ADVICE}", compiler()))?;
     if output.status.success() {
         return Ok(());
     }
     let message = String::from_utf8_lossy(&output.stderr);
-    Err(format!("g++ could not build {what}:\n{message}\nthe command was: {command:?}"))
+    Err(format!(
+        "g++ could not build {what}:\n{message}\nthe command was: {command:?}"
+    ))
 }
 
 const ADVICE: &str = "The CUDA tests need g++ (C++17): install it, or name a compiler in CXX";
@@ -160,10 +221,12 @@ fn compiler() -> String {
 
 fn compiler_version() -> &'static str {
     static VERSION: OnceLock<String> = OnceLock::new();
-    VERSION.get_or_init(|| match Command::new(compiler()).arg("--version").output() {
-        Ok(output) => String::from_utf8_lossy(&output.stdout).into_owned(),
-        Err(error) => panic!("{} does not run: {error}. {ADVICE}", compiler()),
-    })
+    VERSION.get_or_init(
+        || match Command::new(compiler()).arg("--version").output() {
+            Ok(output) => String::from_utf8_lossy(&output.stdout).into_owned(),
+            Err(error) => panic!("{} does not run: {error}. {ADVICE}", compiler()),
+        },
+    )
 }
 
 /// `cuda-rig` in cargo's target folder.
@@ -178,11 +241,21 @@ fn cache() -> PathBuf {
 /// Finished folders of this name from other sources: one edit-compile loop would fill the disk with them. Those of the
 /// last hour stay, as another test process may be using them.
 fn remove_older(name: &str) {
-    let Ok(entries) = fs::read_dir(cache()) else { return };
+    let Ok(entries) = fs::read_dir(cache()) else {
+        return;
+    };
     let hour = std::time::Duration::from_secs(3600);
     for entry in entries.flatten() {
-        let old = entry.metadata().and_then(|data| data.modified()).is_ok_and(|at| at.elapsed().is_ok_and(|age| age > hour));
-        if old && entry.file_name().to_string_lossy().starts_with(&format!("{name}-")) {
+        let old = entry
+            .metadata()
+            .and_then(|data| data.modified())
+            .is_ok_and(|at| at.elapsed().is_ok_and(|age| age > hour));
+        if old
+            && entry
+                .file_name()
+                .to_string_lossy()
+                .starts_with(&format!("{name}-"))
+        {
             let _ = fs::remove_dir_all(entry.path());
         }
     }

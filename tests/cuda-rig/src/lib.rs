@@ -48,7 +48,10 @@ pub fn preload_from(folder: &Path) {
         let library = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) };
         match library {
             Ok(library) => std::mem::forget(library),
-            Err(error) => panic!("the emulated library {} does not load: {error}", path.display()),
+            Err(error) => panic!(
+                "the emulated library {} does not load: {error}",
+                path.display()
+            ),
         }
     }
 }
@@ -65,7 +68,10 @@ pub fn env_of(folder: &Path) -> Vec<(String, String)> {
         path.push(":");
         path.push(old);
     }
-    vec![("LD_LIBRARY_PATH".into(), path.to_string_lossy().into_owned())]
+    vec![(
+        "LD_LIBRARY_PATH".into(),
+        path.to_string_lossy().into_owned(),
+    )]
 }
 
 /// The harness of the product's kernels: `harness --seeds N --first SEED --only TEXT --list`.

@@ -7,9 +7,20 @@ use cuda_rig::Kind;
 
 /// The detectors' own exit codes and reports fail the run as a wrong result does.
 fn run(binary: &Path, arguments: &[&str]) {
-    let output = Command::new(binary).args(arguments).output().expect("the harness starts");
-    let (out, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success(), "{} {arguments:?}: {}\n{out}\n{error}", binary.display(), output.status);
+    let output = Command::new(binary)
+        .args(arguments)
+        .output()
+        .expect("the harness starts");
+    let (out, error) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    assert!(
+        output.status.success(),
+        "{} {arguments:?}: {}\n{out}\n{error}",
+        binary.display(),
+        output.status
+    );
 }
 
 #[test]

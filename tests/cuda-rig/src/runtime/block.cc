@@ -90,6 +90,8 @@ struct Scheduler {
   Copies copies[THREADS_MAX];
   unsigned threads, warp_count, alive;
   unsigned at_block, votes, last_votes, barriers;
+  char begins, ends;              // what stands for a block's begin and end: two, or a thread that begins late would seem
+                                  // to follow one that has ended
   char barrier_address[2];        // what stands for two consecutive __syncthreads in turn
   unsigned rank_of[WARPS_MAX];    // warp -> priority, 0 leads
   unsigned warp_at[WARPS_MAX];    // priority -> warp
@@ -279,9 +281,9 @@ void release_waiters_of_exited(unsigned warp_index) {
 }
 
 void thread_main() {
-  RIG_RACE(__tsan_acquire(&scheduler.threads));
+  RIG_RACE(__tsan_acquire(&scheduler.begins));
   scheduler.call(scheduler.arguments);
-  RIG_RACE(__tsan_release(&scheduler.threads));
+  RIG_RACE(__tsan_release(&scheduler.ends));
   Scheduler& s = scheduler;
   unsigned warp = current->index / WARP;
   s.warps[warp].alive &= ~(1u << lane());
@@ -367,12 +369,12 @@ bool run_block(void (*call)(void**), void** arguments) {
     s.copies[i].first = s.copies[i].count = s.copies[i].group = 0;
   }
   RIG_RACE(s.home_tsan = __tsan_get_current_fiber());
-  RIG_RACE(__tsan_release(&s.threads));
+  RIG_RACE(__tsan_release(&s.begins));
   failure[0] = 0;
   current = take_next();
   RIG_RACE(__tsan_switch_to_fiber(current->tsan, 1));
   switch_stack(&s.home, current->stack_pointer);
-  RIG_RACE(__tsan_acquire(&s.threads));
+  RIG_RACE(__tsan_acquire(&s.ends));
   if (!failure[0] && s.alive) fail_as_divergent();
   current = nullptr;
   return !failure[0];

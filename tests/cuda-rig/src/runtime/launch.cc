@@ -88,17 +88,17 @@ void place_shared(size_t bytes) {
 }
 
 // Not memset: an address checker watches that, and red zones lie between the variables of the section.
-__attribute__((optimize("no-tree-loop-distribute-patterns"))) void fill(char* first, char* end) {
-  for (; first < end && uintptr_t(first) % 8; first++) *first = char(0xff);
+// Addresses are numbers here: to the compiler, the section's two ends are unrelated objects.
+__attribute__((optimize("no-tree-loop-distribute-patterns"))) void fill(uintptr_t first, uintptr_t end) {
+  for (; first < end && first % 8; first++) *reinterpret_cast<volatile char*>(first) = char(0xff);
   for (; first + 8 <= end; first += 8) *reinterpret_cast<AliasWord*>(first) = ~uint64_t(0);
-  for (; first < end; first++) *first = char(0xff);
+  for (; first < end; first++) *reinterpret_cast<volatile char*>(first) = char(0xff);
 }
 
 // All bits set: NaN as a float and as a bf16, and far out of range as an index.
 void poison_shared() {
-  if (__start_rig_shared) fill(__start_rig_shared, __stop_rig_shared);
-  char* dynamic = reinterpret_cast<char*>(dynamic_shared);
-  fill(dynamic, dynamic + shared_bytes);
+  fill(uintptr_t(__start_rig_shared), uintptr_t(__stop_rig_shared));
+  fill(uintptr_t(dynamic_shared), uintptr_t(dynamic_shared) + shared_bytes);
 }
 
 // Blocks in an order of which the kernel may assume nothing: every one once, from a random first by a random stride.
