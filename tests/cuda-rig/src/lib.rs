@@ -27,6 +27,11 @@ pub enum Kind {
     Asan,
 }
 
+/// Whether tests are to run on this machine's own devices and libraries: `TANDEM_GPU=1`, which `scripts/gpu-smoke` sets.
+pub fn on_hardware() -> bool {
+    std::env::var_os("TANDEM_GPU").is_some_and(|value| value == "1")
+}
+
 /// The folder of the emulated libraries, with the product's kernels in them.
 pub fn library() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
@@ -34,9 +39,11 @@ pub fn library() -> &'static Path {
 }
 
 /// Loads the emulated libraries into this process, for good: whoever asks the loader for one of their sonames from now on
-/// gets them. To be called before anything looks for CUDA.
+/// gets them. To be called before anything looks for CUDA. Does nothing [`on_hardware`].
 pub fn preload() {
-    preload_from(library());
+    if !on_hardware() {
+        preload_from(library());
+    }
 }
 
 /// As [`preload`], from another folder of libraries.
@@ -56,8 +63,11 @@ pub fn preload_from(folder: &Path) {
     }
 }
 
-/// Environment for a child process, so that its loader finds the emulated libraries first.
+/// Environment for a child process, so that its loader finds the emulated libraries first. Nothing [`on_hardware`].
 pub fn env() -> Vec<(String, String)> {
+    if on_hardware() {
+        return Vec::new();
+    }
     env_of(library())
 }
 
