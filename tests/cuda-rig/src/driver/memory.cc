@@ -156,7 +156,7 @@ bool borders_whole(const char* after) {
     char* end = reinterpret_cast<char*>(start) + one.bytes;
     for (char* at = end; at < one.border(); at++) {
       if (static_cast<unsigned char>(*at) == BORDER) continue;
-      report("%s wrote %zu bytes past the end of a device allocation of %zu bytes", after, size_t(at - end), one.bytes);
+      report("%s wrote past the end of a device allocation of %zu bytes", after, one.bytes);
       memset(end, BORDER, size_t(one.border() - end));
       whole = false;
       break;
