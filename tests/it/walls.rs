@@ -53,10 +53,14 @@ const SOCKETS: [(&str, &str); 8] = [
 ];
 
 /// Where `unsafe` may stand, each with the reason why it must.
-const UNSAFE: [(&str, &str); 6] = [
+const UNSAFE: [(&str, &str); 8] = [
     (
         "worker/engine/src/backend/cpu",
         "SIMD, and the pool's scoped work",
+    ),
+    (
+        "worker/engine/src/backend/cuda",
+        "a driver and a device's memory",
     ),
     (
         "worker/engine/src/collective/host",
@@ -68,6 +72,7 @@ const UNSAFE: [(&str, &str); 6] = [
     ),
     ("worker/engine/src/weights", "memory-mapped files"),
     ("worker/nccl-rs/src", "a C library"),
+    ("tests/cuda-rig", "emulated C libraries"),
     (
         "tests/src/process.rs",
         "signals, and children that end with their test",
@@ -298,6 +303,7 @@ fn models_and_layers_see_backends_and_collectives_only_through_their_traits() {
             applies,
             &[
                 "CpuBackend",
+                "CudaBackend",
                 "ReferenceBackend",
                 "arch",
                 "cudarc",
@@ -457,6 +463,7 @@ fn all_members_take_the_workspaces_lints() {
         "worker/engine",
         "worker/nccl-rs",
         "tests",
+        "tests/cuda-rig",
     ];
     let lacks = |member: &&&str| {
         manifest(member)
