@@ -103,12 +103,12 @@ impl Library {
     fn open(name: &str) -> Result<(libloading::Library, Version), String> {
         // SAFETY: loading runs the library's initialisers. The names are NCCL's own, or the caller's word for it, and
         // NCCL's initialisers ask nothing of the caller.
-        let library = unsafe { libloading::Library::new(name) }.map_err(|e| e.to_string())?;
+        let library = unsafe { libloading::Library::new(name) }.map_err(words)?;
         let mut code: c_int = 0;
         let result = {
             // SAFETY: the signature is that of nccl.h, the same in all releases of NCCL 2.
-            let get_version = unsafe { library.get::<GetVersion>(b"ncclGetVersion\0") }
-                .map_err(|e| e.to_string())?;
+            let get_version =
+                unsafe { library.get::<GetVersion>(b"ncclGetVersion\0") }.map_err(words)?;
             // SAFETY: `code` lives through the call, which writes one int to it and keeps no pointer.
             unsafe { get_version(&mut code) }
         };
@@ -205,4 +205,10 @@ unsafe fn text(pointer: *const c_char) -> String {
     // SAFETY: the caller's promise.
     let string = unsafe { CStr::from_ptr(pointer) };
     string.to_string_lossy().into_owned()
+}
+
+/// The loader's own words: they are what lies behind the error.
+fn words(error: libloading::Error) -> String {
+    let source = std::error::Error::source(&error);
+    source.map_or_else(|| error.to_string(), ToString::to_string)
 }

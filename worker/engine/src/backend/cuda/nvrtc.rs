@@ -82,7 +82,11 @@ fn cubin(
         .collect::<Result<_, _>>()?;
     let pointers = |of: &[CString]| of.iter().map(|text| text.as_ptr()).collect::<Vec<_>>();
     let (source_text, source_name) = (text(source.text)?, text(&format!("{}.cu", source.name))?);
-    let options = [text("--std=c++17")?, text(architecture)?];
+    let options = [
+        text("--std=c++17")?,
+        text("--device-as-default-execution-space")?,
+        text(architecture)?,
+    ];
     let missing = |error: libloading::Error| format!("NVRTC is not whole: {error}");
     // SAFETY: the types are those of nvrtc.h; all texts outlive the calls; buffers have the lengths that NVRTC told.
     unsafe {
