@@ -46,7 +46,7 @@ pub fn preload() {
     }
 }
 
-/// As [`preload`], from another folder of libraries.
+/// As [`preload()`], from another folder of libraries.
 pub fn preload_from(folder: &Path) {
     use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
     for soname in recipe::SONAMES {
@@ -71,7 +71,7 @@ pub fn env() -> Vec<(String, String)> {
     env_of(library())
 }
 
-/// As [`env`], for another folder of libraries.
+/// As [`env()`], for another folder of libraries.
 pub fn env_of(folder: &Path) -> Vec<(String, String)> {
     let mut path = OsString::from(folder);
     if let Some(old) = std::env::var_os("LD_LIBRARY_PATH").filter(|old| !old.is_empty()) {
