@@ -64,7 +64,7 @@ impl<L: Lane> Group<L> {
     ///
     /// # Errors
     /// [`CollectiveError`]: the host group is over too.
-    pub fn form(
+    pub fn form_lane(
         host: HostGroup,
         lane: L,
         library: &Arc<Library>,
@@ -73,7 +73,7 @@ impl<L: Lane> Group<L> {
         Self::form_or_kill(host, lane, library, options, guard::kill())
     }
 
-    /// As [`Group::form`], with what is done when the device cannot be freed.
+    /// As [`Group::form_lane`], with what is done when the device cannot be freed.
     pub(super) fn form_or_kill(
         mut host: HostGroup,
         lane: L,
