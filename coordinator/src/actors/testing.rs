@@ -285,9 +285,18 @@ impl FakeWorker {
 
     /// Expects an Unload.
     pub(crate) async fn unload(&mut self) -> ReplicaId {
+        self.unload_and(false).await
+    }
+
+    /// Expects an Unload of a replica that will be formed again.
+    pub(crate) async fn unload_and_keep(&mut self) -> ReplicaId {
+        self.unload_and(true).await
+    }
+
+    async fn unload_and(&mut self, kept: bool) -> ReplicaId {
         match self.command().await {
-            Some(Command::Unload { replica, .. }) => replica,
-            other => panic!("expected Unload, got {other:?}"),
+            Some(Command::Unload { replica, keep, .. }) if keep == kept => replica,
+            other => panic!("expected Unload, keep: {kept}, got {other:?}"),
         }
     }
 

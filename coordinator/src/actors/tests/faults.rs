@@ -112,13 +112,28 @@ async fn a_group_that_loses_a_rank_is_formed_anew_with_the_next_generation() {
     let (one, _) = (first.serve().await, second.serve().await);
     core.until_ready("e").await;
     drop(second);
-    assert_eq!(first.unload().await, one.replica);
+    assert_eq!(first.unload_and_keep().await, one.replica);
     core.until("e", "lost", |view| !view.ready).await;
     let mut second = FakeWorker::join(&core, "1").await;
     let (again, other) = (first.serve().await, second.serve().await);
     assert!(again.generation > one.generation && again.generation == other.generation);
     assert_ne!(again.group_key, one.group_key);
     core.until_ready("e").await;
+}
+
+#[actix::test]
+async fn what_was_kept_for_a_replica_that_is_not_wanted_any_more_goes() {
+    let (_folder, core) = empty().await;
+    let mut first = FakeWorker::join(&core, "0").await;
+    let mut second = FakeWorker::join(&core, "1").await;
+    core.create("e", config("tiny", "PAIR")).await.unwrap();
+    let (one, _) = (first.serve().await, second.serve().await);
+    core.until_ready("e").await;
+    drop(second);
+    assert_eq!(first.unload_and_keep().await, one.replica);
+    core.until("e", "lost", |view| !view.ready).await;
+    core.gateway.delete("e".into()).await.unwrap();
+    assert_eq!(first.unload().await, one.replica);
 }
 
 #[actix::test]
@@ -130,7 +145,7 @@ async fn a_shard_that_fails_while_serving_is_loaded_again() {
     core.until_ready("e").await;
     let failure = Failure::new(FailureKind::Internal, "the engine panicked");
     worker.state(&shard, ShardState::Failed(failure)).await;
-    assert_eq!(worker.unload().await, shard.replica);
+    assert_eq!(worker.unload_and_keep().await, shard.replica);
     assert!(worker.serve().await.generation > shard.generation);
     core.until_ready("e").await;
 }
@@ -211,7 +226,7 @@ async fn requests_whose_leader_tells_of_the_death_are_run_again_elsewhere() {
     first.reject(&started[3], failure()).await;
     first.is_left_alone(Duration::from_millis(200)).await;
     first.state(&shard, ShardState::Failed(failure())).await;
-    assert_eq!(first.unload().await, shard.replica);
+    assert_eq!(first.unload_and_keep().await, shard.replica);
     first.serve().await;
     for _ in 0..4 {
         let again = first.accept().await;
@@ -297,7 +312,8 @@ async fn an_engine_that_stays_stalled_is_given_up_and_its_requests_go_on_elsewhe
         let given_up = async {
             loop {
                 health(&mut worker, &shard, 10, true).await;
-                let unloaded = tokio::time::timeout(Duration::from_millis(100), worker.unload());
+                let unloaded =
+                    tokio::time::timeout(Duration::from_millis(100), worker.unload_and_keep());
                 if let Ok(replica) = unloaded.await {
                     return replica;
                 }
