@@ -1,94 +1,123 @@
-//! The device this process owns: its threads, its memory and the port where ranks meet.
+//! The device this process owns: what it computes with, its memory and the port where ranks meet.
 //!
-//! Owns what all shards of the process share. What a shard does with it is [`crate::open`]'s part.
+//! Owns what all shards of the process share. What a shard does with it is [`crate::open`]'s part; what kinds of devices
+//! differ in is [`cpu`]'s and [`cuda`]'s.
 
-use std::fs;
 use std::net::{TcpListener, ToSocketAddrs};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use common::config::{DeviceEntry, Node};
 use common::wire::message::{Device as DeviceFacts, DeviceKind, DeviceRates};
-use engine::backend::cpu::{CpuBackend, Isa, Pool};
 use engine::collective::host::GroupListener;
-use engine::rates;
+use engine::rates::Rates;
+use tokio_util::sync::CancellationToken;
 
 use crate::memory::Memory;
 
-/// Share of the machine's available memory that shards may use when cluster.toml does not say: the rest is for the
-/// processes themselves and the page cache under mapped weights.
-const MEMORY_SHARE_PERCENT: u64 = 80;
+pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 
 /// A device and what its shards share.
 pub struct Device {
     /// What it is, for the coordinator.
     pub facts: DeviceFacts,
-    /// Compute threads.
-    pub pool: Arc<Pool>,
-    /// What shards have been promised.
+    /// What shards compute with.
+    pub compute: Compute,
+    /// What shards have been promised, and what was kept of those that are over.
     pub memory: Arc<Memory>,
     /// Lets members of groups in that this process leads.
     pub groups: GroupListener,
     /// Where other ranks reach `groups`, `address:port`.
     pub group_address: String,
+    /// Cancelled when the device has failed for good.
+    pub lost: CancellationToken,
+}
+
+/// What shards compute with.
+pub enum Compute {
+    /// The host's cores.
+    Cpu(cpu::Cores),
+    /// A GPU.
+    #[cfg(feature = "cuda")]
+    Cuda(cuda::Gpu),
+}
+
+/// A device as it was found.
+struct Found {
+    compute: Compute,
+    name: String,
+    threads: u32,
+    memory_bytes: u64,
+    rates: Rates,
 }
 
 impl Device {
     /// Opens a device of cluster.toml.
     ///
     /// # Errors
-    /// A kind that this build cannot run; a port that cannot be had.
+    /// A device that is not there, or that this build cannot run; a port that cannot be had. One line that says what would
+    /// help.
     pub fn open(node: &Node, entry: &DeviceEntry) -> Result<Device> {
-        if entry.kind == DeviceKind::Cuda {
-            bail!(
-                "device {} is cuda:{}, and this build has no CUDA backend yet; give it kind = \"cpu\"",
-                entry.worker,
-                entry.ordinal
-            );
-        }
-        let cores: Vec<usize> = entry.cores.iter().map(|&core| core as usize).collect();
-        let everything = if cores.is_empty() {
-            cores_of_machine()
-        } else {
-            cores.len()
+        let found = match entry.kind {
+            DeviceKind::Cpu => cpu::open(entry)?,
+            DeviceKind::Cuda => open_cuda(entry)?,
         };
-        let threads = entry.threads.map_or(everything, |threads| threads as usize);
-        let pool = Pool::new(threads, &cores).context("cannot start the compute threads")?;
-        let memory_bytes = match entry.memory_bytes {
-            Some(bytes) => bytes,
-            None => {
-                available_memory()
-                    .context("cannot read the machine's memory; set memory of the device")?
-                    * MEMORY_SHARE_PERCENT
-                    / 100
-            }
-        };
-        let mut backend = CpuBackend::new(pool.clone()).context("cannot compute")?;
-        let rates = rates::measure(&mut backend).context("cannot measure the device")?;
         tracing::info!(
-            bytes_per_s = rates.bytes_per_s,
-            flops_per_s = rates.flops_per_s,
+            name = found.name,
+            memory_bytes = found.memory_bytes,
+            bytes_per_s = found.rates.bytes_per_s,
+            flops_per_s = found.rates.flops_per_s,
             "the device was measured"
         );
         let groups = listen(&node.address, entry.group_port)?;
         let group_address = format!("{}:{}", node.address, groups.address().port());
         Ok(Device {
             facts: DeviceFacts {
-                kind: DeviceKind::Cpu,
-                name: format!("{} ({})", processor_name(), Isa::detect().path().name()),
-                memory_bytes,
-                threads: pool.threads() as u32,
+                kind: entry.kind,
+                name: found.name,
+                memory_bytes: found.memory_bytes,
+                threads: found.threads,
                 rates: Some(DeviceRates {
-                    bytes_per_s: rates.bytes_per_s,
-                    flops_per_s: rates.flops_per_s,
+                    bytes_per_s: found.rates.bytes_per_s,
+                    flops_per_s: found.rates.flops_per_s,
                 }),
             },
-            pool,
-            memory: Memory::new(memory_bytes),
+            compute: found.compute,
+            memory: Memory::new(found.memory_bytes),
             groups,
             group_address,
+            lost: CancellationToken::new(),
         })
     }
+
+    /// Asks the device whether it still answers, after something on it has failed. A GPU that has failed once does so until
+    /// its process is over.
+    pub fn check_alive(&self) {
+        #[cfg(feature = "cuda")]
+        if let Compute::Cuda(gpu) = &self.compute
+            && let Err(error) = gpu.check_alive()
+        {
+            tracing::error!(%error, "the device is lost: this process ends");
+            self.lost.cancel();
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn open_cuda(entry: &DeviceEntry) -> Result<Found> {
+    cuda::open(entry)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn open_cuda(entry: &DeviceEntry) -> Result<Found> {
+    anyhow::bail!(
+        "device {} is cuda:{}, and this worker was built without CUDA: build it with the feature \"cuda\" (on by default), \
+         or give the device kind = \"cpu\"",
+        entry.worker,
+        entry.ordinal
+    )
 }
 
 fn listen(address: &str, port: u16) -> Result<GroupListener> {
@@ -103,33 +132,6 @@ fn listen(address: &str, port: u16) -> Result<GroupListener> {
         .collect();
     let listener = TcpListener::bind(&found[..]).with_context(cannot)?;
     GroupListener::start(listener).with_context(cannot)
-}
-
-/// Cores this process may run on.
-pub fn cores_of_machine() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
-}
-
-/// Bytes that programs can take without swapping.
-pub fn available_memory() -> Option<u64> {
-    let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim()
-        .strip_suffix(" kB")?
-        .parse::<u64>()
-        .ok()
-        .map(|kib| kib << 10)
-}
-
-/// The processor's product name.
-pub fn processor_name() -> String {
-    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = text
-        .lines()
-        .find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-    name.map_or_else(|| "cpu".to_owned(), |(_, name)| name.trim().to_owned())
 }
 
 #[cfg(test)]
@@ -166,7 +168,7 @@ mod tests {
         let device = open(entry()).unwrap();
         assert!(
             device.facts.memory_bytes > 0
-                && device.facts.memory_bytes < available_memory().unwrap() * 2
+                && device.facts.memory_bytes < cpu::available_memory().unwrap() * 2
         );
         assert!(
             device.group_address.starts_with("127.0.0.1:") && !device.group_address.ends_with(":0")
@@ -179,19 +181,17 @@ mod tests {
         );
     }
 
+    #[cfg(not(feature = "cuda"))]
     #[test]
     fn what_this_build_cannot_run_is_one_clear_line() {
-        let error = open(DeviceEntry {
+        let gpu = DeviceEntry {
             kind: DeviceKind::Cuda,
             ordinal: 3,
             ..entry()
-        })
-        .err()
-        .unwrap();
+        };
+        let error = format!("{:#}", open(gpu).err().unwrap());
         assert!(
-            error
-                .to_string()
-                .contains("cuda:3, and this build has no CUDA backend yet"),
+            error.contains("cuda:3, and this worker was built without CUDA"),
             "{error}"
         );
     }

@@ -17,6 +17,7 @@ pub mod masks;
 pub mod memory;
 pub mod open;
 pub mod outbox;
+pub mod platform;
 pub mod session;
 pub mod text;
 pub mod translate;

@@ -117,6 +117,7 @@ async fn run(cluster: Cluster, name: String) -> Result<()> {
         .device(&name)
         .context("the device is gone from the configuration")?;
     let device = Device::open(node, entry)?;
+    let lost = device.lost.clone();
     let tls = cluster.tls.as_ref().map(common::tls::client).transpose()?;
     let Some(secret) = secret(&cluster.auth.worker_secret_file, &shutdown).await? else {
         return Ok(());
@@ -133,7 +134,23 @@ async fn run(cluster: Cluster, name: String) -> Result<()> {
     };
     // Whoever started this process may not listen any more.
     let on_ready = move || drop(std::io::stdout().write_all(ready.as_bytes()));
-    Session::new(config, device, on_ready).run(shutdown).await?;
+    let session = Session::new(config, device, on_ready);
+    let stopping = shutdown.clone();
+    let serve = session.run(stopping);
+    let watch = async {
+        lost.cancelled().await;
+        shutdown.cancel();
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        served = serve => served?,
+        () = watch => {}
+    }
+    if lost.is_cancelled() {
+        bail!(
+            "device {name} has failed and cannot be used again by this process: start the worker again"
+        );
+    }
     Ok(())
 }
 

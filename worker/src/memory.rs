@@ -1,13 +1,17 @@
-//! The device's memory as numbers: how much of it which shard has been promised.
+//! The device's memory as numbers: how much of it which shard has been promised, and what was kept of shards that are over.
 //!
-//! Owns the promises, not the bytes. A shard that is being let go still holds its bytes for a moment; whoever asks then
-//! waits for it.
+//! Owns the promises, and of what was kept the values that hold the bytes. A shard that is being let go still holds its
+//! bytes for a moment; whoever asks then waits for it. What was kept serves the next life of the same shard, and goes as
+//! soon as anybody else needs its room.
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use common::ids::{Generation, ReplicaId};
 use common::request::{Failure, FailureKind};
+use common::wire::message::{ModelSource, ShardOptions, ShardSpec};
 
 /// A device's memory.
 pub struct Memory {
@@ -20,12 +24,49 @@ pub struct Memory {
 struct Leases {
     next: u64,
     held: BTreeMap<u64, Held>,
+    /// The oldest first.
+    kept: Vec<Kept>,
 }
 
-#[derive(Default)]
 struct Held {
+    what: Identity,
     bytes: u64,
     leaving: bool,
+    /// The same shard will be loaded again.
+    keep: bool,
+}
+
+/// What was kept of a shard, with its promise.
+struct Kept {
+    what: Identity,
+    generation: Generation,
+    bytes: u64,
+    model: Model,
+}
+
+/// A loaded model: what exactly, its backend knows.
+pub type Model = Box<dyn Any + Send>;
+
+/// What tells whether a shard may go on with what was kept of another: everything but the generation and the other ranks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Identity {
+    replica: ReplicaId,
+    rank: u32,
+    ranks: usize,
+    source: ModelSource,
+    options: ShardOptions,
+}
+
+impl Identity {
+    fn of(spec: &ShardSpec) -> Identity {
+        Identity {
+            replica: spec.replica,
+            rank: spec.rank,
+            ranks: spec.members.len(),
+            source: spec.source.clone(),
+            options: spec.options.clone(),
+        }
+    }
 }
 
 /// One shard's part of the memory; given back when dropped.
@@ -44,16 +85,31 @@ impl Memory {
         })
     }
 
-    /// A lease of nothing yet.
-    pub fn lease(self: &Arc<Memory>) -> Lease {
+    /// A lease of nothing yet, for a shard.
+    pub fn lease(self: &Arc<Memory>, spec: &ShardSpec) -> Lease {
         let mut leases = self.lock();
         let id = leases.next;
         leases.next += 1;
-        leases.held.insert(id, Held::default());
+        let held = Held {
+            what: Identity::of(spec),
+            bytes: 0,
+            leaving: false,
+            keep: true,
+        };
+        leases.held.insert(id, held);
         Lease {
             memory: self.clone(),
             id,
         }
+    }
+
+    /// Drops what was kept of a replica's shards of this generation or an older one.
+    pub fn forget(&self, replica: ReplicaId, up_to: Generation) {
+        let old = |kept: &Kept| kept.what.replica == replica && kept.generation <= up_to;
+        let gone: Vec<Kept> = self.lock().kept.extract_if(.., |kept| old(kept)).collect();
+        // Freeing takes its time, and the lock is free meanwhile.
+        drop(gone);
+        self.changed.notify_all();
     }
 
     fn lock(&self) -> MutexGuard<'_, Leases> {
@@ -61,32 +117,55 @@ impl Memory {
     }
 }
 
+impl Leases {
+    fn sum(&self, leaving: bool) -> u64 {
+        let held = self.held.values();
+        held.filter(|held| held.leaving == leaving)
+            .map(|held| held.bytes)
+            .sum()
+    }
+
+    fn kept(&self) -> u64 {
+        self.kept.iter().map(|kept| kept.bytes).sum()
+    }
+}
+
 impl Lease {
-    /// Takes bytes. Waits, at most `within`, while shards that are being let go hold what is missing.
+    /// Takes what was kept of the same shard's earlier life, or else `bytes` of memory. Waits, at most `within`, while the
+    /// earlier life is not over, or while shards that are being let go hold what is missing.
     ///
     /// # Errors
     /// [`FailureKind::TooLarge`] with the numbers.
-    pub fn take(&self, bytes: u64, within: Duration) -> Result<(), Failure> {
+    pub fn take(&self, bytes: u64, within: Duration) -> Result<Option<Model>, Failure> {
         let deadline = Instant::now() + within;
         let total = self.memory.total;
         let mut leases = self.memory.lock();
         loop {
-            let sum = |leaving| {
-                leases
-                    .held
-                    .values()
-                    .filter(|held| held.leaving == leaving)
-                    .map(|held| held.bytes)
-                    .sum::<u64>()
+            let Some(what) = leases.held.get(&self.id).map(|held| held.what.clone()) else {
+                return Ok(None);
             };
-            let (staying, leaving) = (sum(false), sum(true));
-            let free = total.saturating_sub(staying + leaving);
-            if bytes <= free {
-                leases.held.entry(self.id).or_default().bytes += bytes;
-                return Ok(());
+            if let Some(kept) = leases.kept.iter().position(|kept| kept.what == what) {
+                let kept = leases.kept.remove(kept);
+                self.add(&mut leases, kept.bytes);
+                return Ok(Some(kept.model));
             }
+            let (staying, leaving, kept) = (leases.sum(false), leases.sum(true), leases.kept());
+            let free = total.saturating_sub(staying + leaving + kept);
             let left = deadline.saturating_duration_since(Instant::now());
-            if bytes > total.saturating_sub(staying) || left.is_zero() {
+            let will_keep =
+                |held: &Held| held.leaving && held.keep && held.bytes > 0 && held.what == what;
+            let earlier = leases.held.values().any(will_keep);
+            if bytes <= free && (!earlier || left.is_zero()) {
+                self.add(&mut leases, bytes);
+                return Ok(None);
+            }
+            let possible = total.saturating_sub(staying);
+            if bytes <= possible && bytes > possible.saturating_sub(kept) && !leases.kept.is_empty()
+            {
+                leases = self.drop_oldest(leases);
+                continue;
+            }
+            if bytes > possible || left.is_zero() {
                 return Err(Failure::new(
                     FailureKind::TooLarge,
                     format!(
@@ -106,9 +185,58 @@ impl Lease {
         }
     }
 
-    /// Says that these bytes will soon be given back.
-    pub fn leave(&self) {
-        self.memory.lock().held.entry(self.id).or_default().leaving = true;
+    fn add(&self, leases: &mut Leases, bytes: u64) {
+        if let Some(held) = leases.held.get_mut(&self.id) {
+            held.bytes += bytes;
+        }
+    }
+
+    /// Frees what was kept longest.
+    fn drop_oldest<'a>(&'a self, mut leases: MutexGuard<'a, Leases>) -> MutexGuard<'a, Leases> {
+        let oldest = leases.kept.remove(0);
+        drop(leases);
+        tracing::info!(
+            replica = %oldest.what.replica, rank = oldest.what.rank, bytes = oldest.bytes,
+            "weights that were kept make room"
+        );
+        drop(oldest);
+        self.memory.lock()
+    }
+
+    /// Leaves the shard's model on the device for its next life: its bytes are no longer this lease's. False, and the model
+    /// is dropped, when there will be no next life.
+    pub fn keep(&self, generation: Generation, model: Model) -> bool {
+        let mut leases = self.memory.lock();
+        let Some(held) = leases.held.get_mut(&self.id).filter(|held| held.keep) else {
+            drop(leases);
+            drop(model);
+            return false;
+        };
+        let kept = Kept {
+            what: held.what.clone(),
+            generation,
+            bytes: std::mem::take(&mut held.bytes),
+            model,
+        };
+        leases.kept.push(kept);
+        self.memory.changed.notify_all();
+        true
+    }
+
+    /// Gives the bytes back, and stays a lease of nothing.
+    pub fn give_back(&self) {
+        if let Some(held) = self.memory.lock().held.get_mut(&self.id) {
+            held.bytes = 0;
+        }
+        self.memory.changed.notify_all();
+    }
+
+    /// Says that these bytes will soon be given back, or put aside where the shard's next life shall `keep` them.
+    pub fn leave(&self, keep: bool) {
+        if let Some(held) = self.memory.lock().held.get_mut(&self.id) {
+            held.leaving = true;
+            held.keep &= keep;
+        }
         self.memory.changed.notify_all();
     }
 
@@ -138,42 +266,4 @@ pub fn show(bytes: u64) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const MIB: u64 = 1 << 20;
-
-    #[test]
-    fn what_does_not_fit_is_refused_at_once_with_numbers() {
-        let memory = Memory::new(100 * MIB);
-        let first = memory.lease();
-        first.take(60 * MIB, Duration::from_secs(60)).unwrap();
-        let second = memory.lease();
-        let refused = second.take(50 * MIB, Duration::from_secs(60)).unwrap_err();
-        assert_eq!(refused.kind, FailureKind::TooLarge);
-        assert_eq!(
-            refused.message,
-            "the shard needs 50.0 MiB and the device has 40.0 MiB free of 100.0 MiB"
-        );
-        drop(first);
-        second.take(50 * MIB, Duration::ZERO).unwrap();
-    }
-
-    #[test]
-    fn what_is_being_given_back_is_waited_for() {
-        let memory = Memory::new(100 * MIB);
-        let first = memory.lease();
-        first.take(60 * MIB, Duration::ZERO).unwrap();
-        first.leave();
-        let second = memory.lease();
-        assert!(
-            second.take(50 * MIB, Duration::ZERO).is_err(),
-            "no time to wait"
-        );
-        std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| second.take(50 * MIB, Duration::from_secs(60)));
-            drop(first);
-            waiting.join().unwrap().unwrap();
-        });
-    }
-}
+mod tests;

@@ -1,21 +1,23 @@
 //! Opening a shard: from a model's folder to an engine that runs.
 //!
 //! Owns the order of things (files are checked before memory is taken, memory before the group forms, the group before
-//! weights are read) and what a running shard consists of. Runs on a thread of its own and blocks; who asked for it, and
-//! what becomes of it, is the shard actor's part.
+//! weights are read) and what a running shard consists of. Weights that were kept of the shard's earlier life are not read
+//! again. Runs on a thread of its own and blocks; who asked for it, and what becomes of it, is the shard actor's part.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use common::ids::Generation;
 use common::request::{Failure, FailureKind};
-use common::wire::message::{KvDtype, ModelSource, ReadyShard, ShardOptions, ShardSpec};
-use engine::backend::cpu::{CpuBackend, CpuBuf};
-use engine::backend::{self, WeightDtype};
+use common::wire::message::{
+    KvDtype, ModelSource, Quantization, ReadyShard, ShardOptions, ShardSpec,
+};
+use engine::backend::{self, Backend, DeviceError, WeightDtype};
 use engine::collective::solo::Solo;
 use engine::collective::{AbortHandle, Collective};
-use engine::engine::{Engine, EngineConfig, EngineHandle, OnEnd};
+use engine::engine::{Engine, EngineConfig, EngineEnd, EngineHandle, OnEnd};
 use engine::follower::{self, FollowerHandle};
-use engine::model_runner::{Footprint, ModelRunner, RunnerOptions};
+use engine::model_runner::{Footprint, Keeper, ModelRunner, Parts, RunnerOptions};
 use engine::models::checkpoint::{Checkpoint, LoadError};
 use engine::scheduler::Backlog;
 use tokio::sync::mpsc;
@@ -23,11 +25,12 @@ use tokio::sync::mpsc;
 use crate::answering::{self, Work};
 use crate::artifacts::ModelFolder;
 use crate::artifacts::library::Library;
-use crate::device::Device;
+use crate::device::{Compute, Device};
 use crate::group;
 use crate::logs::ShardLog;
 use crate::memory::{Lease, show};
 use crate::outbox::Outbox;
+use crate::platform::Platform;
 use crate::text::TextModel;
 use crate::text::sandbox::Sandbox;
 use crate::text::trial::Trial;
@@ -66,7 +69,7 @@ pub struct Opening {
     pub log: ShardLog,
     /// Hears of each stage.
     pub progress: Progress,
-    /// Told when the engine is over, after its memory is given back.
+    /// Told when the engine is over, after its memory is given back or put aside.
     pub on_end: OnEnd,
 }
 
@@ -133,6 +136,17 @@ impl Drop for Running {
 /// # Errors
 /// [`Failure`]: of kind `BadRequest` for the model's files, `TooLarge` for memory, `Unavailable` for the group.
 pub fn open(opening: Opening) -> Result<Opened, Failure> {
+    match &opening.device.clone().compute {
+        Compute::Cpu(cores) => open_on(cores, opening),
+        #[cfg(feature = "cuda")]
+        Compute::Cuda(gpu) => open_on(gpu, opening),
+    }
+}
+
+fn open_on<P: Platform>(platform: &P, opening: Opening) -> Result<Opened, Failure>
+where
+    Solo: Collective<<P::Backend as Backend>::Buf>,
+{
     let started = Instant::now();
     let Opening {
         spec,
@@ -144,6 +158,7 @@ pub fn open(opening: Opening) -> Result<Opened, Failure> {
         progress,
         on_end,
     } = opening;
+    platform.check(&spec.options)?;
     progress("looking for the model's files", 0, 0);
     let wanted = || !lease.is_leaving();
     let held = library.folder(&spec.source, &*progress, &wanted)?;
@@ -175,7 +190,7 @@ pub fn open(opening: Opening) -> Result<Opened, Failure> {
         folder.task.as_deref().unwrap_or("not said")
     ));
     let options = runner_options(&spec);
-    let footprint = Footprint::of::<CpuBackend>(
+    let footprint = Footprint::of::<P::Backend>(
         &checkpoint.spec,
         spec.rank as usize,
         spec.members.len(),
@@ -184,9 +199,17 @@ pub fn open(opening: Opening) -> Result<Opened, Failure> {
     .map_err(|e| bad(e.to_string()))?;
     let bytes = check_memory(&footprint, &spec.options)?;
     let asked = Instant::now();
-    lease.take(bytes, MEMORY_WAIT_MAX)?;
+    let kept = take_memory::<P::Backend>(&lease, bytes, |parts| {
+        let ranks = spec.members.len() as u32;
+        parts.fits(&checkpoint.spec, &options, spec.rank, ranks)
+    })?;
     log.build(format!(
-        "memory taken in {}: {} of {} allowed: weights {}, {} KV blocks {} ({:?}), workspace {}",
+        "memory {} in {}: {} of {} allowed: weights {}, {} KV blocks {} ({:?}), workspace {}",
+        if kept.is_some() {
+            "found again"
+        } else {
+            "taken"
+        },
         ms(asked),
         show(bytes),
         show(spec.options.memory_bytes),
@@ -200,7 +223,10 @@ pub fn open(opening: Opening) -> Result<Opened, Failure> {
         spec.options.kv_dtype,
         show(footprint.workspace)
     ));
-    let backend = CpuBackend::new(device.pool.clone()).map_err(|e| internal(e.to_string()))?;
+    let mut place = match kept {
+        Some(parts) => Place::Kept(parts),
+        None => Place::New(platform.backend().map_err(device_failure)?),
+    };
     let limits = Limits {
         context_max: spec
             .options
@@ -209,36 +235,47 @@ pub fn open(opening: Opening) -> Result<Opened, Failure> {
         vocab: checkpoint.spec.vocab as u32,
         embeds: folder.task.as_deref() == Some(EMBEDDINGS_TASK),
     };
-    let on_end: OnEnd = Box::new(move |end| {
-        drop((lease, held));
-        on_end(end);
-    });
+    let group = if spec.members.len() == 1 {
+        None
+    } else {
+        progress("joining the shard group", 0, 0);
+        match join(platform, &spec, &device, place.backend(), &log) {
+            Ok(group) => Some(group),
+            Err(failure) => {
+                place.keep(&lease, &spec);
+                return Err(failure);
+            }
+        }
+    };
+    let keeper = keeper(lease.clone(), spec.generation, log.clone());
+    let on_end: OnEnd = {
+        let device = device.clone();
+        Box::new(move |end| {
+            drop((lease, held));
+            if matches!(end, EngineEnd::Failed(_)) {
+                device.check_alive();
+            }
+            on_end(end);
+        })
+    };
     let loading = Loading {
         spec: &spec,
         checkpoint: &checkpoint,
         options,
-        backend,
+        place,
         text,
         limits,
         outbox,
         log: &log,
+        keeper,
         on_end,
         progress: &progress,
         weight_bytes: footprint.weights,
     };
-    let (numerics_id, running, chat) = if spec.members.len() == 1 {
-        loading.load(Solo::new())?
-    } else {
-        progress("joining the shard group", 0, 0);
-        let begun = Instant::now();
-        let group = group::form(&spec, &device.groups)?;
-        log.build(format!(
-            "shard group of {} ranks formed in {}",
-            spec.members.len(),
-            ms(begun)
-        ));
-        loading.load(group)?
-    };
+    let (numerics_id, running, chat) = match group {
+        Some(group) => loading.load(group),
+        None => loading.load(Solo::new()),
+    }?;
     let ready = ReadyShard {
         numerics_id,
         task: folder.task,
@@ -259,6 +296,79 @@ pub fn open(opening: Opening) -> Result<Opened, Failure> {
     Ok(Opened { ready, running })
 }
 
+/// Forms the shard's group: of its processes first, then of their devices.
+fn join<P: Platform>(
+    platform: &P,
+    spec: &ShardSpec,
+    device: &Device,
+    backend: &mut P::Backend,
+    log: &ShardLog,
+) -> Result<P::Group, Failure> {
+    let begun = Instant::now();
+    let ranks = group::form(spec, &device.groups)?;
+    let group = platform.join(ranks, backend)?;
+    log.build(format!(
+        "shard group of {} ranks formed in {}",
+        spec.members.len(),
+        ms(begun)
+    ));
+    Ok(group)
+}
+
+/// Takes the shard's memory, with what was kept there of its earlier life.
+fn take_memory<B: Backend>(
+    lease: &Lease,
+    bytes: u64,
+    fits: impl Fn(&Parts<B>) -> bool,
+) -> Result<Option<Box<Parts<B>>>, Failure> {
+    let Some(kept) = lease.take(bytes, MEMORY_WAIT_MAX)? else {
+        return Ok(None);
+    };
+    match kept.downcast::<Parts<B>>() {
+        Ok(parts) if fits(&parts) => Ok(Some(parts)),
+        // The model's files are not what they were.
+        other => {
+            drop(other);
+            lease.give_back();
+            lease.take(bytes, MEMORY_WAIT_MAX)?;
+            Ok(None)
+        }
+    }
+}
+
+/// Puts the model aside when its engine is over, for the shard's next life.
+fn keeper<B: Backend>(lease: Arc<Lease>, generation: Generation, log: ShardLog) -> Keeper<B> {
+    Box::new(move |_, parts| {
+        if lease.keep(generation, Box::new(parts)) {
+            log.run("weights kept on the device for the shard's next life");
+        }
+    })
+}
+
+/// Where the shard's weights come to be.
+enum Place<B: Backend> {
+    /// On a device that has none of it.
+    New(B),
+    /// Where they were left.
+    Kept(Box<Parts<B>>),
+}
+
+impl<B: Backend> Place<B> {
+    fn backend(&mut self) -> &mut B {
+        match self {
+            Place::New(backend) => backend,
+            Place::Kept(parts) => parts.backend(),
+        }
+    }
+
+    /// The group did not form: what was kept stays for another try.
+    fn keep(self, lease: &Lease, spec: &ShardSpec) {
+        if let Place::Kept(parts) = self {
+            lease.keep(spec.generation, parts);
+        }
+    }
+}
+
 fn open_text(folder: &ModelFolder) -> Result<Arc<TextModel>, Failure> {
     let sandbox = |template| Box::new(Sandbox::of_this_program(template)) as _;
     TextModel::open(&folder.tokenizer, &folder.weights, sandbox)
@@ -268,7 +378,11 @@ fn open_text(folder: &ModelFolder) -> Result<Arc<TextModel>, Failure> {
 
 fn runner_options(spec: &ShardSpec) -> RunnerOptions {
     RunnerOptions {
-        weight_dtype: WeightDtype::Bf16,
+        weight_dtype: match spec.options.quantization {
+            Quantization::None => WeightDtype::Bf16,
+            Quantization::Int8 => WeightDtype::Int8,
+            Quantization::Int4 => WeightDtype::Int4,
+        },
         kv_dtype: match spec.options.kv_dtype {
             KvDtype::Bf16 => backend::KvDtype::Bf16,
             KvDtype::F32 => backend::KvDtype::F32,
@@ -307,24 +421,25 @@ fn check_memory(footprint: &Footprint, options: &ShardOptions) -> Result<u64, Fa
 }
 
 /// A shard whose rank has found its group.
-struct Loading<'a> {
+struct Loading<'a, B: Backend> {
     spec: &'a ShardSpec,
     checkpoint: &'a Checkpoint,
     options: RunnerOptions,
-    backend: CpuBackend,
+    place: Place<B>,
     /// On rank 0.
     text: Option<Arc<TextModel>>,
     limits: Limits,
     outbox: Arc<Outbox>,
     log: &'a ShardLog,
+    keeper: Keeper<B>,
     on_end: OnEnd,
     progress: &'a Progress,
     /// Bytes of weights there are to read.
     weight_bytes: u64,
 }
 
-impl Loading<'_> {
-    fn load<C: Collective<CpuBuf> + 'static>(
+impl<B: Backend> Loading<'_, B> {
+    fn load<C: Collective<B::Buf> + 'static>(
         self,
         collective: C,
     ) -> Result<(u64, Running, bool), Failure> {
@@ -332,11 +447,12 @@ impl Loading<'_> {
             spec,
             checkpoint,
             options,
-            backend,
+            place,
             text,
             limits,
             outbox,
             log,
+            keeper,
             on_end,
             progress,
             weight_bytes,
@@ -349,18 +465,28 @@ impl Loading<'_> {
                 progress("reading weights", done, weight_bytes);
             }
         };
-        progress(0);
         let begun = Instant::now();
-        let runner = ModelRunner::load(checkpoint, &options, backend, collective, &mut progress)
-            .map_err(|e| match e {
-                LoadError::Device(error) => Failure::new(FailureKind::TooLarge, error.to_string()),
-                error => bad(error.to_string()),
-            })?;
+        let (runner, how) = match place {
+            Place::New(backend) => {
+                progress(0);
+                let loaded =
+                    ModelRunner::load(checkpoint, &options, backend, collective, &mut progress);
+                (loaded, "read")
+            }
+            Place::Kept(parts) => (
+                ModelRunner::from_parts(*parts, &options, collective),
+                "kept, taken over",
+            ),
+        };
+        let mut runner = runner.map_err(load_failure)?;
+        runner.keep(keeper);
         log.build(format!(
-            "weights read in {}: {}",
+            "weights {how} in {}: {}",
             ms(begun),
             show(weight_bytes)
         ));
+        tracing::info!(replica = %spec.replica, generation = %spec.generation, rank = spec.rank, bytes = weight_bytes,
+            "weights {how}");
         let numerics_id = u64::from_str_radix(runner.numerics_id(), 16).map_err(|_| {
             internal(format!(
                 "numerics id {} is not 16 hexadecimal digits",
@@ -415,6 +541,23 @@ impl Loading<'_> {
 /// The time since a moment, for people.
 fn ms(since: Instant) -> String {
     format!("{} ms", since.elapsed().as_millis())
+}
+
+fn load_failure(error: LoadError) -> Failure {
+    match error {
+        LoadError::Device(error) => device_failure(error),
+        error => bad(error.to_string()),
+    }
+}
+
+/// What a device refuses it refuses again; what has failed may not.
+fn device_failure(error: DeviceError) -> Failure {
+    let kind = match error {
+        DeviceError::OutOfMemory { .. } => FailureKind::TooLarge,
+        DeviceError::Unsupported(_) => FailureKind::BadRequest,
+        DeviceError::Failed(_) => FailureKind::Unavailable,
+    };
+    Failure::new(kind, error.to_string())
 }
 
 fn bad(message: String) -> Failure {

@@ -254,9 +254,10 @@ impl Session {
                 term,
                 replica,
                 generation,
+                keep,
             } => {
                 self.term = term;
-                self.unload(replica, generation).await;
+                self.unload(replica, generation, keep).await;
             }
             Command::Start { term, start } => self.start(term, start).await,
             Command::Cancel { request } => {
@@ -301,8 +302,8 @@ impl Session {
                 state,
             });
         }
-        // An older generation's memory is needed by the newer one.
-        self.unload(replica, generation).await;
+        // An older generation's memory is needed by the newer one, best with the weights that are there already.
+        self.unload(replica, generation, true).await;
         let shard = ShardActor::load(
             spec,
             self.device.clone(),
@@ -312,16 +313,16 @@ impl Session {
         self.shards.insert(replica, (generation, shard));
     }
 
-    /// Lets go of a replica's shard of this generation or an older one.
-    async fn unload(&mut self, replica: ReplicaId, generation: Generation) {
+    /// Lets go of a replica's shard of this generation or an older one, and of what was kept of it unless it shall `keep`.
+    async fn unload(&mut self, replica: ReplicaId, generation: Generation, keep: bool) {
         if let Some((_, shard)) = self
             .shards
             .get(&replica)
             .filter(|(held, _)| *held <= generation)
-            && shard.send(Unload).await.is_ok()
+            && shard.send(Unload { keep }).await.is_ok()
         {
             self.shards.remove(&replica);
-            return;
+            return self.forget(replica, generation, keep).await;
         }
         self.shards
             .retain(|held, (_, shard)| *held != replica || shard.connected());
@@ -333,6 +334,17 @@ impl Session {
                     ..shard
                 });
             }
+        }
+        self.forget(replica, generation, keep).await;
+    }
+
+    /// Frees what was kept of a replica that is not wanted any more.
+    async fn forget(&self, replica: ReplicaId, generation: Generation, keep: bool) {
+        if !keep {
+            let memory = self.device.memory.clone();
+            // Freeing weights may take its time.
+            let freed = tokio::task::spawn_blocking(move || memory.forget(replica, generation));
+            drop(freed.await);
         }
     }
 
@@ -374,7 +386,7 @@ impl Session {
     async fn stop(&mut self) {
         tracing::info!(shards = self.shards.len(), "letting go of all shards");
         for (_, shard) in self.shards.values() {
-            let _ = shard.send(Unload).await;
+            let _ = shard.send(Unload { keep: false }).await;
         }
         let ended = async {
             while self.shards.values().any(|(_, shard)| shard.connected()) {

@@ -35,7 +35,10 @@ pub struct LinkLost;
 /// From the session: let go of the shard.
 #[derive(Message)]
 #[rtype(result = "()")]
-pub struct Unload;
+pub struct Unload {
+    /// The same shard will be loaded again: its weights may stay.
+    pub keep: bool,
+}
 
 /// From the opening thread: the shard runs, or why it does not.
 #[derive(Message)]

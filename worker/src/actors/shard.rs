@@ -59,7 +59,7 @@ impl ShardActor {
         library: Arc<Library>,
         outbox: Arc<Outbox>,
     ) -> Addr<ShardActor> {
-        let lease = Arc::new(device.memory.lease());
+        let lease = Arc::new(device.memory.lease(&spec));
         let shard = Shard {
             log: ShardLog::new(&spec, outbox.clone()),
             run_log: RunLog::new(Instant::now()),
@@ -134,8 +134,8 @@ impl Handler<OpeningDone> for ShardActor {
 impl Handler<Unload> for ShardActor {
     type Result = ();
 
-    fn handle(&mut self, _: Unload, ctx: &mut Context<Self>) {
-        if self.shard.begin_leaving() {
+    fn handle(&mut self, Unload { keep }: Unload, ctx: &mut Context<Self>) {
+        if self.shard.begin_leaving(keep) {
             ctx.run_later(STOP_MAX, |actor, _| actor.shard.abort());
         } else {
             ctx.stop();
@@ -379,8 +379,8 @@ impl Shard {
     }
 
     /// Lets go of the shard. True when its engine's end is still to come.
-    fn begin_leaving(&mut self) -> bool {
-        self.lease.leave();
+    fn begin_leaving(&mut self, keep: bool) -> bool {
+        self.lease.leave(keep);
         match std::mem::replace(&mut self.phase, Phase::Over) {
             Phase::Running(running, _) | Phase::Leaving(running) => {
                 running.stop();
@@ -431,7 +431,7 @@ impl Shard {
             Phase::Opening => self.log.build(text),
             _ => self.log.run(text),
         }
-        self.lease.leave();
+        self.lease.leave(true);
         self.phase = Phase::Over;
         self.tell(ShardState::Failed(failure));
     }

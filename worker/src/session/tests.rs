@@ -28,6 +28,8 @@ struct WorkerLink {
     hello: Hello,
     sender: Arc<Mutex<Sender<Command>>>,
     receiver: Receiver<Report>,
+    /// Lines of the shards' logs so far.
+    log: Vec<String>,
     pings: actix_rt::task::JoinHandle<()>,
 }
 
@@ -64,6 +66,7 @@ impl FakeCoordinator {
             hello: *hello,
             sender: Arc::new(Mutex::new(sender)),
             receiver,
+            log: Vec::new(),
             pings: actix_rt::spawn(async {}),
         }
     }
@@ -107,7 +110,10 @@ impl WorkerLink {
                 .unwrap()
                 .expect("the link is open")
             {
-                Report::Pong { nonce: PULSE } | Report::Log { .. } => {}
+                Report::Pong { nonce: PULSE } => {}
+                Report::Log { lines, .. } => {
+                    self.log.extend(lines.into_iter().map(|line| line.text));
+                }
                 report => return report,
             }
         }
@@ -404,6 +410,73 @@ fn two_shards_answer_as_the_goldens_do_and_the_group_ends_with_its_leader() {
             })
             .await;
         assert_eq!(follower.settled().await, ShardState::Unloaded);
+        stop_follower.cancel();
+        following.await.unwrap().unwrap();
+    });
+}
+
+#[test]
+fn a_group_that_is_formed_again_finds_the_weights_of_the_ranks_that_are_left() {
+    system(async {
+        let coordinator = FakeCoordinator::new().await;
+        let (stop_follower, following) = worker("cpu1", &coordinator.address());
+        let mut follower = coordinator.welcome().await;
+        let mut numerics = Vec::new();
+        for generation in 1..=3 {
+            let (stop_leader, leading) = worker("cpu0", &coordinator.address());
+            let mut leader = coordinator.welcome().await;
+            let addresses = [
+                leader.hello.group_address.clone(),
+                follower.hello.group_address.clone(),
+            ];
+            let addresses = addresses.each_ref().map(String::as_str);
+            follower
+                .load(spec("tiny-llama", generation, 1, &addresses))
+                .await;
+            leader
+                .load(spec("tiny-llama", generation, 0, &addresses))
+                .await;
+            numerics.push(leader.ready().await.numerics_id);
+            follower.ready().await;
+            let (prompt, ids, text, end) = certain_goldens("tiny-llama").swap_remove(0);
+            let asked = Start {
+                generation: Generation(generation),
+                ..start(generation, Generate::new(Prompt::Text(prompt)))
+            };
+            leader.start(asked).await;
+            let (_, got_ids, got_text, got_end) = leader.collect().await;
+            assert_eq!(
+                (got_ids, got_text, got_end),
+                (ids, text, end),
+                "{generation}"
+            );
+            stop_leader.cancel();
+            leading.await.unwrap().unwrap();
+            assert!(matches!(follower.settled().await, ShardState::Failed(_)));
+            // What is kept for the second life is gone before the third.
+            follower
+                .send(Command::Unload {
+                    term: Term(1),
+                    replica: ReplicaId(1),
+                    generation: Generation(generation),
+                    keep: generation == 1,
+                })
+                .await;
+            assert_eq!(follower.settled().await, ShardState::Unloaded);
+        }
+        assert!(numerics.iter().all(|id| *id == numerics[0]));
+        let how: Vec<&str> = follower
+            .log
+            .iter()
+            .filter_map(|line| line.strip_prefix("weights ")?.split(" in ").next())
+            .collect();
+        let kept = "kept on the device for the shard's next life";
+        assert_eq!(
+            how,
+            ["read", kept, "kept, taken over", kept, "read", kept],
+            "{:#?}",
+            follower.log
+        );
         stop_follower.cancel();
         following.await.unwrap().unwrap();
     });
