@@ -4,6 +4,8 @@ mod bad_input;
 mod bad_models;
 mod cancellation;
 mod control;
+mod cuda;
+mod cuda_faults;
 mod determinism;
 mod embeddings;
 mod fake_replica;

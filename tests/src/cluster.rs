@@ -97,7 +97,8 @@ impl Cluster {
         command
             .arg("--config")
             .arg(self.folder().join("cluster.toml"))
-            .args(["--device", &name]);
+            .args(["--device", &name])
+            .envs(self.settings.worker_env.iter().cloned());
         self.workers[index] = Some(run(self.folder(), &name, command));
     }
 

@@ -66,7 +66,8 @@ impl FakeCoordinator {
         program
             .arg("--config")
             .arg(self.folder.path().join("cluster.toml"))
-            .args(["--device", name]);
+            .args(["--device", name])
+            .envs(self.settings.worker_env.iter().cloned());
         run(self.folder.path(), name, program)
     }
 
@@ -164,28 +165,35 @@ impl Link {
 
     /// Reads a request's whole answer: its text, and why it ended.
     pub async fn answer(&mut self, request: RequestId) -> (String, End) {
-        let mut text = String::new();
-        self.wait("an answer's end", |report| {
+        self.answers(&[request]).await.remove(0)
+    }
+
+    /// Reads the whole answers of requests that run side by side.
+    pub async fn answers(&mut self, requests: &[RequestId]) -> Vec<(String, End)> {
+        let mut texts = vec![String::new(); requests.len()];
+        let mut ends = vec![None; requests.len()];
+        self.wait("the answers' ends", |report| {
             let Report::Step { outputs, .. } = report else {
                 return None;
             };
-            let mut ended = None;
-            for output in outputs
-                .into_iter()
-                .filter(|output| output.request() == request)
-            {
+            for output in outputs {
+                let of = output.request();
+                let Some(i) = requests.iter().position(|request| *request == of) else {
+                    continue;
+                };
                 match output {
                     Output::Delta {
                         delta: Delta { text: more, .. },
                         ..
-                    } => text.push_str(&more),
-                    Output::End { end, .. } => ended = Some(end),
+                    } => texts[i].push_str(&more),
+                    Output::End { end, .. } => ends[i] = Some(end),
                     Output::Prompt { .. } | Output::Embedding { .. } => {}
                 }
             }
-            ended.map(|end| (std::mem::take(&mut text), end))
+            ends.iter().all(Option::is_some).then_some(())
         })
-        .await
+        .await;
+        texts.into_iter().zip(ends.into_iter().flatten()).collect()
     }
 
     /// A shard of a group with these members, for the worker of this link at `rank`.

@@ -10,7 +10,13 @@ use crate::golden;
 pub struct Settings {
     /// Devices `local/cpu0`, `local/cpu1`, ...: one worker each.
     pub workers: usize,
-    /// Memory of each device, as cluster.toml writes it.
+    /// Devices `local/gpu0`, `local/gpu1`, ... after them; with any there are the workload types `GPU` and `GPU_2`.
+    pub gpus: usize,
+    /// More lines of each GPU, such as `graphs = false`.
+    pub gpu_lines: &'static str,
+    /// Environment of the workers, beside the test's own.
+    pub worker_env: Vec<(String, String)>,
+    /// Memory of each CPU, as cluster.toml writes it. That of GPUs is what their driver says.
     pub memory: String,
     /// Registered models.
     pub models: Vec<Model>,
@@ -31,6 +37,8 @@ pub struct Model {
     pub path: PathBuf,
     /// `f32`, or the default (bf16).
     pub kv_dtype: Option<&'static str>,
+    /// `int8` or `int4`, or the default (none).
+    pub quantization: Option<&'static str>,
     /// Longest sequence, when less than the model's.
     pub context_max: Option<u32>,
 }
@@ -48,6 +56,7 @@ impl Model {
             version: 1,
             path: path.to_owned(),
             kv_dtype: None,
+            quantization: None,
             context_max: None,
         }
     }
@@ -63,6 +72,9 @@ impl Settings {
     pub fn with_workers(workers: usize) -> Settings {
         Settings {
             workers,
+            gpus: 0,
+            gpu_lines: "",
+            worker_env: Vec::new(),
             memory: "512MiB".into(),
             models: golden::FAMILIES
                 .iter()
@@ -71,6 +83,19 @@ impl Settings {
             limits: Vec::new(),
             extra: String::new(),
         }
+    }
+
+    /// The same with so many GPUs, found by workers of this environment.
+    pub fn gpus(mut self, gpus: usize, worker_env: Vec<(String, String)>) -> Settings {
+        self.gpus = gpus;
+        self.worker_env.extend(worker_env);
+        self
+    }
+
+    /// The same with these lines for each GPU.
+    pub fn gpu_lines(mut self, lines: &'static str) -> Settings {
+        self.gpu_lines = lines;
+        self
     }
 
     /// The same with another limit.
@@ -87,7 +112,9 @@ impl Settings {
 
     /// Names of the workers.
     pub fn worker_names(&self) -> Vec<String> {
-        (0..self.workers).map(|i| format!("local/cpu{i}")).collect()
+        let cpus = (0..self.workers).map(|i| format!("local/cpu{i}"));
+        let gpus = (0..self.gpus).map(|i| format!("local/gpu{i}"));
+        cpus.chain(gpus).collect()
     }
 
     /// The file's text. Ports are the system's choice.
@@ -108,6 +135,19 @@ impl Settings {
             line(format_args!(
                 "[[nodes.devices]]\nname = \"cpu{i}\"\nkind = \"cpu\"\nmemory = \"{memory}\"\nthreads = 1"
             ));
+        }
+        for i in 0..self.gpus {
+            let more = self.gpu_lines;
+            line(format_args!(
+                "[[nodes.devices]]\nname = \"gpu{i}\"\nkind = \"cuda:{i}\"\n{more}"
+            ));
+        }
+        if self.gpus > 0 {
+            for (name, shards) in [("GPU", 1), ("GPU_2", 2)] {
+                line(format_args!(
+                    "[[workload_types]]\nname = \"{name}\"\ndevice = \"cuda\"\nshards = {shards}"
+                ));
+            }
         }
         let types = [
             ("CPU", 1, ""),
@@ -132,6 +172,9 @@ impl Settings {
             ));
             if let Some(kv_dtype) = model.kv_dtype {
                 line(format_args!("kv_dtype = \"{kv_dtype}\""));
+            }
+            if let Some(quantization) = model.quantization {
+                line(format_args!("quantization = \"{quantization}\""));
             }
             if let Some(context_max) = model.context_max {
                 line(format_args!("context_max = {context_max}"));
