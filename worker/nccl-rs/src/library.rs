@@ -103,12 +103,12 @@ impl Library {
     fn open(name: &str) -> Result<(libloading::Library, Version), String> {
         // SAFETY: loading runs the library's initialisers. The names are NCCL's own, or the caller's word for it, and
         // NCCL's initialisers ask nothing of the caller.
-        let library = unsafe { libloading::Library::new(name) }.map_err(words)?;
+        let library = unsafe { libloading::Library::new(name) }.map_err(|e| in_full(&e))?;
         let mut code: c_int = 0;
         let result = {
             // SAFETY: the signature is that of nccl.h, the same in all releases of NCCL 2.
-            let get_version =
-                unsafe { library.get::<GetVersion>(b"ncclGetVersion\0") }.map_err(words)?;
+            let get_version = unsafe { library.get::<GetVersion>(b"ncclGetVersion\0") }
+                .map_err(|e| in_full(&e))?;
             // SAFETY: `code` lives through the call, which writes one int to it and keeps no pointer.
             unsafe { get_version(&mut code) }
         };
@@ -194,6 +194,17 @@ impl Library {
     }
 }
 
+/// An error with all that is behind it: the dynamic loader's own words are there.
+fn in_full(error: &dyn std::error::Error) -> String {
+    let mut words = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        words = format!("{words}: {error}");
+        source = error.source();
+    }
+    words
+}
+
 /// A string of NCCL's; nothing for null.
 ///
 /// # Safety
@@ -205,10 +216,4 @@ unsafe fn text(pointer: *const c_char) -> String {
     // SAFETY: the caller's promise.
     let string = unsafe { CStr::from_ptr(pointer) };
     string.to_string_lossy().into_owned()
-}
-
-/// The loader's own words: they are what lies behind the error.
-fn words(error: libloading::Error) -> String {
-    let source = std::error::Error::source(&error);
-    source.map_or_else(|| error.to_string(), ToString::to_string)
 }

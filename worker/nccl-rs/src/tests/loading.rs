@@ -23,6 +23,7 @@ fn what_is_nowhere_is_reported_with_every_name_that_was_tried() {
         message.starts_with("NCCL was not found; tried libnccl-absent.so.2 ("),
         "{message}"
     );
+    assert!(message.contains("No such file"), "{message}");
     assert!(message.contains("LD_LIBRARY_PATH"), "{message}");
 }
 

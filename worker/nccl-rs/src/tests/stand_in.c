@@ -305,6 +305,7 @@ static void *finalize(void *argument) {
   comm->meeting->finalized++;
   pthread_cond_broadcast(&changed);
   while (comm->meeting->finalized < comm->meeting->ranks && !comm->aborted) pthread_cond_wait(&changed, &lock);
+  if (comm->aborted) comm->meeting->finalized--;
   comm->state = SUCCESS;
   comm->running--;
   pthread_cond_broadcast(&changed);
