@@ -1,7 +1,8 @@
 // CUDA C++ for g++: what the product's kernels need of it, checked where the device would not check.
 //
-// A kernel file is compiled unchanged: it includes its device.cuh, which includes this header when TANDEM_RIG is
-// defined. Everything a kernel file defines ends up in an unnamed namespace (src/runtime/kernel_unit.cc), so files do not clash.
+// A kernel file is compiled unchanged: it includes its device.cuh, which includes this header when TANDEM_RIG
+// is defined. Everything a kernel file defines ends up in an unnamed namespace (src/runtime/kernel_unit.cc),
+// so files do not clash.
 #pragma once
 
 #include <cassert>
@@ -34,7 +35,8 @@
 // One section for all of a library's static shared memory: it is poisoned as a whole before each block.
 #define __shared__ static __attribute__((section("rig_shared")))
 
-// Dynamic shared memory: `DYNAMIC_SHARED(float, tile);` declares `float* tile` at its start (aligned to 128 bytes).
+// Dynamic shared memory: `DYNAMIC_SHARED(float, tile);` declares `float* tile` at its start (aligned to 128
+// bytes).
 #define DYNAMIC_SHARED(TYPE, NAME) TYPE* NAME = reinterpret_cast<TYPE*>(rig::dynamic_shared)
 
 #define threadIdx (rig::current->thread)

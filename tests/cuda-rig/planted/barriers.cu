@@ -1,4 +1,5 @@
-// Sums of a block, and what becomes of them without their barriers. Each planted mistake stands beside the right kernel.
+// Sums of a block, and what becomes of them without their barriers. Each planted mistake stands beside the
+// right kernel.
 #include "device.cuh"
 
 constexpr unsigned ALL = 0xffffffffu;

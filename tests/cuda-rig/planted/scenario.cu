@@ -1,8 +1,10 @@
-// Kernels that the scenarios launch through the driver, from the cubins in cubins/ (build with cubins/build.py).
+// Kernels that the scenarios launch through the driver, from the cubins in cubins/ (build with
+// cubins/build.py).
 #include "device.cuh"
 
 KERNEL(256, fill_with, (float* out, long long n, float value)) {
-  for (long long i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += static_cast<long long>(gridDim.x) * blockDim.x)
+  for (long long i = blockIdx.x * blockDim.x + threadIdx.x; i < n;
+       i += static_cast<long long>(gridDim.x) * blockDim.x)
     out[i] = value;
 }
 

@@ -1,5 +1,5 @@
-// One tile through asynchronous copies, ldmatrix and mma, and the same with its waits left out. These instructions are
-// the rig's own here; the product's kernels use the same names.
+// One tile through asynchronous copies, ldmatrix and mma, and the same with its waits left out. These
+// instructions are the rig's own here; the product's kernels use the same names.
 #include "device.cuh"
 
 #ifdef TANDEM_RIG
@@ -14,8 +14,10 @@ __device__ __forceinline__ void tile_product(float* c, const bf16* a, const bf16
   bf16* b_tile = shared + 16 * 16;  // [16][16], of which 8 rows are real
   int t = threadIdx.x;
   // 64 threads: 32 pieces of a, 32 of b.
-  if (t < 32) cp_async_16(a_tile + t * 8, a + t * 8, 16);
-  else cp_async_16(b_tile + (t - 32) * 8, b + (t - 32 < 16 ? t - 32 : 0) * 8, t - 32 < 16 ? 16 : 0);
+  if (t < 32)
+    cp_async_16(a_tile + t * 8, a + t * 8, 16);
+  else
+    cp_async_16(b_tile + (t - 32) * 8, b + (t - 32 < 16 ? t - 32 : 0) * 8, t - 32 < 16 ? 16 : 0);
   if (M != NO_COMMIT) cp_async_commit();
   if (M != NO_WAIT) cp_async_wait<0>();
   if (M != NO_BARRIER) __syncthreads();
@@ -35,8 +37,12 @@ __device__ __forceinline__ void tile_product(float* c, const bf16* a, const bf16
 }
 KERNEL(64, tile_by_mma, (float* c, const bf16* a, const bf16* b)) { tile_product<NONE>(c, a, b); }
 KERNEL(64, tile_without_wait, (float* c, const bf16* a, const bf16* b)) { tile_product<NO_WAIT>(c, a, b); }
-KERNEL(64, tile_without_commit, (float* c, const bf16* a, const bf16* b)) { tile_product<NO_COMMIT>(c, a, b); }
-KERNEL(64, tile_without_barrier, (float* c, const bf16* a, const bf16* b)) { tile_product<NO_BARRIER>(c, a, b); }
+KERNEL(64, tile_without_commit, (float* c, const bf16* a, const bf16* b)) {
+  tile_product<NO_COMMIT>(c, a, b);
+}
+KERNEL(64, tile_without_barrier, (float* c, const bf16* a, const bf16* b)) {
+  tile_product<NO_BARRIER>(c, a, b);
+}
 
 // b as [k][n], loaded transposed.
 KERNEL(32, tile_by_transposed_load, (float* c, const bf16* a, const bf16* b)) {

@@ -11,7 +11,8 @@ T atomic_change(T* address, Change change) {
   __atomic_load(address, &before, __ATOMIC_RELAXED);
   for (;;) {
     T after = change(before);
-    if (__atomic_compare_exchange(address, &before, &after, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) return before;
+    if (__atomic_compare_exchange(address, &before, &after, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+      return before;
   }
 }
 

@@ -1,7 +1,8 @@
 // One running thread block: its CUDA threads are fibers of one OS thread.
 //
-// Owns what a kernel may ask of the block that runs it: indices, barriers, warp meetings, failure. How fibers are
-// scheduled is in src/runtime; nothing here switches a stack, so a kernel that never waits pays for no switch.
+// Owns what a kernel may ask of the block that runs it: indices, barriers, warp meetings, failure. How fibers
+// are scheduled is in src/runtime; nothing here switches a stack, so a kernel that never waits pays for no
+// switch.
 #pragma once
 
 #include <cstddef>
@@ -41,7 +42,8 @@ struct Fiber {
   void* tsan;
 };
 
-// The thread that runs, and the block's shape. Hidden: each library has its own runtime, reached without a GOT.
+// The thread that runs, and the block's shape. Hidden: each library has its own runtime, reached without a
+// GOT.
 struct Shape {
   Dim3 block_index, block_dim, grid_dim;
 };
@@ -58,12 +60,13 @@ RIG_HIDDEN void block_barrier();
 // The same, and returns how many of them came with a value that is not zero.
 RIG_HIDDEN unsigned block_barrier_count(bool value);
 
-// Waits until every lane of `mask` that has not exited is here for the same meeting with the same mask; the results
-// (current->result) are made by the last to arrive.
+// Waits until every lane of `mask` that has not exited is here for the same meeting with the same mask; the
+// results (current->result) are made by the last to arrive.
 RIG_HIDDEN void meet(Meeting meeting, unsigned mask);
 
-// True in exactly one lane, the last one to arrive, which must call `load_matrix_finish` once it has read the 32 rows;
-// the others return when it has. Two steps, so that the reads are the kernel's own, seen by a race detector.
+// True in exactly one lane, the last one to arrive, which must call `load_matrix_finish` once it has read the
+// 32 rows; the others return when it has. Two steps, so that the reads are the kernel's own, seen by a race
+// detector.
 RIG_HIDDEN bool load_matrix_begin(const void* row);
 RIG_HIDDEN const void* load_matrix_row(unsigned of_lane);
 RIG_HIDDEN void load_matrix_finish(const uint32_t (*rows)[4], bool transposed);
@@ -75,14 +78,15 @@ RIG_HIDDEN void multiply_16816();
 struct AsyncCopy {
   void* to;
   const void* from;
-  unsigned bytes;      // read from `from`; the rest of the 16 is zero
-  bool read_late;      // the source is read when the copy lands, not when it was issued
-  uint64_t early[2];   // ... what it held at issue
+  unsigned bytes;     // read from `from`; the rest of the 16 is zero
+  bool read_late;     // the source is read when the copy lands, not when it was issued
+  uint64_t early[2];  // ... what it held at issue
   unsigned group;
 };
 RIG_HIDDEN AsyncCopy* async_copy_new();
 RIG_HIDDEN void async_copy_commit();
-// The next copy that a wait for all but the `newest` newest groups makes visible; null when there is none left.
+// The next copy that a wait for all but the `newest` newest groups makes visible; null when there is none
+// left.
 RIG_HIDDEN AsyncCopy* async_copy_landing(unsigned newest);
 RIG_HIDDEN bool coin();
 

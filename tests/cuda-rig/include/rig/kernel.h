@@ -28,7 +28,8 @@ struct Kernel {
   Kernel* next;
 };
 
-// A type as the compiler spells it; `const` behind a pointer is dropped, since a mutable buffer may be given for it.
+// A type as the compiler spells it; `const` behind a pointer is dropped, since a mutable buffer may be given
+// for it.
 template <class T>
 struct TypeName {
   static const char* get() { return __PRETTY_FUNCTION__; }
@@ -50,7 +51,8 @@ struct Entry<F> {
   static void call(void** arguments) { unpack(arguments, std::index_sequence_for<A...>{}); }
 
   Entry(const char* name, const char* file, unsigned threads_max) {
-    static const Parameter parameters[] = {{unsigned(sizeof(A)), unsigned(alignof(A)), std::is_pointer<A>::value, TypeName<A>::get()}...};
+    static const Parameter parameters[] = {
+        {unsigned(sizeof(A)), unsigned(alignof(A)), std::is_pointer<A>::value, TypeName<A>::get()}...};
     static Kernel kernel = {name, file, threads_max, unsigned(sizeof...(A)), parameters, call, nullptr};
     add_kernel(&kernel);
   }
@@ -58,7 +60,7 @@ struct Entry<F> {
 
 }  // namespace rig
 
-#define KERNEL(THREADS, NAME, PARAMETERS)                                                    \
-  static void NAME PARAMETERS;                                                               \
-  static const rig::Entry<&NAME> rig_entry_of_##NAME(#NAME, __FILE__, THREADS);              \
+#define KERNEL(THREADS, NAME, PARAMETERS)                                       \
+  static void NAME PARAMETERS;                                                  \
+  static const rig::Entry<&NAME> rig_entry_of_##NAME(#NAME, __FILE__, THREADS); \
   static void NAME PARAMETERS

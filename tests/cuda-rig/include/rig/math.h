@@ -1,5 +1,6 @@
-// CUDA's arithmetic intrinsics. Host arithmetic is IEEE and never contracted into fused operations (-ffp-contract=off),
-// so the `_rn` forms are the plain operators; the fast forms are the exact ones, a little better than the device's.
+// CUDA's arithmetic intrinsics. Host arithmetic is IEEE and never contracted into fused operations
+// (-ffp-contract=off), so the `_rn` forms are the plain operators; the fast forms are the exact ones, a
+// little better than the device's.
 #pragma once
 
 #include <cmath>
@@ -88,8 +89,8 @@ inline int __dp4a(int a, int b, int sum) {
   return sum;
 }
 
-#define RIG_MIN_MAX(T)                                    \
-  inline T min(T a, T b) { return b < a ? b : a; }        \
+#define RIG_MIN_MAX(T)                             \
+  inline T min(T a, T b) { return b < a ? b : a; } \
   inline T max(T a, T b) { return a < b ? b : a; }
 RIG_MIN_MAX(int)
 RIG_MIN_MAX(unsigned)
@@ -105,18 +106,34 @@ inline double max(double a, double b) { return std::fmax(a, b); }
 
 // Cache hints change no value.
 template <class T>
-T __ldg(const T* p) { return *p; }
+T __ldg(const T* p) {
+  return *p;
+}
 template <class T>
-T __ldcs(const T* p) { return *p; }
+T __ldcs(const T* p) {
+  return *p;
+}
 template <class T>
-T __ldcg(const T* p) { return *p; }
+T __ldcg(const T* p) {
+  return *p;
+}
 template <class T>
-T __ldca(const T* p) { return *p; }
+T __ldca(const T* p) {
+  return *p;
+}
 template <class T>
-T __ldcv(const T* p) { return *p; }
+T __ldcv(const T* p) {
+  return *p;
+}
 template <class T>
-void __stcs(T* p, T value) { *p = value; }
+void __stcs(T* p, T value) {
+  *p = value;
+}
 template <class T>
-void __stcg(T* p, T value) { *p = value; }
+void __stcg(T* p, T value) {
+  *p = value;
+}
 template <class T>
-void __stwt(T* p, T value) { *p = value; }
+void __stwt(T* p, T value) {
+  *p = value;
+}

@@ -1,7 +1,8 @@
 // Tensor-core and asynchronous-copy instructions, with the fragment layouts that the PTX ISA documents.
 //
-// The device side of the same five functions is the product's mma.cuh. Here a copy's destination is poisoned when it is
-// issued and filled when the thread waits for its group, and not before: a missing wait is seen as NaN.
+// The device side of the same five functions is the product's mma.cuh. Here a copy's destination is poisoned
+// when it is issued and filled when the thread waits for its group, and not before: a missing wait is seen as
+// NaN.
 #pragma once
 
 #include "block.h"
@@ -31,15 +32,17 @@ inline void load_matrix(uint32_t* to, const void* row, bool transposed, const ch
 
 }  // namespace rig
 
-// Four 8x8 matrices of 16-bit values from shared memory. Lane i points at row i % 8 of matrix i / 8. Word m of lane t
-// holds row t / 4, columns 2 (t % 4) and the next, of matrix m.
+// Four 8x8 matrices of 16-bit values from shared memory. Lane i points at row i % 8 of matrix i / 8. Word m
+// of lane t holds row t / 4, columns 2 (t % 4) and the next, of matrix m.
 inline void ldmatrix_x4(unsigned* to, const void* row) { rig::load_matrix(to, row, false, "ldmatrix_x4"); }
 // The same with every matrix transposed: word m of lane t holds column t / 4, rows 2 (t % 4) and the next.
-inline void ldmatrix_x4_trans(unsigned* to, const void* row) { rig::load_matrix(to, row, true, "ldmatrix_x4_trans"); }
+inline void ldmatrix_x4_trans(unsigned* to, const void* row) {
+  rig::load_matrix(to, row, true, "ldmatrix_x4_trans");
+}
 
-// c[16][8] += a[16][16] b[16][8]: bf16 in, f32 sums. With g = lane / 4 and t = lane % 4, pairs are along the row of a
-// and the column of b: a0 (g, 2t), a1 (g + 8, 2t), a2 (g, 2t + 8), a3 (g + 8, 2t + 8); b0 (2t, g), b1 (2t + 8, g);
-// c0, c1 (g, 2t and 2t + 1), c2, c3 (g + 8, the same).
+// c[16][8] += a[16][16] b[16][8]: bf16 in, f32 sums. With g = lane / 4 and t = lane % 4, pairs are along the
+// row of a and the column of b: a0 (g, 2t), a1 (g + 8, 2t), a2 (g, 2t + 8), a3 (g + 8, 2t + 8); b0 (2t, g),
+// b1 (2t + 8, g); c0, c1 (g, 2t and 2t + 1), c2, c3 (g + 8, the same).
 inline void mma_bf16_16816(float* c, const unsigned* a, unsigned b0, unsigned b1) {
   rig::Fiber& self = *rig::current;
   for (int i = 0; i < 4; i++) self.words[i] = a[i];
@@ -55,8 +58,10 @@ inline void cp_async_16(void* to_shared, const void* from_global, int bytes) {
   rig::check_row("cp_async_16 to shared", to_shared);
   rig::check_row("cp_async_16 from global", from_global);
   if (bytes < 0 || bytes > 16) rig::fail("cp_async_16 of %d bytes", bytes);
-  if (!rig::is_shared(to_shared, 16)) rig::fail("cp_async_16: destination %p is not wholly in shared memory", to_shared);
-  if (bytes && rig::is_shared(from_global, 1)) rig::fail("cp_async_16: source %p is in shared memory", from_global);
+  if (!rig::is_shared(to_shared, 16))
+    rig::fail("cp_async_16: destination %p is not wholly in shared memory", to_shared);
+  if (bytes && rig::is_shared(from_global, 1))
+    rig::fail("cp_async_16: source %p is in shared memory", from_global);
   rig::AsyncCopy* copy = rig::async_copy_new();
   copy->to = to_shared;
   copy->from = from_global;

@@ -1,20 +1,21 @@
-// CUDA's small vector types, with CUDA's alignment: a misaligned access is caught, as the device would refuse it.
+// CUDA's small vector types, with CUDA's alignment: a misaligned access is caught, as the device would refuse
+// it.
 #pragma once
 
-#define RIG_VECTOR2(T, NAME, ALIGN)                   \
-  struct alignas(ALIGN) NAME {                        \
-    T x, y;                                           \
-  };                                                  \
+#define RIG_VECTOR2(T, NAME, ALIGN) \
+  struct alignas(ALIGN) NAME {      \
+    T x, y;                         \
+  };                                \
   inline NAME make_##NAME(T x, T y) { return {x, y}; }
-#define RIG_VECTOR3(T, NAME)                                \
-  struct NAME {                                             \
-    T x, y, z;                                              \
-  };                                                        \
+#define RIG_VECTOR3(T, NAME) \
+  struct NAME {              \
+    T x, y, z;               \
+  };                         \
   inline NAME make_##NAME(T x, T y, T z) { return {x, y, z}; }
-#define RIG_VECTOR4(T, NAME, ALIGN)                                     \
-  struct alignas(ALIGN) NAME {                                          \
-    T x, y, z, w;                                                       \
-  };                                                                    \
+#define RIG_VECTOR4(T, NAME, ALIGN) \
+  struct alignas(ALIGN) NAME {      \
+    T x, y, z, w;                   \
+  };                                \
   inline NAME make_##NAME(T x, T y, T z, T w) { return {x, y, z, w}; }
 
 RIG_VECTOR2(signed char, char2, 2)

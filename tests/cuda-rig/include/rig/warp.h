@@ -21,7 +21,8 @@ T shuffle(unsigned mask, T value, unsigned source) {
 }
 
 inline void check_width(int width) {
-  if (width < 1 || width > 32 || (width & (width - 1))) fail("shuffle of width %d, not a power of two up to 32", width);
+  if (width < 1 || width > 32 || (width & (width - 1)))
+    fail("shuffle of width %d, not a power of two up to 32", width);
 }
 
 inline unsigned ballot(unsigned mask, bool vote) {

@@ -1,5 +1,5 @@
-// One case for each planted kernel and for the right one beside it. The Rust tests say which must fail, in which build,
-// and with which words.
+// One case for each planted kernel and for the right one beside it. The Rust tests say which must fail, in
+// which build, and with which words.
 #include "harness.h"
 
 namespace {
@@ -39,12 +39,16 @@ void multiplies(Run& run, const char* kernel, unsigned threads, bool transposed)
   fill(run.random, a);
   fill(run.random, b);
   run.launch(kernel, one_block(threads, 2 * 16 * 16 * sizeof(bf16)), c.data(), a.data(), b.data());
-  run.close("c", c, [&](size_t i) {
-    double sum = 0;
-    for (size_t k = 0; k < 16; k++)
-      sum += double(float(a[i / 8 * 16 + k])) * double(float(b[transposed ? k * 8 + i % 8 : i % 8 * 16 + k]));
-    return sum;
-  }, 1e-5, 1);
+  run.close(
+      "c", c,
+      [&](size_t i) {
+        double sum = 0;
+        for (size_t k = 0; k < 16; k++)
+          sum += double(float(a[i / 8 * 16 + k])) *
+                 double(float(b[transposed ? k * 8 + i % 8 : i % 8 * 16 + k]));
+        return sum;
+      },
+      1e-5, 1);
 }
 
 }  // namespace

@@ -41,13 +41,13 @@ CUresult cuModuleLoadData(CUmodule*, const void*);
 CUresult cuModuleGetFunction(CUfunction*, CUmodule, const char*);
 CUresult cuFuncGetParamInfo(CUfunction, size_t, size_t*, size_t*);
 CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int);
-CUresult cuLaunchKernel(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void**,
-                        void**);
+CUresult cuLaunchKernel(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
+                        CUstream, void**, void**);
 Status cublasCreate_v2(emu::Blas**);
 Status cublasSetStream_v2(emu::Blas*, CUstream);
 Status cublasSetWorkspace_v2(emu::Blas*, void*, size_t);
-Status cublasGemmEx(emu::Blas*, Operation, Operation, int, int, int, const void*, const void*, DataType, int, const void*,
-                    DataType, int, const void*, void*, DataType, int, int, int);
+Status cublasGemmEx(emu::Blas*, Operation, Operation, int, int, int, const void*, const void*, DataType, int,
+                    const void*, DataType, int, const void*, void*, DataType, int, int, int);
 Result ncclGetUniqueId(NcclId*);
 Result ncclCommInitRank(Comm*, int, NcclId, int);
 Result ncclCommInitRankConfig(Comm*, int, NcclId, int, const NcclConfig*);

@@ -63,7 +63,8 @@ SCENARIO(polling_an_event_makes_progress) {
   MUST(launch(fill, 1, 32, 0, stream, {&values, &n, &three}));
   MUST(cuEventRecord(event, stream));
   CUresult result;
-  while ((result = cuEventQuery(event)) == CUDA_ERROR_NOT_READY) {}
+  while ((result = cuEventQuery(event)) == CUDA_ERROR_NOT_READY) {
+  }
   say("result", result);
   say("value", long(host_floats(values, 8)[7]));
 }
@@ -72,7 +73,8 @@ SCENARIO(module_checks) {
   open_device(0);
   CUmodule module;
   CUfunction function;
-  for (const char* name : {"signature.cubin", "stale.cubin", "bound.cubin", "scenario_90.cubin", "scenario_80.cubin"})
+  for (const char* name :
+       {"signature.cubin", "stale.cubin", "bound.cubin", "scenario_90.cubin", "scenario_80.cubin"})
     say(name, cuModuleLoadData(&module, cubin(name).data()));
   say("not_a_cubin", cuModuleLoadData(&module, "no cubin at all, but long enough to look at it for a while"));
   MUST(cuModuleLoadData(&module, cubin("scenario_80.cubin").data()));
@@ -225,14 +227,16 @@ SCENARIO(replay_of_a_graph) {
 static Status product(emu::Blas* blas, CUdeviceptr a, CUdeviceptr b, CUdeviceptr c) {
   // c[2][3] = a[3][4]^T-style: rows of 4 values on both sides.
   float one = 1, zero = 0;
-  return cublasGemmEx(blas, OP_T, OP_N, 3, 2, 4, &one, reinterpret_cast<void*>(a), TYPE_F32, 4, reinterpret_cast<void*>(b),
-                      TYPE_F32, 4, &zero, reinterpret_cast<void*>(c), TYPE_F32, 3, COMPUTE_32F, -1);
+  return cublasGemmEx(blas, OP_T, OP_N, 3, 2, 4, &one, reinterpret_cast<void*>(a), TYPE_F32, 4,
+                      reinterpret_cast<void*>(b), TYPE_F32, 4, &zero, reinterpret_cast<void*>(c), TYPE_F32, 3,
+                      COMPUTE_32F, -1);
 }
 
 SCENARIO(captured_product) {
   open_device(0);
   CUstream stream = new_stream();
-  CUdeviceptr a = device_floats(12, 2), b = device_floats(8, 3), c = device_memory(24), workspace = device_memory(1 << 20);
+  CUdeviceptr a = device_floats(12, 2), b = device_floats(8, 3), c = device_memory(24),
+              workspace = device_memory(1 << 20);
   emu::Blas* blas;
   CUgraph graph;
   CUgraphExec executable;

@@ -4,7 +4,9 @@
 
 static Scenario* scenarios = nullptr;
 
-Scenario::Scenario(const char* name, void (*body)()) : name(name), body(body), next(scenarios) { scenarios = this; }
+Scenario::Scenario(const char* name, void (*body)()) : name(name), body(body), next(scenarios) {
+  scenarios = this;
+}
 
 int main(int count, char** words) {
   setvbuf(stdout, nullptr, _IOLBF, 0);

@@ -1,5 +1,5 @@
-// A scenario drives the emulated libraries as a program would, right or wrong, and prints what it saw, `key value` a line.
-// The Rust tests compare.
+// A scenario drives the emulated libraries as a program would, right or wrong, and prints what it saw, `key
+// value` a line. The Rust tests compare.
 #pragma once
 
 #include <cstdio>
@@ -18,20 +18,20 @@ struct Scenario {
   Scenario(const char* name, void (*body)());
 };
 
-#define SCENARIO(NAME)                                     \
-  static void NAME();                                      \
-  static Scenario scenario_of_##NAME(#NAME, &NAME);        \
+#define SCENARIO(NAME)                              \
+  static void NAME();                               \
+  static Scenario scenario_of_##NAME(#NAME, &NAME); \
   static void NAME()
 
 inline void say(const char* key, long value) { printf("%s %ld\n", key, value); }
 
 // What must go well for the scenario to make sense.
-#define MUST(CALL)                                                                    \
-  do {                                                                                \
-    if (int result = CALL) {                                                          \
+#define MUST(CALL)                                                                      \
+  do {                                                                                  \
+    if (int result = CALL) {                                                            \
       printf("unexpected %s: %d (line %d of %s)\n", #CALL, result, __LINE__, __FILE__); \
-      exit(2);                                                                        \
-    }                                                                                 \
+      exit(2);                                                                          \
+    }                                                                                   \
   } while (0)
 
 inline CUcontext open_device(int ordinal) {

@@ -34,7 +34,8 @@ Status refuse(Status status, const char* why) {
 Status check(const Blas& blas, const Product& p, bool capturing) {
   const Matrix &a = p.a, &b = p.b;
   if (!known(a.type) || !known(b.type) || !known(p.c_type) || a.type != b.type)
-    return refuse(BLAS_NOT_SUPPORTED, "this combination of types is not one of bf16 or f32 in, f32 or bf16 out");
+    return refuse(BLAS_NOT_SUPPORTED,
+                  "this combination of types is not one of bf16 or f32 in, f32 or bf16 out");
   if (a.type == TYPE_F32 && p.c_type == TYPE_BF16) return refuse(BLAS_NOT_SUPPORTED, "f32 in, bf16 out");
   if (p.m < 0 || p.n < 0 || p.k < 0) return refuse(BLAS_INVALID_VALUE, "a negative size");
   int a_rows = a.transposed ? p.k : p.m, b_rows = b.transposed ? p.n : p.k;
@@ -43,7 +44,8 @@ Status check(const Blas& blas, const Product& p, bool capturing) {
   if (p.c_ld < std::max(1, p.m)) return refuse(BLAS_INVALID_VALUE, "ldc is less than the rows of c");
   if (capturing && !blas.workspace)
     return refuse(BLAS_NOT_SUPPORTED,
-                  "it is captured without a workspace of the program's: set one after cublasSetStream, which resets it");
+                  "it is captured without a workspace of the program's: set one after cublasSetStream, which "
+                  "resets it");
   return BLAS_SUCCESS;
 }
 
@@ -122,9 +124,10 @@ RIG_API Status cublasSetPointerMode_v2(Blas*, int mode) {
   return mode ? BLAS_NOT_SUPPORTED : BLAS_SUCCESS;
 }
 
-RIG_API Status cublasGemmEx(Blas* blas, Operation a_op, Operation b_op, int m, int n, int k, const void* alpha, const void* a,
-                            DataType a_type, int lda, const void* b, DataType b_type, int ldb, const void* beta, void* c,
-                            DataType c_type, int ldc, int compute, int) {
+RIG_API Status cublasGemmEx(Blas* blas, Operation a_op, Operation b_op, int m, int n, int k,
+                            const void* alpha, const void* a, DataType a_type, int lda, const void* b,
+                            DataType b_type, int ldb, const void* beta, void* c, DataType c_type, int ldc,
+                            int compute, int) {
   if (!blas || !alpha || !beta) return BLAS_INVALID_VALUE;
   if (compute != COMPUTE_32F && compute != COMPUTE_32F_FAST_16BF && compute != COMPUTE_32F_FAST_TF32)
     return refuse(BLAS_NOT_SUPPORTED, "only sums in f32 are emulated");
@@ -136,8 +139,9 @@ RIG_API Status cublasGemmEx(Blas* blas, Operation a_op, Operation b_op, int m, i
   float alpha_value, beta_value;
   memcpy(&alpha_value, alpha, 4);
   memcpy(&beta_value, beta, 4);
-  Product product{m, n, k, alpha_value, beta_value, {a, a_type, lda, a_op != OP_N}, {b, b_type, ldb, b_op != OP_N},
-                  c, c_type, ldc};
+  Product product{
+      m, n,      k,  alpha_value, beta_value, {a, a_type, lda, a_op != OP_N}, {b, b_type, ldb, b_op != OP_N},
+      c, c_type, ldc};
   if (Status refused = check(*blas, product, is_capturing(stream))) return refused;
   if (!m || !n) return BLAS_SUCCESS;
   Context* context = blas->context;
@@ -145,7 +149,8 @@ RIG_API Status cublasGemmEx(Blas* blas, Operation a_op, Operation b_op, int m, i
   size_t workspace_bytes = blas->workspace_bytes;
   auto step = [=] {
     if (const char* which = outside(product)) {
-      report("cublasGemmEx (m %d, n %d, k %d): matrix %s is not wholly in one live device allocation", m, n, k, which);
+      report("cublasGemmEx (m %d, n %d, k %d): matrix %s is not wholly in one live device allocation", m, n,
+             k, which);
       kill_context(context, CUDA_ERROR_ILLEGAL_ADDRESS);
       return true;
     }

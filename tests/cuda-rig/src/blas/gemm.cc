@@ -31,7 +31,8 @@ float element(const Matrix& matrix, size_t i) {
                                   : static_cast<const float*>(matrix.values)[i];
 }
 
-// `count` vectors of k values each, packed as f32 with k padded by zeros to whole lanes. `along_k`: k runs along memory.
+// `count` vectors of k values each, packed as f32 with k padded by zeros to whole lanes. `along_k`: k runs
+// along memory.
 std::vector<float> pack(const Matrix& matrix, int count, int k, int padded, bool along_k) {
   std::vector<float> packed(size_t(count) * size_t(padded) + LANES, 0.0f);
   for (int i = 0; i < count; i++) {

@@ -1,5 +1,5 @@
-// The part of CUDA's driver interface that the emulation speaks: handles, results and enumerators by their documented
-// numbers. No toolkit is needed to build the rig.
+// The part of CUDA's driver interface that the emulation speaks: handles, results and enumerators by their
+// documented numbers. No toolkit is needed to build the rig.
 #pragma once
 
 #include <cstddef>

@@ -42,29 +42,57 @@ namespace {
 int attribute(int number, const Context& device) {
   const Settings& s = settings();
   switch (number) {
-    case 1: case 2: case 3: return 1024;                 // threads of a block: all, x, y
-    case 4: return 64;                                   // z
-    case 5: return 0x7fffffff;                           // blocks of a grid: x
-    case 6: case 7: return 65535;                        // y, z
-    case 8: return 48 << 10;                             // shared memory of a block
-    case 10: return 32;                                  // warp
-    case 12: return 65536;                               // registers of a block
-    case 13: return s.arch == 90 ? 1980000 : 1410000;    // kHz
-    case 16: return s.processors();
-    case 31: case 41: case 32: return 1;                 // concurrent kernels, unified addresses, ECC
-    case 33: return 0x10 + device.physical;              // PCI bus
-    case 36: return s.arch == 90 ? 2619000 : 1593000;    // memory, kHz
-    case 37: return 5120;                                // memory bus, bits
-    case 38: return (s.arch == 90 ? 50 : 40) << 20;      // second-level cache
-    case 39: return 2048;                                // threads of a processor
-    case 40: return 3;                                   // copy engines
-    case 75: return s.arch / 10;
-    case 76: return s.arch % 10;
-    case 81: return int(s.shared_optin() + 1024);        // shared memory of a processor
-    case 82: return 65536;                               // registers of a processor
-    case 97: return int(s.shared_optin());
-    case 115: return 1;                                  // memory pools
-    default: return 0;
+    case 1:
+    case 2:
+    case 3:
+      return 1024;  // threads of a block: all, x, y
+    case 4:
+      return 64;  // z
+    case 5:
+      return 0x7fffffff;  // blocks of a grid: x
+    case 6:
+    case 7:
+      return 65535;  // y, z
+    case 8:
+      return 48 << 10;  // shared memory of a block
+    case 10:
+      return 32;  // warp
+    case 12:
+      return 65536;  // registers of a block
+    case 13:
+      return s.arch == 90 ? 1980000 : 1410000;  // kHz
+    case 16:
+      return s.processors();
+    case 31:
+    case 41:
+    case 32:
+      return 1;  // concurrent kernels, unified addresses, ECC
+    case 33:
+      return 0x10 + device.physical;  // PCI bus
+    case 36:
+      return s.arch == 90 ? 2619000 : 1593000;  // memory, kHz
+    case 37:
+      return 5120;  // memory bus, bits
+    case 38:
+      return (s.arch == 90 ? 50 : 40) << 20;  // second-level cache
+    case 39:
+      return 2048;  // threads of a processor
+    case 40:
+      return 3;  // copy engines
+    case 75:
+      return s.arch / 10;
+    case 76:
+      return s.arch % 10;
+    case 81:
+      return int(s.shared_optin() + 1024);  // shared memory of a processor
+    case 82:
+      return 65536;  // registers of a processor
+    case 97:
+      return int(s.shared_optin());
+    case 115:
+      return 1;  // memory pools
+    default:
+      return 0;
   }
 }
 
@@ -90,18 +118,30 @@ const ErrorText* error_text(CUresult error) {
       {701, {"CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", "too many resources requested for launch"}},
       {704, {"CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED", "peer access is already enabled"}},
       {705, {"CUDA_ERROR_PEER_ACCESS_NOT_ENABLED", "peer access has not been enabled"}},
-      {712, {"CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED", "part or all of the requested memory range is already mapped"}},
-      {713, {"CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED", "pointer does not correspond to a registered memory region"}},
+      {712,
+       {"CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED",
+        "part or all of the requested memory range is already mapped"}},
+      {713,
+       {"CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED",
+        "pointer does not correspond to a registered memory region"}},
       {716, {"CUDA_ERROR_MISALIGNED_ADDRESS", "misaligned address"}},
       {719, {"CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"}},
       {801, {"CUDA_ERROR_NOT_SUPPORTED", "operation not supported"}},
       {900, {"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"}},
-      {901, {"CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "operation failed due to a previous error during capture"}},
+      {901,
+       {"CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "operation failed due to a previous error during capture"}},
       {903, {"CUDA_ERROR_STREAM_CAPTURE_UNMATCHED", "capture was not initiated in this stream"}},
-      {905, {"CUDA_ERROR_STREAM_CAPTURE_ISOLATION", "dependency created on uncaptured work in another stream"}},
-      {906, {"CUDA_ERROR_STREAM_CAPTURE_IMPLICIT", "operation would make the legacy stream depend on a capturing blocking stream"}},
-      {907, {"CUDA_ERROR_CAPTURED_EVENT", "operation not permitted on an event last recorded in a capturing stream"}},
-      {908, {"CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD", "attempt to terminate a thread-local capture sequence from another thread"}},
+      {905,
+       {"CUDA_ERROR_STREAM_CAPTURE_ISOLATION", "dependency created on uncaptured work in another stream"}},
+      {906,
+       {"CUDA_ERROR_STREAM_CAPTURE_IMPLICIT",
+        "operation would make the legacy stream depend on a capturing blocking stream"}},
+      {907,
+       {"CUDA_ERROR_CAPTURED_EVENT",
+        "operation not permitted on an event last recorded in a capturing stream"}},
+      {908,
+       {"CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD",
+        "attempt to terminate a thread-local capture sequence from another thread"}},
   };
   auto found = all.find(error);
   return found == all.end() ? nullptr : &found->second;

@@ -1,7 +1,8 @@
 // Allocation, copies and fills.
 //
-// Copies happen when the stream comes to them: pinned memory is read and written then, device memory is looked up again
-// then. Pageable memory behaves as documented: a source is staged at the call, a destination is complete at its return.
+// Copies happen when the stream comes to them: pinned memory is read and written then, device memory is
+// looked up again then. Pageable memory behaves as documented: a source is staged at the call, a destination
+// is complete at its return.
 #include <cstring>
 #include <string>
 
@@ -26,7 +27,8 @@ bool still_there(Stream* stream, const char* what, Range to, Range from, size_t 
     if (range.live(bytes)) continue;
     char where[256] = "";
     describe(uintptr_t(range.address), where, sizeof where);
-    report("%s of %zu bytes: device memory %p was freed while the copy was in its stream%s", what, bytes, range.address, where);
+    report("%s of %zu bytes: device memory %p was freed while the copy was in its stream%s", what, bytes,
+           range.address, where);
     kill_context(stream->context, CUDA_ERROR_ILLEGAL_ADDRESS);
     return false;
   }
@@ -159,7 +161,9 @@ RIG_API CUresult cuMemFreeAsync(CUdeviceptr start, CUstream handle) {
                       },
                       nullptr});
 }
-RIG_API CUresult cuMemHostAlloc(void** out, size_t bytes, unsigned) { return allocate(out, Place::Pinned, bytes); }
+RIG_API CUresult cuMemHostAlloc(void** out, size_t bytes, unsigned) {
+  return allocate(out, Place::Pinned, bytes);
+}
 RIG_API CUresult cuMemAllocHost_v2(void** out, size_t bytes) { return allocate(out, Place::Pinned, bytes); }
 RIG_API CUresult cuMemFreeHost(void* start) { return release(Place::Pinned, start, "cuMemFreeHost"); }
 RIG_API CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr* out, void* start, unsigned) {
@@ -188,7 +192,8 @@ RIG_API CUresult cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t bytes, 
 RIG_API CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream) {
   return copy(stream, "copy on the device", device(to), device(from), bytes);
 }
-RIG_API CUresult cuMemcpyPeerAsync(CUdeviceptr to, CUcontext, CUdeviceptr from, CUcontext, size_t bytes, CUstream stream) {
+RIG_API CUresult cuMemcpyPeerAsync(CUdeviceptr to, CUcontext, CUdeviceptr from, CUcontext, size_t bytes,
+                                   CUstream stream) {
   return copy(stream, "copy between devices", device(to), device(from), bytes);
 }
 RIG_API CUresult cuMemcpyHtoD_v2(CUdeviceptr to, const void* from, size_t bytes) {
@@ -213,4 +218,6 @@ RIG_API CUresult cuMemsetD32Async(CUdeviceptr to, unsigned value, size_t count, 
 RIG_API CUresult cuMemsetD8_v2(CUdeviceptr to, unsigned char value, size_t count) {
   return fill_and_wait(to, value, 1, count);
 }
-RIG_API CUresult cuMemsetD32_v2(CUdeviceptr to, unsigned value, size_t count) { return fill_and_wait(to, value, 4, count); }
+RIG_API CUresult cuMemsetD32_v2(CUdeviceptr to, unsigned value, size_t count) {
+  return fill_and_wait(to, value, 4, count);
+}

@@ -1,5 +1,5 @@
-// Cubins are ELF files. A kernel's `.nv.info.NAME` section is a list of attributes {format u8, number u8, size or value
-// u16, payload}; the numbers used here are those that public disassemblers print (EIATTR_*).
+// Cubins are ELF files. A kernel's `.nv.info.NAME` section is a list of attributes {format u8, number u8,
+// size or value u16, payload}; the numbers used here are those that public disassemblers print (EIATTR_*).
 #include "cubin.h"
 
 #include <elf.h>
@@ -15,7 +15,8 @@ namespace {
 constexpr unsigned MACHINE_CUDA = 190;
 constexpr unsigned FORMAT_SIZED = 4;
 constexpr unsigned ATTRIBUTE_MAX_THREADS = 0x05;  // u32 x, y, z
-constexpr unsigned ATTRIBUTE_PARAMETER = 0x17;    // u32 index, u16 ordinal, u16 offset, u32 with the size above bit 18
+constexpr unsigned ATTRIBUTE_PARAMETER =
+    0x17;  // u32 index, u16 ordinal, u16 offset, u32 with the size above bit 18
 
 uint16_t u16(const unsigned char* at) { return uint16_t(at[0] | at[1] << 8); }
 uint32_t u32(const unsigned char* at) { return uint32_t(u16(at)) | uint32_t(u16(at + 2)) << 16; }
@@ -72,7 +73,8 @@ bool read_cubin(const void* image, Cubin& out) {
     Elf64_Shdr s = section(i);
     if (const char* kernel = behind(names + s.sh_name, ".nv.info.")) {
       out.kernels.push_back({kernel, {}, 1024, 0});
-      read_attributes(reinterpret_cast<const unsigned char*>(bytes) + s.sh_offset, s.sh_size, out.kernels.back());
+      read_attributes(reinterpret_cast<const unsigned char*>(bytes) + s.sh_offset, s.sh_size,
+                      out.kernels.back());
     }
   }
   for (unsigned i = 0; i < header.e_shnum; i++) {

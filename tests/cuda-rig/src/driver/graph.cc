@@ -1,7 +1,7 @@
 // Capture of one stream into a graph, and its replay.
 //
-// As measured on an H100: a call that a capture forbids gives 900 and invalidates it; the next launch into it and its end
-// then give 901, and after that end the stream is usable again.
+// As measured on an H100: a call that a capture forbids gives 900 and invalidates it; the next launch into it
+// and its end then give 901, and after that end the stream is usable again.
 #include <memory>
 
 #include "world.h"
@@ -44,7 +44,9 @@ RIG_API CUresult cuStreamIsCapturing(CUstream handle, CUstreamCaptureStatus* sta
   Stream* stream = stream_of(handle);
   if (!stream) return CUDA_ERROR_INVALID_HANDLE;
   std::lock_guard<std::mutex> guard(world());
-  *status = !stream->capture ? CAPTURE_NONE : stream->capture->invalidated ? CAPTURE_INVALIDATED : CAPTURE_ACTIVE;
+  *status = !stream->capture               ? CAPTURE_NONE
+            : stream->capture->invalidated ? CAPTURE_INVALIDATED
+                                           : CAPTURE_ACTIVE;
   return CUDA_SUCCESS;
 }
 

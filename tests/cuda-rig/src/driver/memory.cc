@@ -15,7 +15,7 @@ namespace emu {
 namespace {
 
 constexpr size_t PAGE = 4096;
-constexpr size_t ALIGNMENT = 256;   // what cuMemAlloc promises
+constexpr size_t ALIGNMENT = 256;  // what cuMemAlloc promises
 constexpr size_t POISON_CHUNK = 2 << 20;
 constexpr unsigned char BORDER = 0xff;  // the slack behind an allocation is NaN too
 
@@ -51,7 +51,8 @@ Allocations::iterator find(uintptr_t address) {
   return address <= found->first + found->second.bytes ? found : all.end();
 }
 
-// Memory that reads as NaN without being paid for: one chunk of all ones, mapped again and again, copied on write.
+// Memory that reads as NaN without being paid for: one chunk of all ones, mapped again and again, copied on
+// write.
 bool poison(char* start, size_t bytes) {
   if (bytes < 2 * POISON_CHUNK) {
     memset(start, 0xff, bytes);
@@ -69,7 +70,8 @@ bool poison(char* start, size_t bytes) {
   if (chunk < 0) return false;
   for (size_t at = 0; at < bytes; at += POISON_CHUNK) {
     size_t part = bytes - at < POISON_CHUNK ? bytes - at : POISON_CHUNK;
-    void* map = mmap(start + at, part, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, chunk, 0);
+    void* map =
+        mmap(start + at, part, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, chunk, 0);
     if (map == MAP_FAILED) return false;
   }
   return true;
@@ -95,7 +97,8 @@ void* take(Place place, Context* context, size_t bytes) {
   char* inside = static_cast<char*>(map) + PAGE;
   if (mprotect(inside, room, PROT_READ | PROT_WRITE) || !poison(inside, room)) return nullptr;
   char* start = inside + room - aligned;
-  allocations()[uintptr_t(start)] = {bytes, place, context, static_cast<char*>(map), room + 2 * PAGE, false, false};
+  allocations()[uintptr_t(start)] = {bytes,           place, context, static_cast<char*>(map),
+                                     room + 2 * PAGE, false, false};
   return start;
 }
 
@@ -107,7 +110,8 @@ bool give_back(Place place, void* start) {
   // Neither unmapped nor reused: whoever still uses it is caught.
   Allocation& one = found->second;
   one.freed = true;
-  void* nothing = mmap(one.map, one.map_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  void* nothing =
+      mmap(one.map, one.map_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
   if (nothing == MAP_FAILED) mprotect(one.map, one.map_bytes, PROT_NONE);
   return true;
 }
@@ -135,15 +139,18 @@ void describe(uintptr_t address, char* text, size_t size) {
   std::lock_guard<std::mutex> guard(lock());
   snprintf(text, size, ": no allocation is near");
   for (auto& [start, one] : allocations()) {
-    if (one.registered || address < uintptr_t(one.map) || address >= uintptr_t(one.map) + one.map_bytes) continue;
+    if (one.registered || address < uintptr_t(one.map) || address >= uintptr_t(one.map) + one.map_bytes)
+      continue;
     size_t end = start + one.bytes;
     const char* kind = one.place == Place::Device ? "device" : "pinned";
     if (one.freed)
       snprintf(text, size, ": in a %s allocation of %zu bytes that was freed", kind, one.bytes);
     else if (address >= end)
-      snprintf(text, size, ": %zu bytes past the end of a %s allocation of %zu bytes", size_t(address - end), kind, one.bytes);
+      snprintf(text, size, ": %zu bytes past the end of a %s allocation of %zu bytes", size_t(address - end),
+               kind, one.bytes);
     else
-      snprintf(text, size, ": %zu bytes before a %s allocation of %zu bytes", size_t(start - address), kind, one.bytes);
+      snprintf(text, size, ": %zu bytes before a %s allocation of %zu bytes", size_t(start - address), kind,
+               one.bytes);
     return;
   }
 }

@@ -1,4 +1,5 @@
-// Device and pinned memory: every allocation ends at a guard page, starts as NaN, and is never reused after its end.
+// Device and pinned memory: every allocation ends at a guard page, starts as NaN, and is never reused after
+// its end.
 #pragma once
 
 #include <cstddef>
@@ -23,7 +24,8 @@ bool is_reachable(const void* address);
 // What lies at an address, for a report; safe in a signal handler.
 RIG_ACROSS void describe(uintptr_t address, char* text, size_t size);
 
-// Bytes between the end of an allocation and its guard page that a kernel has written over; reports and returns false.
+// Bytes between the end of an allocation and its guard page that a kernel has written over; reports and
+// returns false.
 bool borders_whole(const char* after);
 
 bool pin(void* start, size_t bytes);

@@ -1,5 +1,5 @@
-// Modules and launches. The image is the real cubin: its architecture and its kernels' parameters are compared with the
-// host's build of the same sources, which is what runs.
+// Modules and launches. The image is the real cubin: its architecture and its kernels' parameters are
+// compared with the host's build of the same sources, which is what runs.
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -39,12 +39,13 @@ std::string difference(const CubinKernel& cubin, const rig::Kernel& kernel) {
   }
   for (unsigned i = 0; i < kernel.parameter_count; i++) {
     if (cubin.parameters[i].bytes == kernel.parameters[i].bytes) continue;
-    snprintf(text, sizeof text, "parameter %u has %zu bytes in the cubin, %u in the source", i, cubin.parameters[i].bytes,
-             kernel.parameters[i].bytes);
+    snprintf(text, sizeof text, "parameter %u has %zu bytes in the cubin, %u in the source", i,
+             cubin.parameters[i].bytes, kernel.parameters[i].bytes);
     return text;
   }
   if (cubin.threads_max != kernel.threads_max)
-    snprintf(text, sizeof text, "at most %u threads in the cubin, %u in the source", cubin.threads_max, kernel.threads_max);
+    snprintf(text, sizeof text, "at most %u threads in the cubin, %u in the source", cubin.threads_max,
+             kernel.threads_max);
   return text;
 }
 
@@ -52,7 +53,8 @@ bool kernels_match(const Module& module) {
   for (const CubinKernel& cubin : module.cubin.kernels) {
     const rig::Kernel* kernel = rig::find_kernel(cubin.name.c_str());
     if (!kernel) {
-      report("kernel %s of the cubin is not in the host's build of the sources: stale cubin?", cubin.name.c_str());
+      report("kernel %s of the cubin is not in the host's build of the sources: stale cubin?",
+             cubin.name.c_str());
       return false;
     }
     if (module.from_ptx) continue;
@@ -144,9 +146,12 @@ void run_kernel(const Arguments& arguments, const rig::Launch& launch, Context* 
   if (outcome) return;
   report("%s", outcome.report.c_str());
   switch (outcome.fault) {
-    case rig::Fault::IllegalAddress: return kill_context(context, CUDA_ERROR_ILLEGAL_ADDRESS);
-    case rig::Fault::Misaligned: return kill_context(context, CUDA_ERROR_MISALIGNED_ADDRESS);
-    default: return kill_context(context, CUDA_ERROR_LAUNCH_FAILED);
+    case rig::Fault::IllegalAddress:
+      return kill_context(context, CUDA_ERROR_ILLEGAL_ADDRESS);
+    case rig::Fault::Misaligned:
+      return kill_context(context, CUDA_ERROR_MISALIGNED_ADDRESS);
+    default:
+      return kill_context(context, CUDA_ERROR_LAUNCH_FAILED);
   }
 }
 
@@ -156,7 +161,9 @@ void run_kernel(const Arguments& arguments, const rig::Launch& launch, Context* 
 using namespace emu;
 
 RIG_API CUresult cuModuleLoadData(CUmodule* out, const void* image) { return load(out, image); }
-RIG_API CUresult cuModuleLoadDataEx(CUmodule* out, const void* image, unsigned, int*, void**) { return load(out, image); }
+RIG_API CUresult cuModuleLoadDataEx(CUmodule* out, const void* image, unsigned, int*, void**) {
+  return load(out, image);
+}
 // The object stays: launches of it may be in streams and graphs.
 RIG_API CUresult cuModuleUnload(CUmodule) { return CUDA_SUCCESS; }
 
@@ -180,11 +187,20 @@ RIG_API CUresult cuFuncGetParamInfo(CUfunction f, size_t index, size_t* offset, 
 }
 RIG_API CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfunction f) {
   switch (attribute) {
-    case FUNC_MAX_THREADS_PER_BLOCK: *value = int(f->kernel->threads_max); break;
-    case FUNC_SHARED_SIZE_BYTES: *value = int(f->cubin->static_shared); break;
-    case FUNC_BINARY_VERSION: *value = settings().arch; break;
-    case FUNC_MAX_DYNAMIC_SHARED_SIZE_BYTES: *value = int(f->dynamic_max); break;
-    default: *value = 0;
+    case FUNC_MAX_THREADS_PER_BLOCK:
+      *value = int(f->kernel->threads_max);
+      break;
+    case FUNC_SHARED_SIZE_BYTES:
+      *value = int(f->cubin->static_shared);
+      break;
+    case FUNC_BINARY_VERSION:
+      *value = settings().arch;
+      break;
+    case FUNC_MAX_DYNAMIC_SHARED_SIZE_BYTES:
+      *value = int(f->dynamic_max);
+      break;
+    default:
+      *value = 0;
   }
   return CUDA_SUCCESS;
 }
@@ -192,27 +208,30 @@ RIG_API CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute attribute
   RIG_NEEDS_CONTEXT();
   if (attribute != FUNC_MAX_DYNAMIC_SHARED_SIZE_BYTES) return CUDA_SUCCESS;
   if (value < 0 || size_t(value) + f->cubin->static_shared > settings().shared_optin())
-    return refuse(*f, "its attribute asks for more shared memory than the device has", CUDA_ERROR_INVALID_VALUE);
+    return refuse(*f, "its attribute asks for more shared memory than the device has",
+                  CUDA_ERROR_INVALID_VALUE);
   f->dynamic_max = size_t(value);
   return CUDA_SUCCESS;
 }
 RIG_API CUresult cuFuncSetCacheConfig(CUfunction, int) { return CUDA_SUCCESS; }
 
-RIG_API CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, CUfunction f, int threads, size_t dynamic) {
+RIG_API CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, CUfunction f, int threads,
+                                                             size_t dynamic) {
   // Threads and shared memory; registers are not known here.
   size_t shared = dynamic + f->cubin->static_shared + 1024;
-  int by_threads = threads > 0 ? 2048 / threads : 0, by_shared = int((settings().shared_optin() + 1024) / shared);
+  int by_threads = threads > 0 ? 2048 / threads : 0,
+      by_shared = int((settings().shared_optin() + 1024) / shared);
   *blocks = std::min(std::min(by_threads, by_shared), 32);
   return CUDA_SUCCESS;
 }
-RIG_API CUresult cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, CUfunction f, int threads, size_t dynamic,
-                                                                      unsigned) {
+RIG_API CUresult cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, CUfunction f, int threads,
+                                                                      size_t dynamic, unsigned) {
   return cuOccupancyMaxActiveBlocksPerMultiprocessor(blocks, f, threads, dynamic);
 }
 
-RIG_API CUresult cuLaunchKernel(CUfunction f, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                                unsigned block_y, unsigned block_z, unsigned shared, CUstream handle, void** parameters,
-                                void** extra) {
+RIG_API CUresult cuLaunchKernel(CUfunction f, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+                                unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared,
+                                CUstream handle, void** parameters, void** extra) {
   RIG_NEEDS_CONTEXT();
   Stream* stream = stream_of(handle);
   if (!f || !stream) return CUDA_ERROR_INVALID_HANDLE;

@@ -23,10 +23,14 @@ size_t bytes(const char* name, size_t otherwise) {
   char* end;
   size_t value = strtoull(text, &end, 10);
   switch (*end) {
-    case 'K': return value << 10;
-    case 'M': return value << 20;
-    case 'G': return value << 30;
-    default: return value;
+    case 'K':
+      return value << 10;
+    case 'M':
+      return value << 20;
+    case 'G':
+      return value << 30;
+    default:
+      return value;
   }
 }
 

@@ -4,9 +4,10 @@
 //   CUDA_EMU_DEVICES    devices of the machine (2); CUDA_VISIBLE_DEVICES selects among them, as on a real one
 //   CUDA_EMU_ARCH       80 or 90: compute capability, shared memory and processors of an A100 or an H100 (80)
 //   CUDA_EMU_MEMORY     bytes of each device, with K, M or G behind it (4G); untouched memory costs nothing
-//   CUDA_EMU_LAZY_US    how long work may lie in a stream, at most, while nobody waits for it (2000); 0: it runs at once
-//   CUDA_EMU_NCCL_SLOW_ABORT   1: aborting an idle communicator takes a second, as measured on an H100 (0)
-//   CUDA_EMU_NCCL_GRAPH_HOLD   1: aborting waits while a captured graph holds the communicator (1)
+//   CUDA_EMU_LAZY_US    how long work may lie in a stream, at most, while nobody waits for it (2000); 0: it
+//   runs at once CUDA_EMU_NCCL_SLOW_ABORT   1: aborting an idle communicator takes a second, as measured on
+//   an H100 (0) CUDA_EMU_NCCL_GRAPH_HOLD   1: aborting waits while a captured graph holds the communicator
+//   (1)
 #pragma once
 
 #include <cstddef>

@@ -1,9 +1,9 @@
-// Streams and their executor: one thread runs all streams' work, an op at a time, in a random order that the streams'
-// own orders and the events allow.
+// Streams and their executor: one thread runs all streams' work, an op at a time, in a random order that the
+// streams' own orders and the events allow.
 //
-// Work is lazy: while nobody waits for it, an op lies for a random while, so that memory which was given away or
-// overwritten too early is still needed when it is. The real driver often finishes before the next call of the program;
-// such mistakes then stay unseen for years.
+// Work is lazy: while nobody waits for it, an op lies for a random while, so that memory which was given away
+// or overwritten too early is still needed when it is. The real driver often finishes before the next call of
+// the program; such mistakes then stay unseen for years.
 #include <algorithm>
 #include <cstring>
 
@@ -21,8 +21,8 @@ namespace {
 struct Executor {
   std::condition_variable work, finished;
   std::vector<Stream*> streams;
-  unsigned waiting = 0;            // threads that wait for work to be done
-  Stream* focus = nullptr;         // the stream one of them waits for, when its work shall run first
+  unsigned waiting = 0;     // threads that wait for work to be done
+  Stream* focus = nullptr;  // the stream one of them waits for, when its work shall run first
   Clock::time_point hurry_until;
   uint64_t random = 0;
 };
@@ -123,7 +123,9 @@ Stream* legacy_of(Context* context) {
   return stream;
 }
 
-bool is_legacy(CUstream handle) { return !handle || handle == CU_STREAM_LEGACY || handle == CU_STREAM_PER_THREAD; }
+bool is_legacy(CUstream handle) {
+  return !handle || handle == CU_STREAM_LEGACY || handle == CU_STREAM_PER_THREAD;
+}
 
 template <class Done>
 void wait_until_done(std::unique_lock<std::mutex>& lock, Stream* stream, Done done) {
@@ -203,7 +205,8 @@ CUresult wait_for_context(Context* context) {
   for (Stream* stream : executor().streams)
     if (stream->context == context) targets.push_back({stream, stream->put});
   auto done = [&] {
-    return std::all_of(targets.begin(), targets.end(), [](auto& one) { return one.first->done >= one.second; });
+    return std::all_of(targets.begin(), targets.end(),
+                       [](auto& one) { return one.first->done >= one.second; });
   };
   if (!done()) wait_until_done(lock, nullptr, done);
   return context->sticky;
@@ -230,8 +233,8 @@ CUresult refused_by_capture(Stream* of) {
     Capture* capture = stream->capture.get();
     if (!capture) continue;
     bool hits = of ? stream == of
-                   : capture->mode == CAPTURE_GLOBAL ||
-                         (capture->mode == CAPTURE_THREAD_LOCAL && capture->thread == std::this_thread::get_id());
+                   : capture->mode == CAPTURE_GLOBAL || (capture->mode == CAPTURE_THREAD_LOCAL &&
+                                                         capture->thread == std::this_thread::get_id());
     if (!hits) continue;
     capture->invalidated = true;
     refused = true;
@@ -261,7 +264,9 @@ static CUresult create_stream(CUstream* out, unsigned flags) {
   return CUDA_SUCCESS;
 }
 RIG_API CUresult cuStreamCreate(CUstream* out, unsigned flags) { return create_stream(out, flags); }
-RIG_API CUresult cuStreamCreateWithPriority(CUstream* out, unsigned flags, int) { return create_stream(out, flags); }
+RIG_API CUresult cuStreamCreateWithPriority(CUstream* out, unsigned flags, int) {
+  return create_stream(out, flags);
+}
 
 RIG_API CUresult cuStreamDestroy_v2(CUstream handle) {
   RIG_NEEDS_CONTEXT();
@@ -308,7 +313,9 @@ RIG_API CUresult cuStreamWaitEvent(CUstream handle, CUevent event, unsigned) {
       return CUDA_ERROR_STREAM_CAPTURE_ISOLATION;
     }
     if (event->captured && !capture) {
-      report("a stream would join another one's capture through an event: captures of several streams are not emulated");
+      report(
+          "a stream would join another one's capture through an event: captures of several streams are not "
+          "emulated");
       return CUDA_ERROR_NOT_SUPPORTED;
     }
   }
@@ -332,7 +339,8 @@ RIG_API CUresult cuEventRecord(CUevent event, CUstream handle) {
   Stream* stream = stream_of(handle);
   if (!stream || !event) return CUDA_ERROR_INVALID_HANDLE;
   if (event->context != stream->context) {
-    report("an event of device %d is recorded in a stream of device %d", event->context->ordinal, stream->context->ordinal);
+    report("an event of device %d is recorded in a stream of device %d", event->context->ordinal,
+           stream->context->ordinal);
     return CUDA_ERROR_INVALID_HANDLE;
   }
   uint64_t number;
@@ -341,14 +349,17 @@ RIG_API CUresult cuEventRecord(CUevent event, CUstream handle) {
     event->captured = stream->capture != nullptr;
     number = event->captured ? uint64_t(event->recorded) : ++event->recorded;
   }
-  return put(stream, {"event", [=] {
+  return put(stream, {"event",
+                      [=] {
                         event->done_ns = Clock::now().time_since_epoch().count();
                         if (event->done < number) event->done = number;
                         return true;
                       },
                       nullptr});
 }
-RIG_API CUresult cuEventRecordWithFlags(CUevent event, CUstream handle, unsigned) { return cuEventRecord(event, handle); }
+RIG_API CUresult cuEventRecordWithFlags(CUevent event, CUstream handle, unsigned) {
+  return cuEventRecord(event, handle);
+}
 
 RIG_API CUresult cuEventQuery(CUevent event) {
   RIG_NEEDS_CONTEXT();
@@ -376,11 +387,18 @@ static CUresult elapsed(float* ms, CUevent start, CUevent end) {
   return CUDA_SUCCESS;
 }
 RIG_API CUresult cuEventElapsedTime(float* ms, CUevent start, CUevent end) { return elapsed(ms, start, end); }
-RIG_API CUresult cuEventElapsedTime_v2(float* ms, CUevent start, CUevent end) { return elapsed(ms, start, end); }
+RIG_API CUresult cuEventElapsedTime_v2(float* ms, CUevent start, CUevent end) {
+  return elapsed(ms, start, end);
+}
 
 RIG_API CUresult cuLaunchHostFunc(CUstream handle, void (*function)(void*), void* data) {
   RIG_NEEDS_CONTEXT();
   Stream* stream = stream_of(handle);
   if (!stream) return CUDA_ERROR_INVALID_HANDLE;
-  return put(stream, {"host function", [=] { function(data); return true; }, nullptr});
+  return put(stream, {"host function",
+                      [=] {
+                        function(data);
+                        return true;
+                      },
+                      nullptr});
 }

@@ -28,8 +28,8 @@ struct Context {
 // One piece of a stream's work.
 struct Op {
   const char* name;
-  // Called on the executor's thread once all that was put before it is done; false: not yet, call again. A captured op is
-  // copied for each replay before its first step, with the state its lambda holds.
+  // Called on the executor's thread once all that was put before it is done; false: not yet, call again. A
+  // captured op is copied for each replay before its first step, with the state its lambda holds.
   std::function<bool()> step;
   // Kept alive as long as the op, or a graph that holds a copy, is.
   std::shared_ptr<void> hold;
@@ -44,8 +44,8 @@ struct Capture {
 
 struct Queued {
   Op op;
-  std::chrono::steady_clock::time_point due;              // may lie until then while nobody waits
-  std::vector<std::pair<Stream*, uint64_t>> after;        // implicit order with the legacy stream
+  std::chrono::steady_clock::time_point due;        // may lie until then while nobody waits
+  std::vector<std::pair<Stream*, uint64_t>> after;  // implicit order with the legacy stream
 };
 
 struct Stream {
@@ -91,15 +91,16 @@ RIG_ACROSS Stream* stream_of(CUstream handle);
 RIG_ACROSS CUresult put(Stream* stream, Op op);
 RIG_ACROSS bool is_capturing(Stream* stream);
 
-// Waits until all that is in the stream now is done. For calls that a capture forbids, ask `refused_by_capture` first.
+// Waits until all that is in the stream now is done. For calls that a capture forbids, ask
+// `refused_by_capture` first.
 CUresult wait_for(Stream* stream);
 CUresult wait_for_context(Context* context);
 CUresult wait_for_event(Event* event);
 // Somebody polls: work goes on without delay for a while.
 void hurry();
 
-// A call that may not happen during a capture, of the given stream (it alone) or of any this thread must respect. Gives 900
-// and invalidates the capture, as the real driver does.
+// A call that may not happen during a capture, of the given stream (it alone) or of any this thread must
+// respect. Gives 900 and invalidates the capture, as the real driver does.
 CUresult refused_by_capture(Stream* stream = nullptr);
 
 // A fault on the device.
@@ -107,6 +108,6 @@ RIG_ACROSS void kill_context(Context* context, CUresult why);
 
 }  // namespace emu
 
-#define RIG_NEEDS_CONTEXT()                                              \
-  if (!emu::current_context()) return CUDA_ERROR_INVALID_CONTEXT;        \
+#define RIG_NEEDS_CONTEXT()                                       \
+  if (!emu::current_context()) return CUDA_ERROR_INVALID_CONTEXT; \
   if (CUresult dead = emu::current_context()->sticky) return dead

@@ -1,8 +1,9 @@
 // The kernel harness: what a case file (NAME.cc beside this one, one for each kernel file) uses.
 //
-// A case launches kernels on exact-size buffers and compares with a naive double-precision twin. It runs under many
-// seeds; each seed draws other shapes (use `run.random`) and another order of warps. The same case runs in three builds:
-// plain (poisoned shared memory, guard pages), with a race detector, and with address and alignment checks.
+// A case launches kernels on exact-size buffers and compares with a naive double-precision twin. It runs
+// under many seeds; each seed draws other shapes (use `run.random`) and another order of warps. The same case
+// runs in three builds: plain (poisoned shared memory, guard pages), with a race detector, and with address
+// and alignment checks.
 //
 //   CASE(rms_norm_matches_its_twin) {
 //     int rows = run.random.between(1, 5), width = run.random.between(1, 700);
@@ -10,8 +11,8 @@
 //     Buffer<bf16> out(rows * width);
 //     for (float& value : x) value = run.random.normal();
 //     ...
-//     run.launch("rms_norm", {{unsigned(rows), 1, 1}, {256, 1, 1}, 0}, out.data(), x.data(), weight.data(), width, eps);
-//     run.close("out", out, [&](size_t i) { return twin(i); }, 1e-2);
+//     run.launch("rms_norm", {{unsigned(rows), 1, 1}, {256, 1, 1}, 0}, out.data(), x.data(), weight.data(),
+//     width, eps); run.close("out", out, [&](size_t i) { return twin(i); }, 1e-2);
 //   }
 #pragma once
 
@@ -52,7 +53,8 @@ class Random {
 RIG_HIDDEN void* take_memory(size_t bytes);
 RIG_HIDDEN void give_memory(void* memory, size_t bytes);
 
-// `size` values of device memory, aligned to 256 bytes at its start when `size` allows, else to T. Poisoned: all bits set.
+// `size` values of device memory, aligned to 256 bytes at its start when `size` allows, else to T. Poisoned:
+// all bits set.
 template <class T>
 class Buffer {
  public:
@@ -94,8 +96,8 @@ class Run {
   const uint64_t seed;
   Random random;
 
-  // Runs a kernel to its end. Arguments must have exactly the parameters' types (const behind a pointer may be left
-  // out): an int for a long long is an error, as it would be on the device.
+  // Runs a kernel to its end. Arguments must have exactly the parameters' types (const behind a pointer may
+  // be left out): an int for a long long is an error, as it would be on the device.
   template <class... A>
   void launch(const char* kernel, const rig::Launch& launch, A... arguments) {
     void* pointers[] = {static_cast<void*>(&arguments)..., nullptr};
@@ -125,8 +127,8 @@ class Run {
   void failed(const char* format, ...) __attribute__((format(printf, 2, 3)));
 
  private:
-  RIG_HIDDEN void launch_checked(const char* kernel, const rig::Launch& launch, size_t count, void** arguments,
-                                 const char* const* types);
+  RIG_HIDDEN void launch_checked(const char* kernel, const rig::Launch& launch, size_t count,
+                                 void** arguments, const char* const* types);
 };
 
 // Thrown to end a run; caught by main.
@@ -147,7 +149,7 @@ struct Case {
 using harness::Buffer;
 using harness::Run;
 
-#define CASE(NAME)                                                       \
-  static void NAME(Run& run);                                            \
-  static harness::Case case_of_##NAME(#NAME, __FILE__, &NAME);           \
+#define CASE(NAME)                                             \
+  static void NAME(Run& run);                                  \
+  static harness::Case case_of_##NAME(#NAME, __FILE__, &NAME); \
   static void NAME([[maybe_unused]] Run& run)

@@ -1,9 +1,9 @@
 // Runs the cases: harness [--seeds N] [--first SEED] [--only TEXT] [--list]
 //
-// Exits with 0 if all runs passed, 1 if one failed, 2 for a wrong argument, 3 if no case was selected. A race detector or an
-// address checker exits with its own code after its report.
-#include <cstring>
+// Exits with 0 if all runs passed, 1 if one failed, 2 for a wrong argument, 3 if no case was selected. A race
+// detector or an address checker exits with its own code after its report.
 #include <sys/mman.h>
+#include <cstring>
 
 #include <map>
 
@@ -36,16 +36,19 @@ void describe(uintptr_t address, char* text, size_t size) {
     uintptr_t first = uintptr_t(memory.map), last = first + memory.map_bytes, end = last - PAGE;
     if (address < first || address >= last) continue;
     if (address >= end)
-      snprintf(text, size, ": %zu bytes past the end of a buffer of %zu bytes", size_t(address - end), size_t(end - start));
+      snprintf(text, size, ": %zu bytes past the end of a buffer of %zu bytes", size_t(address - end),
+               size_t(end - start));
     else
-      snprintf(text, size, ": %zu bytes before a buffer of %zu bytes", size_t(start - address), size_t(end - start));
+      snprintf(text, size, ": %zu bytes before a buffer of %zu bytes", size_t(start - address),
+               size_t(end - start));
   }
 }
 #else
 void describe(uintptr_t, char*, size_t) {}
 #endif
 
-// The type out of what the compiler prints for TypeName<T>::get; kernel files are compiled in an unnamed namespace.
+// The type out of what the compiler prints for TypeName<T>::get; kernel files are compiled in an unnamed
+// namespace.
 std::string plain_type(const char* text) {
   std::string type = text;
   type = type.substr(type.find("T = ") + 4);
@@ -63,7 +66,8 @@ std::string formatted(const char* format, va_list list) {
 
 }  // namespace
 
-Case::Case(const char* name, const char* file, void (*body)(Run&)) : name(name), file(file), body(body), next(cases) {
+Case::Case(const char* name, const char* file, void (*body)(Run&))
+    : name(name), file(file), body(body), next(cases) {
   cases = this;
 }
 
@@ -74,7 +78,9 @@ uint64_t Random::next() {
   z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
   return z ^ (z >> 31);
 }
-float Random::uniform(float low, float high) { return low + (high - low) * float(next() >> 40) / float(1 << 24); }
+float Random::uniform(float low, float high) {
+  return low + (high - low) * float(next() >> 40) / float(1 << 24);
+}
 float Random::normal() {
   // A sum of uniform numbers: near enough to a normal one, and the same on every machine.
   float sum = 0;
@@ -95,7 +101,8 @@ void* take_memory(size_t bytes) {
   size_t room = (bytes + PAGE - 1) / PAGE * PAGE, all = room + 2 * PAGE;
   char* map = static_cast<char*>(mmap(nullptr, all, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   if (map == MAP_FAILED || (room && mprotect(map + PAGE, room, PROT_READ | PROT_WRITE))) abort();
-  // The last byte meets the guard page. Where that spoils the alignment a kernel may rely on, up to 15 bytes stay open.
+  // The last byte meets the guard page. Where that spoils the alignment a kernel may rely on, up to 15 bytes
+  // stay open.
   char* start = map + PAGE + room - (bytes + 15) / 16 * 16;
   memset(map + PAGE, 0xff, room);
   memories()[uintptr_t(start)] = {map, all};
@@ -128,10 +135,12 @@ void Run::launch_checked(const char* name, const rig::Launch& launch, size_t cou
                          const char* const* types) {
   const rig::Kernel* kernel = rig::find_kernel(name);
   check(kernel, "no kernel is named %s", name);
-  check(kernel->parameter_count == count, "%s has %u parameters, %zu were given", name, kernel->parameter_count, count);
+  check(kernel->parameter_count == count, "%s has %u parameters, %zu were given", name,
+        kernel->parameter_count, count);
   for (size_t i = 0; i < count; i++)
-    check(plain_type(kernel->parameters[i].type) == plain_type(types[i]), "%s: parameter %zu is %s, given was %s", name,
-          i, plain_type(kernel->parameters[i].type).c_str(), plain_type(types[i]).c_str());
+    check(plain_type(kernel->parameters[i].type) == plain_type(types[i]),
+          "%s: parameter %zu is %s, given was %s", name, i, plain_type(kernel->parameters[i].type).c_str(),
+          plain_type(types[i]).c_str());
   rig::Outcome outcome = rig::run(*kernel, launch, arguments, random.next());
   check(bool(outcome), "%s", outcome.report.c_str());
 }
@@ -146,12 +155,17 @@ int main(int count, char** words) {
   for (int i = 1; i < count; i++) {
     std::string word = words[i];
     bool more = i + 1 < count;
-    if (word == "--list") list = true;
-    else if (word == "--seeds" && more) seeds = strtoull(words[++i], nullptr, 10);
-    else if (word == "--first" && more) first = strtoull(words[++i], nullptr, 10);
-    else if (word == "--only" && more) only = words[++i];
+    if (word == "--list")
+      list = true;
+    else if (word == "--seeds" && more)
+      seeds = strtoull(words[++i], nullptr, 10);
+    else if (word == "--first" && more)
+      first = strtoull(words[++i], nullptr, 10);
+    else if (word == "--only" && more)
+      only = words[++i];
     else {
-      fprintf(stderr, "harness: unknown argument '%s'; known: --list, --seeds N, --first SEED, --only TEXT\n", words[i]);
+      fprintf(stderr, "harness: unknown argument '%s'; known: --list, --seeds N, --first SEED, --only TEXT\n",
+              words[i]);
       return 2;
     }
   }

@@ -17,11 +17,11 @@ struct Communicator {
   bool blocking = true;
   std::atomic<Result> state{NCCL_IN_PROGRESS};
   std::atomic<bool> aborted{false}, ended{false};
-  std::atomic<int> work{0};          // collectives put and not finished
-  std::atomic<int> graphs{0};        // captured collectives in graphs that live
+  std::atomic<int> work{0};    // collectives put and not finished
+  std::atomic<int> graphs{0};  // captured collectives in graphs that live
   std::atomic<bool> connected{false};
-  std::atomic<int> busy_polls{0};    // state queries that still say "in progress"
-  uint64_t round = 0;                // executor only
+  std::atomic<int> busy_polls{0};  // state queries that still say "in progress"
+  uint64_t round = 0;              // executor only
   std::atomic<bool> mismatched{false};
 };
 

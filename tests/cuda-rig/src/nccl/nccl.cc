@@ -1,7 +1,7 @@
 // The emulated NCCL: communicators, their life and death, collectives put into streams.
 //
-// A dead or stuck peer is never noticed by itself: what waits for it waits until the communicator is aborted, as between
-// the GPUs of one machine.
+// A dead or stuck peer is never noticed by itself: what waits for it waits until the communicator is aborted,
+// as between the GPUs of one machine.
 #include <chrono>
 #include <climits>
 #include <cstdarg>
@@ -40,7 +40,8 @@ struct Group {
 };
 thread_local Group group;
 
-// The transfers of one communicator in one stream, as one op: point to point all at once, collectives in their order.
+// The transfers of one communicator in one stream, as one op: point to point all at once, collectives in
+// their order.
 bool advance_all(std::vector<Transfer>& transfers) {
   bool done = true, earlier_collective = false;
   for (Transfer& transfer : transfers) {
@@ -60,7 +61,8 @@ Result put_transfers(Stream* stream, std::vector<Transfer> transfers) {
   auto hold = std::make_shared<Hold>(is_capturing(stream) ? comm->graphs : comm->work);
   auto step = [transfers = std::move(transfers)]() mutable { return advance_all(transfers); };
   CUresult error = put(stream, {"NCCL", step, hold});
-  if (error) return nccl_error(NCCL_UNHANDLED_CUDA_ERROR, "the stream refused a collective: CUDA error %d", error);
+  if (error)
+    return nccl_error(NCCL_UNHANDLED_CUDA_ERROR, "the stream refused a collective: CUDA error %d", error);
   // The first transfer of a non-blocking communicator connects its ranks, in the background.
   if (comm->blocking || comm->connected.exchange(true)) return NCCL_SUCCESS;
   comm->busy_polls = 2;
@@ -77,8 +79,10 @@ Result close_group() {
     std::vector<Transfer> together;
     std::vector<Group::Call> rest;
     for (Group::Call& call : calls) {
-      if (call.stream == stream && call.transfer.comm == comm) together.push_back(call.transfer);
-      else rest.push_back(call);
+      if (call.stream == stream && call.transfer.comm == comm)
+        together.push_back(call.transfer);
+      else
+        rest.push_back(call);
     }
     Result result = put_transfers(stream, together);
     if (result != NCCL_SUCCESS && worst != NCCL_UNHANDLED_CUDA_ERROR) worst = result;
@@ -89,7 +93,8 @@ Result close_group() {
 
 Result usable(const Communicator* comm, const char* call) {
   if (!comm) return nccl_error(NCCL_INVALID_ARGUMENT, "%s: the communicator is null", call);
-  if (comm->ended) return nccl_error(NCCL_INVALID_ARGUMENT, "%s: the communicator was destroyed or aborted", call);
+  if (comm->ended)
+    return nccl_error(NCCL_INVALID_ARGUMENT, "%s: the communicator was destroyed or aborted", call);
   if (comm->aborted) return nccl_error(NCCL_INVALID_USAGE, "%s: the communicator is being aborted", call);
   if (comm->busy_polls || comm->state == NCCL_IN_PROGRESS)
     return nccl_error(NCCL_INVALID_ARGUMENT, "%s: the communicator's last call is still in progress", call);
@@ -106,10 +111,11 @@ Result submit(const char* call, Transfer transfer, CUstream handle) {
     return nccl_error(NCCL_INVALID_ARGUMENT, "%s: there is no rank %d", call, transfer.root);
   Stream* stream = stream_of(handle);
   if (!stream || stream->context != comm->context)
-    return nccl_error(NCCL_INVALID_USAGE,
-                      "%s: the communicator was made on device %d, its stream is on device %d: bind the device to the "
-                      "thread before making the communicator", call, comm->context->ordinal,
-                      stream ? stream->context->ordinal : -1);
+    return nccl_error(
+        NCCL_INVALID_USAGE,
+        "%s: the communicator was made on device %d, its stream is on device %d: bind the device to the "
+        "thread before making the communicator",
+        call, comm->context->ordinal, stream ? stream->context->ordinal : -1);
   group.calls.push_back({transfer, stream});
   return group.depth ? NCCL_SUCCESS : close_group();
 }
@@ -120,7 +126,8 @@ void join(Communicator* comm) {
   unlink_segment(comm->id);
   if (comm->aborted) return;
   for (int rank = 0; rank < comm->ranks; rank++) {
-    if (rank == comm->rank || comm->segment->seats[rank].device != comm->segment->seats[comm->rank].device) continue;
+    if (rank == comm->rank || comm->segment->seats[rank].device != comm->segment->seats[comm->rank].device)
+      continue;
     comm->state = nccl_error(NCCL_INVALID_USAGE, "ranks %d and %d are on the same device", comm->rank, rank);
     return;
   }
@@ -130,14 +137,17 @@ void join(Communicator* comm) {
 Result init(Communicator** out, int ranks, const NcclId& id, int rank, bool blocking) {
   *out = nullptr;
   if (ranks < 1 || ranks > RANKS_MAX || rank < 0 || rank >= ranks)
-    return nccl_error(NCCL_INVALID_ARGUMENT, "rank %d of %d: at most %d ranks are emulated", rank, ranks, RANKS_MAX);
+    return nccl_error(NCCL_INVALID_ARGUMENT, "rank %d of %d: at most %d ranks are emulated", rank, ranks,
+                      RANKS_MAX);
   // The runtime inside the real library falls back to device 0 on a thread that has bound none.
   Context* context = current_context() ? current_context() : context_of(0);
   if (!context) return nccl_error(NCCL_UNHANDLED_CUDA_ERROR, "there is no device");
   Segment* segment = open_segment(id);
-  if (!segment) return nccl_error(NCCL_SYSTEM_ERROR, "the id is not one of ncclGetUniqueId, or shared memory is refused");
+  if (!segment)
+    return nccl_error(NCCL_SYSTEM_ERROR, "the id is not one of ncclGetUniqueId, or shared memory is refused");
   Seat& seat = segment->seats[rank];
-  if (seat.taken.exchange(1)) return nccl_error(NCCL_INVALID_USAGE, "rank %d has joined before with this id", rank);
+  if (seat.taken.exchange(1))
+    return nccl_error(NCCL_INVALID_USAGE, "rank %d has joined before with this id", rank);
   auto* comm = new Communicator;
   comm->segment = segment;
   comm->id = id;
@@ -190,14 +200,22 @@ RIG_API Result ncclGetUniqueId(NcclId* id) {
 }
 RIG_API const char* ncclGetErrorString(Result result) {
   switch (result) {
-    case NCCL_SUCCESS: return "no error";
-    case NCCL_UNHANDLED_CUDA_ERROR: return "unhandled cuda error (run with NCCL_DEBUG=INFO for details)";
-    case NCCL_SYSTEM_ERROR: return "unhandled system error (run with NCCL_DEBUG=INFO for details)";
-    case NCCL_INTERNAL_ERROR: return "internal error - please report this issue to the NCCL developers";
-    case NCCL_INVALID_ARGUMENT: return "invalid argument (run with NCCL_DEBUG=WARN for details)";
-    case NCCL_INVALID_USAGE: return "invalid usage (run with NCCL_DEBUG=WARN for details)";
-    case NCCL_REMOTE_ERROR: return "remote process exited or there was a network error";
-    case NCCL_IN_PROGRESS: return "NCCL operation in progress";
+    case NCCL_SUCCESS:
+      return "no error";
+    case NCCL_UNHANDLED_CUDA_ERROR:
+      return "unhandled cuda error (run with NCCL_DEBUG=INFO for details)";
+    case NCCL_SYSTEM_ERROR:
+      return "unhandled system error (run with NCCL_DEBUG=INFO for details)";
+    case NCCL_INTERNAL_ERROR:
+      return "internal error - please report this issue to the NCCL developers";
+    case NCCL_INVALID_ARGUMENT:
+      return "invalid argument (run with NCCL_DEBUG=WARN for details)";
+    case NCCL_INVALID_USAGE:
+      return "invalid usage (run with NCCL_DEBUG=WARN for details)";
+    case NCCL_REMOTE_ERROR:
+      return "remote process exited or there was a network error";
+    case NCCL_IN_PROGRESS:
+      return "NCCL operation in progress";
   }
   return "unknown result code";
 }
@@ -209,7 +227,9 @@ RIG_API const char* ncclGetLastError(Comm) {
   return text.c_str();
 }
 
-RIG_API Result ncclCommInitRank(Comm* out, int ranks, NcclId id, int rank) { return init(out, ranks, id, rank, true); }
+RIG_API Result ncclCommInitRank(Comm* out, int ranks, NcclId id, int rank) {
+  return init(out, ranks, id, rank, true);
+}
 RIG_API Result ncclCommInitRankConfig(Comm* out, int ranks, NcclId id, int rank, const NcclConfig* config) {
   if (config && config->magic != NCCL_CONFIG_MAGIC)
     return nccl_error(NCCL_INVALID_ARGUMENT, "the configuration was not initialised");
@@ -229,15 +249,18 @@ RIG_API Result ncclCommCuDevice(Comm comm, int* device) {
   return NCCL_SUCCESS;
 }
 RIG_API Result ncclCommGetAsyncError(Comm comm, Result* state) {
-  if (!comm || comm->ended) return nccl_error(NCCL_INVALID_ARGUMENT, "the communicator was destroyed or aborted");
+  if (!comm || comm->ended)
+    return nccl_error(NCCL_INVALID_ARGUMENT, "the communicator was destroyed or aborted");
   int left = comm->busy_polls;
-  while (left > 0 && !comm->busy_polls.compare_exchange_weak(left, left - 1)) {}
+  while (left > 0 && !comm->busy_polls.compare_exchange_weak(left, left - 1)) {
+  }
   *state = left > 0 ? NCCL_IN_PROGRESS : comm->state.load();
   return NCCL_SUCCESS;
 }
 
 RIG_API Result ncclCommAbort(Comm comm) {
-  if (!comm || comm->ended) return nccl_error(NCCL_INVALID_ARGUMENT, "abort: the communicator was destroyed or aborted");
+  if (!comm || comm->ended)
+    return nccl_error(NCCL_INVALID_ARGUMENT, "abort: the communicator was destroyed or aborted");
   bool idle = comm->state == NCCL_SUCCESS && !comm->work;
   comm->aborted = true;
   if (settings().nccl_slow_abort && idle) std::this_thread::sleep_for(std::chrono::seconds(1));
@@ -259,23 +282,30 @@ RIG_API Result ncclCommFinalize(Comm comm) {
   return NCCL_IN_PROGRESS;
 }
 RIG_API Result ncclCommDestroy(Comm comm) {
-  if (!comm || comm->ended) return nccl_error(NCCL_INVALID_ARGUMENT, "destroy: the communicator was destroyed or aborted");
+  if (!comm || comm->ended)
+    return nccl_error(NCCL_INVALID_ARGUMENT, "destroy: the communicator was destroyed or aborted");
   drain(comm, settings().nccl_graph_hold);
   comm->ended = true;
   return NCCL_SUCCESS;
 }
 
-RIG_API Result ncclAllReduce(const void* from, void* to, size_t count, NcclType type, NcclOp op, Comm comm, CUstream stream) {
-  Transfer transfer{Kind::AllReduce, comm, static_cast<const char*>(from), static_cast<char*>(to), count, type, op};
+RIG_API Result ncclAllReduce(const void* from, void* to, size_t count, NcclType type, NcclOp op, Comm comm,
+                             CUstream stream) {
+  Transfer transfer{
+      Kind::AllReduce, comm, static_cast<const char*>(from), static_cast<char*>(to), count, type, op};
   return submit("ncclAllReduce", transfer, stream);
 }
-RIG_API Result ncclAllGather(const void* from, void* to, size_t count, NcclType type, Comm comm, CUstream stream) {
-  Transfer transfer{Kind::AllGather, comm, static_cast<const char*>(from), static_cast<char*>(to), count, type};
+RIG_API Result ncclAllGather(const void* from, void* to, size_t count, NcclType type, Comm comm,
+                             CUstream stream) {
+  Transfer transfer{Kind::AllGather,        comm,  static_cast<const char*>(from),
+                    static_cast<char*>(to), count, type};
   return submit("ncclAllGather", transfer, stream);
 }
-RIG_API Result ncclBroadcast(const void* from, void* to, size_t count, NcclType type, int root, Comm comm, CUstream stream) {
-  Transfer transfer{Kind::Broadcast, comm,  static_cast<const char*>(from), static_cast<char*>(to), count, type, NCCL_SUM,
-                    root};
+RIG_API Result ncclBroadcast(const void* from, void* to, size_t count, NcclType type, int root, Comm comm,
+                             CUstream stream) {
+  Transfer transfer{
+      Kind::Broadcast, comm, static_cast<const char*>(from), static_cast<char*>(to), count, type,
+      NCCL_SUM,        root};
   return submit("ncclBroadcast", transfer, stream);
 }
 RIG_API Result ncclSend(const void* from, size_t count, NcclType type, int peer, Comm comm, CUstream stream) {

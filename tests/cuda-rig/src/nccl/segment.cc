@@ -25,7 +25,8 @@ void sweep() {
   while (dirent* entry = readdir(folder)) {
     if (strncmp(entry->d_name, PREFIX, strlen(PREFIX))) continue;
     long maker = strtol(entry->d_name + strlen(PREFIX), nullptr, 10);
-    if (maker > 0 && kill(pid_t(maker), 0) && errno == ESRCH) shm_unlink((std::string("/") + entry->d_name).c_str());
+    if (maker > 0 && kill(pid_t(maker), 0) && errno == ESRCH)
+      shm_unlink((std::string("/") + entry->d_name).c_str());
   }
   closedir(folder);
 }
@@ -46,7 +47,8 @@ NcclId new_id() {
 }
 
 Segment* open_segment(const NcclId& id) {
-  if (id.text[0] != '/' || strncmp(id.text + 1, PREFIX, strlen(PREFIX)) || !memchr(id.text, 0, sizeof id.text))
+  if (id.text[0] != '/' || strncmp(id.text + 1, PREFIX, strlen(PREFIX)) ||
+      !memchr(id.text, 0, sizeof id.text))
     return nullptr;
   int file = shm_open(id.text, O_CREAT | O_RDWR | O_CLOEXEC, 0600);
   if (file < 0) return nullptr;

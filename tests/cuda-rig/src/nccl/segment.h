@@ -1,7 +1,7 @@
 // The shared memory in which the ranks of a communicator meet, be they processes or threads.
 //
-// It is a file under /dev/shm only until all ranks have joined or one has given up; after that it lives as long as its
-// maps do. A file left by processes killed before that is removed by the next maker of an id.
+// It is a file under /dev/shm only until all ranks have joined or one has given up; after that it lives as
+// long as its maps do. A file left by processes killed before that is removed by the next maker of an id.
 #pragma once
 
 #include <atomic>

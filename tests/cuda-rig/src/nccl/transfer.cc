@@ -28,10 +28,14 @@ struct Bf16 {
 template <class Sum>
 Sum combine(NcclOp op, Sum a, Sum b) {
   switch (op) {
-    case NCCL_PROD: return a * b;
-    case NCCL_MAX: return a < b ? b : a;
-    case NCCL_MIN: return b < a ? b : a;
-    default: return a + b;
+    case NCCL_PROD:
+      return a * b;
+    case NCCL_MAX:
+      return a < b ? b : a;
+    case NCCL_MIN:
+      return b < a ? b : a;
+    default:
+      return a + b;
   }
 }
 
@@ -53,15 +57,24 @@ void reduce(const Segment& segment, int ranks, NcclOp op, char* to, size_t bytes
 
 void reduce_as(NcclType type, const Segment& segment, int ranks, NcclOp op, char* to, size_t bytes) {
   switch (type) {
-    case NCCL_FLOAT32: return reduce<float, float>(segment, ranks, op, to, bytes);
-    case NCCL_FLOAT64: return reduce<double, double>(segment, ranks, op, to, bytes);
-    case NCCL_BFLOAT16: return reduce<Bf16, float>(segment, ranks, op, to, bytes);
-    case NCCL_INT32: return reduce<int32_t, int32_t>(segment, ranks, op, to, bytes);
-    case NCCL_UINT32: return reduce<uint32_t, uint32_t>(segment, ranks, op, to, bytes);
-    case NCCL_INT64: return reduce<int64_t, int64_t>(segment, ranks, op, to, bytes);
-    case NCCL_UINT64: return reduce<uint64_t, uint64_t>(segment, ranks, op, to, bytes);
-    case NCCL_INT8: return reduce<int8_t, int8_t>(segment, ranks, op, to, bytes);
-    case NCCL_UINT8: return reduce<uint8_t, uint8_t>(segment, ranks, op, to, bytes);
+    case NCCL_FLOAT32:
+      return reduce<float, float>(segment, ranks, op, to, bytes);
+    case NCCL_FLOAT64:
+      return reduce<double, double>(segment, ranks, op, to, bytes);
+    case NCCL_BFLOAT16:
+      return reduce<Bf16, float>(segment, ranks, op, to, bytes);
+    case NCCL_INT32:
+      return reduce<int32_t, int32_t>(segment, ranks, op, to, bytes);
+    case NCCL_UINT32:
+      return reduce<uint32_t, uint32_t>(segment, ranks, op, to, bytes);
+    case NCCL_INT64:
+      return reduce<int64_t, int64_t>(segment, ranks, op, to, bytes);
+    case NCCL_UINT64:
+      return reduce<uint64_t, uint64_t>(segment, ranks, op, to, bytes);
+    case NCCL_INT8:
+      return reduce<int8_t, int8_t>(segment, ranks, op, to, bytes);
+    case NCCL_UINT8:
+      return reduce<uint8_t, uint8_t>(segment, ranks, op, to, bytes);
   }
 }
 
@@ -79,9 +92,12 @@ bool mismatched(const Transfer& t) {
     const Round& other = comm.segment->seats[rank].round;
     if (same(mine, other)) continue;
     if (!comm.mismatched.exchange(true))
-      report("NCCL: rank %d is in a collective (kind %d, %llu elements), rank %d in another one (kind %d, %llu elements): "
-             "they hang", comm.rank, mine.kind, (unsigned long long)mine.count, rank, other.kind,
-             (unsigned long long)other.count);
+      report(
+          "NCCL: rank %d is in a collective (kind %d, %llu elements), rank %d in another one (kind %d, %llu "
+          "elements): "
+          "they hang",
+          comm.rank, mine.kind, (unsigned long long)mine.count, rank, other.kind,
+          (unsigned long long)other.count);
     return true;
   }
   return false;
@@ -132,7 +148,8 @@ void advance_pipe(Transfer& t) {
   Communicator& comm = *t.comm;
   bool sends = t.kind == Kind::Send;
   Pipe& pipe = sends ? comm.segment->pipes[comm.rank][t.root] : comm.segment->pipes[t.root][comm.rank];
-  uint64_t written = pipe.written.load(std::memory_order_acquire), read = pipe.read.load(std::memory_order_acquire);
+  uint64_t written = pipe.written.load(std::memory_order_acquire),
+           read = pipe.read.load(std::memory_order_acquire);
   while (t.at < t.bytes()) {
     uint64_t place = sends ? written : read;
     size_t room = sends ? PIPE_BYTES - size_t(written - read) : size_t(written - read);
@@ -168,10 +185,19 @@ size_t Transfer::bytes() const { return count * width_of(type); }
 
 size_t width_of(NcclType type) {
   switch (type) {
-    case NCCL_INT8: case NCCL_UINT8: return 1;
-    case NCCL_BFLOAT16: return 2;
-    case NCCL_INT32: case NCCL_UINT32: case NCCL_FLOAT32: return 4;
-    case NCCL_INT64: case NCCL_UINT64: case NCCL_FLOAT64: return 8;
+    case NCCL_INT8:
+    case NCCL_UINT8:
+      return 1;
+    case NCCL_BFLOAT16:
+      return 2;
+    case NCCL_INT32:
+    case NCCL_UINT32:
+    case NCCL_FLOAT32:
+      return 4;
+    case NCCL_INT64:
+    case NCCL_UINT64:
+    case NCCL_FLOAT64:
+      return 8;
   }
   return 0;
 }
@@ -182,8 +208,10 @@ void advance(Transfer& t) {
     t.done = true;
     return;
   }
-  if (t.collective()) advance_collective(t);
-  else advance_pipe(t);
+  if (t.collective())
+    advance_collective(t);
+  else
+    advance_pipe(t);
 }
 
 }  // namespace emu

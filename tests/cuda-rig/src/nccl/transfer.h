@@ -16,14 +16,14 @@ struct Transfer {
   Communicator* comm;
   const char* from;  // device memory
   char* to;
-  size_t count;      // elements that this rank gives
+  size_t count;  // elements that this rank gives
   NcclType type;
   NcclOp op = NCCL_SUM;
-  int root = 0;      // of a broadcast; the other rank of a send or receive
+  int root = 0;  // of a broadcast; the other rank of a send or receive
 
   // Progress.
-  size_t at = 0;     // bytes done
-  bool sent = false; // this round's chunk is written
+  size_t at = 0;      // bytes done
+  bool sent = false;  // this round's chunk is written
   bool done = false;
 
   bool collective() const { return kind != Kind::Send && kind != Kind::Receive; }
@@ -32,7 +32,8 @@ struct Transfer {
 
 size_t width_of(NcclType type);  // 0: a type that is not emulated
 
-// Goes as far as it can; sets `done`. An aborted communicator's transfers are done at once, with whatever is there.
+// Goes as far as it can; sets `done`. An aborted communicator's transfers are done at once, with whatever is
+// there.
 void advance(Transfer& transfer);
 
 }  // namespace emu

@@ -1,15 +1,16 @@
 // The scheduler of one thread block.
 //
-// Owns fibers, barriers, warp meetings, and the order in which they run: probabilistic concurrency testing (PCT), where
-// warps have random priorities and the leading one runs as far as barriers let it. A missing barrier shows itself at once
-// in such an order, and hardly ever in a uniformly random one. This file is never compiled with a sanitizer: to a race
-// detector, CUDA threads are its fibers and the barriers below their only synchronisation.
+// Owns fibers, barriers, warp meetings, and the order in which they run: probabilistic concurrency testing
+// (PCT), where warps have random priorities and the leading one runs as far as barriers let it. A missing
+// barrier shows itself at once in such an order, and hardly ever in a uniformly random one. This file is
+// never compiled with a sanitizer: to a race detector, CUDA threads are its fibers and the barriers below
+// their only synchronisation.
 #include "block.h"
 
+#include <sys/mman.h>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <sys/mman.h>
 
 #include <utility>
 
@@ -25,7 +26,9 @@ void __tsan_release(void* address);
 }
 #define RIG_RACE(CALL) CALL
 #else
-#define RIG_RACE(CALL) do {} while (0)
+#define RIG_RACE(CALL) \
+  do {                 \
+  } while (0)
 #endif
 
 #if defined(__x86_64__)
@@ -90,18 +93,18 @@ struct Scheduler {
   Copies copies[THREADS_MAX];
   unsigned threads, warp_count, alive;
   unsigned at_block, votes, last_votes, barriers;
-  char begins, ends;              // what stands for a block's begin and end: two, or a thread that begins late would seem
-                                  // to follow one that has ended
-  char barrier_address[2];        // what stands for two consecutive __syncthreads in turn
-  unsigned rank_of[WARPS_MAX];    // warp -> priority, 0 leads
-  unsigned warp_at[WARPS_MAX];    // priority -> warp
-  unsigned ready_ranks;           // priorities of warps that have a ready lane
-  bool uniform;                   // one block in eight: no leading warp
+  char begins, ends;  // what stands for a block's begin and end: two, or a thread that begins late would seem
+                      // to follow one that has ended
+  char barrier_address[2];      // what stands for two consecutive __syncthreads in turn
+  unsigned rank_of[WARPS_MAX];  // warp -> priority, 0 leads
+  unsigned warp_at[WARPS_MAX];  // priority -> warp
+  unsigned ready_ranks;         // priorities of warps that have a ready lane
+  bool uniform;                 // one block in eight: no leading warp
   uint64_t random;
   char* stacks;
   AsyncCopy* rings;
-  unsigned prepared;              // threads that have a stack
-  void* home;                     // the stack of run_block
+  unsigned prepared;  // threads that have a stack
+  void* home;         // the stack of run_block
   void* home_tsan;
   void (*call)(void**);
   void** arguments;
@@ -153,7 +156,8 @@ Fiber* take_next() {
   return &s.fibers[index * WARP + lane];
 }
 
-// Leaves the running thread, which waits or has ended, for the next one, or for run_block when no one can run.
+// Leaves the running thread, which waits or has ended, for the next one, or for run_block when no one can
+// run.
 void leave() {
   Fiber* self = current;
   Fiber* next = take_next();
@@ -305,8 +309,10 @@ void fail_as_divergent() {
     snprintf(detail, sizeof detail, "; thread %u waits for %s with mask 0x%08x", waits.index,
              NAMES[unsigned(waits.meeting)], waits.mask);
   }
-  snprintf(failure, sizeof failure, "divergent barrier in block (%u,%u,%u): %u threads at __syncthreads, %u at a warp "
-           "operation, %u exited%s", shape.block_index.x, shape.block_index.y, shape.block_index.z, s.at_block, at_warp,
+  snprintf(failure, sizeof failure,
+           "divergent barrier in block (%u,%u,%u): %u threads at __syncthreads, %u at a warp "
+           "operation, %u exited%s",
+           shape.block_index.x, shape.block_index.y, shape.block_index.z, s.at_block, at_warp,
            s.threads - s.alive, detail);
 }
 
@@ -389,7 +395,8 @@ void fail(const char* format, ...) {
   vsnprintf(text, sizeof text, format, list);
   va_end(list);
   Dim3 b = shape.block_index, t = current ? current->thread : Dim3{0, 0, 0};
-  snprintf(failure, sizeof failure, "%s (block (%u,%u,%u), thread (%u,%u,%u))", text, b.x, b.y, b.z, t.x, t.y, t.z);
+  snprintf(failure, sizeof failure, "%s (block (%u,%u,%u), thread (%u,%u,%u))", text, b.x, b.y, b.z, t.x, t.y,
+           t.z);
   // The block is given up where it stands: its threads' stacks are simply used anew.
   RIG_RACE(__tsan_switch_to_fiber(scheduler.home_tsan, 1));
   void* unused;
@@ -446,7 +453,8 @@ void meet(Meeting meeting, unsigned mask) {
 bool load_matrix_begin(const void* row) {
   current->row = row;
   if (arrive(Meeting::LoadMatrix, FULL_MASK)) {
-    if (scheduler.warps[current->index / WARP].alive != FULL_MASK) fail("ldmatrix in a warp that is not whole");
+    if (scheduler.warps[current->index / WARP].alive != FULL_MASK)
+      fail("ldmatrix in a warp that is not whole");
     return true;
   }
   leave();
@@ -476,7 +484,8 @@ void multiply_16816() {
 
 AsyncCopy* async_copy_new() {
   Copies& copies = scheduler.copies[current->index];
-  if (copies.count == COPIES_MAX) fail("more than %u asynchronous copies of one thread are unfinished", COPIES_MAX);
+  if (copies.count == COPIES_MAX)
+    fail("more than %u asynchronous copies of one thread are unfinished", COPIES_MAX);
   AsyncCopy* copy = &copies.ring[(copies.first + copies.count++) % COPIES_MAX];
   copy->group = copies.group;
   return copy;

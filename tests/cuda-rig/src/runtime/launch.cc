@@ -3,13 +3,13 @@
 // Never compiled with a sanitizer, like block.cc.
 #include "launch.h"
 
+#include <pthread.h>
+#include <sys/mman.h>
 #include <csetjmp>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <pthread.h>
-#include <sys/mman.h>
 
 #include "block.h"
 #include "rig/mma.h"
@@ -101,7 +101,8 @@ void poison_shared() {
   fill(uintptr_t(dynamic_shared), uintptr_t(dynamic_shared) + shared_bytes);
 }
 
-// Blocks in an order of which the kernel may assume nothing: every one once, from a random first by a random stride.
+// Blocks in an order of which the kernel may assume nothing: every one once, from a random first by a random
+// stride.
 struct BlockOrder {
   size_t total, at, stride;
   BlockOrder(size_t blocks, uint64_t seed) : total(blocks) {
@@ -163,8 +164,8 @@ Outcome run(const Kernel& kernel, const Launch& launch, void** arguments, uint64
   size_t threads = launch.block.volume();
   if (!threads || threads > kernel.threads_max || !launch.grid.volume() || launch.shared > SHARED_MAX) {
     char text[256];
-    snprintf(text, sizeof text, "launch of %zu threads (at most %u), %zu blocks, %zu bytes of shared memory", threads,
-             kernel.threads_max, launch.grid.volume(), launch.shared);
+    snprintf(text, sizeof text, "launch of %zu threads (at most %u), %zu blocks, %zu bytes of shared memory",
+             threads, kernel.threads_max, launch.grid.volume(), launch.shared);
     return {Fault::Kernel, std::string(kernel.name) + ": " + text};
   }
   prepare_block_runtime(unsigned(threads));
@@ -205,7 +206,8 @@ void prepare_thread() {
 }  // namespace rig
 
 #if !defined(RIG_TSAN) && !defined(RIG_ASAN)
-// Kernels are compiled with -fsanitize=alignment, whose report this is: the device refuses a misaligned access.
+// Kernels are compiled with -fsanitize=alignment, whose report this is: the device refuses a misaligned
+// access.
 struct SourcePlace {
   const char* file;
   uint32_t line, column;
