@@ -161,3 +161,58 @@ unsafe fn take(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::kernels::{HEADERS, SOURCES};
+    use super::*;
+    use std::path::{Path, PathBuf};
+
+    /// The NVRTC of `scripts/build-kernels`, which `scripts/check` runs before the tests.
+    fn pinned() -> Option<PathBuf> {
+        let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target");
+        let python = std::fs::read_dir(target.join("kernels-venv/lib")).ok()?;
+        python
+            .filter_map(Result::ok)
+            .map(|entry| {
+                entry
+                    .path()
+                    .join("site-packages/nvidia/cuda_nvrtc/lib/libnvrtc.so.12")
+            })
+            .find(|library| library.exists())
+    }
+
+    #[test]
+    fn a_device_without_cubins_gets_its_kernels_from_the_embedded_sources() {
+        let Some(path) = pinned() else {
+            eprintln!("left out: no NVRTC here; scripts/build-kernels fetches it");
+            return;
+        };
+        // SAFETY: NVIDIA's libraries start no thread and change no state of the process when they are loaded.
+        let library = unsafe { Library::new(path) }.expect("it loads");
+        for name in ["rows", "gemm_mma"] {
+            let source = SOURCES.iter().find(|source| source.name == name);
+            let made = cubin(
+                &library,
+                source.expect("a source"),
+                HEADERS,
+                "--gpu-architecture=sm_100",
+            );
+            let made = made.expect("it compiles");
+            assert!(made.starts_with(b"\x7fELF"), "{name}");
+        }
+        let broken = Source {
+            text: "KERNEL(1, x, (int n)) { nonsense }",
+            ..*SOURCES
+                .iter()
+                .find(|source| source.name == "rows")
+                .expect("a source")
+        };
+        let refused = cubin(&library, &broken, HEADERS, "--gpu-architecture=sm_100");
+        let error = refused.expect_err("it is no C++");
+        assert!(
+            error.contains("NVRTC refuses rows.cu") && error.contains("error"),
+            "{error}"
+        );
+    }
+}
