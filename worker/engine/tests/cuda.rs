@@ -272,6 +272,10 @@ fn one_order_of_a_device() {
 
 #[test]
 fn a_device_may_run_its_streams_in_any_order() {
+    // A real device's order cannot be chosen.
+    if cuda_rig::on_hardware() {
+        return;
+    }
     cuda_rig::library();
     let program = std::env::current_exe().expect("this program");
     let run = |seed: u32| {
@@ -336,7 +340,7 @@ fn requests() -> Vec<Request> {
             seed: key,
             ..Sampling::default()
         },
-        tokens_max: 9,
+        tokens_max: 18,
         stop_ids: Vec::new(),
         prompt_logprobs: None,
         embedding: false,
@@ -416,7 +420,7 @@ fn answers(way: Way, twice: bool) -> (Vec<Vec<u32>>, u32, u64) {
 fn batch_invariant_tokens_are_the_same_alone_batched_preempted_and_on_cached_blocks() {
     let (expected, _, preemptions) = answers(ALONE, false);
     assert_eq!(preemptions, 0);
-    assert!(expected.iter().all(|tokens| tokens.len() == 9));
+    assert!(expected.iter().all(|tokens| tokens.len() == 18));
     let batched = Way {
         spans_max: 6,
         chunk_tokens_max: 7,
@@ -434,7 +438,7 @@ fn batch_invariant_tokens_are_the_same_alone_batched_preempted_and_on_cached_blo
     // Too few blocks for all at once.
     let (tokens, _, preemptions) = answers(
         Way {
-            blocks: 9,
+            blocks: 12,
             ..batched
         },
         false,

@@ -17,8 +17,6 @@ pub struct Promises {
     pub rounds: bool,
     /// Whether a row of a product or of attention has the same bits whatever rows are computed with it.
     pub rows_alone: bool,
-    /// Whether fewer shapes are to be tried, since each takes long.
-    pub slow: bool,
 }
 
 impl Promises {
@@ -30,7 +28,6 @@ impl Promises {
         quantised: false,
         rounds: false,
         rows_alone: true,
-        slow: false,
     };
 
     /// Tolerance of a result that is left for a product: half a step of bf16, where it is rounded.
@@ -46,14 +43,5 @@ impl Promises {
     /// Whether it has attention for heads of this width.
     pub fn attends(&self, head_width: usize) -> bool {
         self.head_widths.is_empty() || self.head_widths.contains(&head_width)
-    }
-
-    /// These values, or the first and the last of them where each takes long.
-    pub fn some<'a, T>(&self, values: &'a [T]) -> Vec<&'a T> {
-        if self.slow && values.len() > 2 {
-            vec![&values[0], &values[values.len() - 1]]
-        } else {
-            values.iter().collect()
-        }
     }
 }

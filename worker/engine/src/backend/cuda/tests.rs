@@ -28,7 +28,6 @@ const PROMISES: Promises = Promises {
     quantised: true,
     rounds: true,
     rows_alone: false,
-    slow: true,
 };
 
 fn device() -> Arc<CudaDevice> {
@@ -98,12 +97,15 @@ fn a_machine_without_a_driver_is_told_how_to_get_one() {
 #[test]
 fn a_device_past_the_last_is_refused_with_their_number() {
     cuda_rig::preload();
-    let error = CudaDevice::open(2).expect_err("two devices are emulated");
-    assert_eq!(
-        error.to_string(),
-        "there is no device cuda:2; the CUDA driver sees 2, cuda:0 to cuda:1"
+    let devices = device::count().expect("a driver");
+    let error = CudaDevice::open(devices).expect_err("past the last");
+    let expected = format!(
+        "there is no device cuda:{devices}; the CUDA driver sees {devices}, cuda:0 to cuda:{}",
+        devices - 1
     );
-    assert_eq!(CudaDevice::open(1).expect("the last").facts().ordinal, 1);
+    assert_eq!(error.to_string(), expected);
+    let last = CudaDevice::open(devices - 1).expect("the last");
+    assert_eq!(last.facts().ordinal, devices - 1);
 }
 
 #[test]
@@ -112,11 +114,13 @@ fn a_survey_tells_devices_and_libraries() {
     let survey = survey();
     assert!(survey.driver.expect("a driver").0 >= 12);
     let devices = survey.devices.expect("devices");
-    assert_eq!(devices.len(), 2);
-    assert_eq!(devices[0].compute_capability, (8, 0));
+    assert!(devices[0].compute_capability >= (8, 0));
     assert!(devices[0].memory_bytes > 0 && !devices[0].name.is_empty());
-    assert_ne!(devices[0].pci, devices[1].pci);
-    assert_eq!(survey.peers, [[false, true], [true, false]]);
+    assert_eq!(survey.peers.len(), devices.len());
+    if !cuda_rig::on_hardware() {
+        assert_ne!(devices[0].pci, devices[1].pci);
+        assert_eq!(survey.peers, [[false, true], [true, false]]);
+    }
     assert!(survey.cublas.expect("a library")[0] >= 12);
 }
 
@@ -244,8 +248,9 @@ fn a_backend_goes_on_on_another_thread() {
     })
     .join()
     .expect("no panic");
-    // A second device's backend leaves its own context bound to this thread.
-    let other = CudaDevice::open(1).expect("a second device");
+    // Another device's backend, where there is one, leaves its own context bound to this thread.
+    let last = device::count().expect("a driver") - 1;
+    let other = CudaDevice::open(last).expect("the last device");
     let mut other = CudaBackend::new(other, EAGER).expect("a backend");
     let theirs = other.alloc(3).expect("memory");
     backend.scale(Size { rows: 1, width: 3 }, &mut buf, 2.0);
@@ -259,6 +264,10 @@ fn a_backend_goes_on_on_another_thread() {
 
 #[test]
 fn the_first_fault_is_given_by_every_later_read() {
+    // A real device may let a kernel read past its buffer.
+    if cuda_rig::on_hardware() {
+        return;
+    }
     let mut backend = backend(EAGER);
     let mut buf = backend.alloc(4).expect("memory");
     // It says that it has more numbers than it has.
