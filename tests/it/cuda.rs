@@ -128,7 +128,7 @@ async fn one_gpu_and_two_answer_as_transformers_and_score_as_the_cpu() {
 async fn steps_that_are_replayed_give_the_tokens_of_steps_that_are_not() {
     let mut answers = Vec::new();
     for lines in ["graphs = true", "graphs = false"] {
-        let cluster = Cluster::start(settings(1).gpu_lines(lines)).await;
+        let cluster = Cluster::start(settings(1).gpu_lines(&[lines])).await;
         cluster
             .client
             .deploy_on("gpu", "tiny-llama", "GPU", "Small")
@@ -160,7 +160,7 @@ async fn steps_that_are_replayed_give_the_tokens_of_steps_that_are_not() {
 
 #[tokio::test]
 async fn with_batch_invariant_an_answer_is_the_same_alone_and_in_a_crowd() {
-    let cluster = Cluster::start(settings(1).gpu_lines("batch_invariant = true")).await;
+    let cluster = Cluster::start(settings(1).gpu_lines(&["batch_invariant = true"])).await;
     cluster
         .client
         .deploy_on("gpu", "tiny-llama", "GPU", "Small")

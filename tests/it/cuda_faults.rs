@@ -118,6 +118,25 @@ async fn a_rank_that_stands_still_is_given_up_and_used_again_when_it_goes_on() {
 }
 
 #[tokio::test]
+async fn gpus_with_other_switches_do_not_add_their_numbers() {
+    let cluster = Cluster::start(pair().gpu_lines(&["graphs = true", "graphs = false"])).await;
+    let created = cluster
+        .client
+        .create("pair", "tiny-llama", "GPU_2", "Small");
+    created.await.ok();
+    let message = cluster.client.wait_failed("pair").await;
+    // Whoever is heard first tells it: the rank that saw the difference, or the one that lost it.
+    assert!(
+        message.contains("give them the same switches") || message.contains("rank 1 of 2 is lost"),
+        "{message}"
+    );
+    let build_logs = "/api/2.0/serving-endpoints/pair/served-models/tiny-llama-1/build-logs";
+    let logs = cluster.client.get(build_logs).await.ok();
+    let logs = logs["logs"].as_str().unwrap_or_default();
+    assert!(logs.contains("give them the same switches"), "{logs}");
+}
+
+#[tokio::test]
 async fn what_was_kept_for_an_endpoint_goes_with_it() {
     let (mut cluster, second) = serving_pair().await;
     cluster.kill_worker(second);

@@ -12,8 +12,8 @@ pub struct Settings {
     pub workers: usize,
     /// Devices `local/gpu0`, `local/gpu1`, ... after them; with any there are the workload types `GPU` and `GPU_2`.
     pub gpus: usize,
-    /// More lines of each GPU, such as `graphs = false`.
-    pub gpu_lines: &'static str,
+    /// More lines of each GPU, such as `graphs = false`; no more where there are none.
+    pub gpu_lines: Vec<&'static str>,
     /// Environment of the workers, beside the test's own.
     pub worker_env: Vec<(String, String)>,
     /// Memory of each CPU, as cluster.toml writes it. That of GPUs is what their driver says.
@@ -73,7 +73,7 @@ impl Settings {
         Settings {
             workers,
             gpus: 0,
-            gpu_lines: "",
+            gpu_lines: Vec::new(),
             worker_env: Vec::new(),
             memory: "512MiB".into(),
             models: golden::FAMILIES
@@ -92,9 +92,9 @@ impl Settings {
         self
     }
 
-    /// The same with these lines for each GPU.
-    pub fn gpu_lines(mut self, lines: &'static str) -> Settings {
-        self.gpu_lines = lines;
+    /// The same with these lines for the GPUs, one after another.
+    pub fn gpu_lines(mut self, lines: &[&'static str]) -> Settings {
+        self.gpu_lines = lines.to_vec();
         self
     }
 
@@ -137,7 +137,7 @@ impl Settings {
             ));
         }
         for i in 0..self.gpus {
-            let more = self.gpu_lines;
+            let more = self.gpu_lines.get(i).copied().unwrap_or_default();
             line(format_args!(
                 "[[nodes.devices]]\nname = \"gpu{i}\"\nkind = \"cuda:{i}\"\n{more}"
             ));

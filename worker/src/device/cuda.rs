@@ -7,10 +7,11 @@ use anyhow::{Context, Result};
 use common::config::DeviceEntry;
 use common::request::{Failure, FailureKind};
 use common::wire::message::{KvDtype, ShardOptions};
-use engine::backend::DeviceError;
 use engine::backend::cuda::{CudaBackend, CudaDevice, CudaOptions};
+use engine::backend::{Backend, DeviceError};
 use engine::collective::host::HostGroup;
 use engine::collective::nccl::NcclGroup;
+use engine::collective::{Collective, CollectiveError};
 use engine::rates::{self, Rates};
 use nccl_rs::Library;
 
@@ -84,6 +85,29 @@ impl Gpu {
     pub fn check_alive(&self) -> Result<(), DeviceError> {
         self.device.memory().map(drop).map_err(DeviceError::from)
     }
+
+    /// Ranks that compute differently, or fill steps up differently, would add numbers that do not belong together.
+    fn agree(&self, ranks: &mut HostGroup, backend: &CudaBackend) -> Result<(), Failure> {
+        let own = format!("{}, graphs = {}", backend.numerics(), self.options.graphs);
+        let plans: &mut dyn Collective<Vec<f32>> = ranks;
+        let lost =
+            |error: CollectiveError| Failure::new(FailureKind::Unavailable, error.to_string());
+        if plans.rank() == 0 {
+            return plans.send_plan(own.as_bytes()).map_err(lost);
+        }
+        let mut leader = Vec::new();
+        plans.recv_plan(&mut leader).map_err(lost)?;
+        if leader == own.as_bytes() {
+            return Ok(());
+        }
+        let message = format!(
+            "the GPUs of the shard group compute differently: rank 0 with {}, rank {} with {own}; give them the same \
+             switches in cluster.toml (graphs, batch_invariant) and the same cuBLAS",
+            String::from_utf8_lossy(&leader),
+            plans.rank()
+        );
+        Err(Failure::new(FailureKind::BadRequest, message))
+    }
 }
 
 impl Platform for Gpu {
@@ -103,7 +127,8 @@ impl Platform for Gpu {
         CudaBackend::new(self.device.clone(), self.options)
     }
 
-    fn join(&self, ranks: HostGroup, backend: &mut CudaBackend) -> Result<NcclGroup, Failure> {
+    fn join(&self, mut ranks: HostGroup, backend: &mut CudaBackend) -> Result<NcclGroup, Failure> {
+        self.agree(&mut ranks, backend)?;
         // Looked for at each group, so that installing it needs no restart of what serves.
         let library = Library::load().map_err(|e| {
             Failure::new(
