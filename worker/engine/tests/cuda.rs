@@ -18,7 +18,7 @@ use engine::scheduler::Backlog;
 use serde::Deserialize;
 use std::hash::{DefaultHasher, Hasher};
 use std::process::Command;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 use support::{AllLogits, Cut, Sequence, cpu, models, plans};
 
@@ -379,16 +379,26 @@ fn answers(way: Way, twice: bool) -> (Vec<Vec<u32>>, u32, u64) {
         },
     };
     let (events_in, events) = mpsc::channel();
-    let sink = Box::new(move |events| drop(events_in.send(events)));
+    // Shut while requests are handed in, so that the engine has all of them after its first step at the latest.
+    let gate = Arc::new(Mutex::new(()));
+    let sink = {
+        let gate = gate.clone();
+        Box::new(move |events| {
+            drop(gate.lock());
+            drop(events_in.send(events));
+        })
+    };
     let engine = Engine::spawn(Box::new(runner), config, sink, Box::new(drop)).expect("a thread");
     let (mut tokens, mut cached) = (Vec::new(), 0);
     for _ in 0..=u32::from(twice) {
         let requests = requests();
         (tokens, cached) = (vec![Vec::new(); requests.len()], 0);
         let mut owed = requests.len();
+        let shut = gate.lock();
         requests
             .into_iter()
             .for_each(|request| engine.submit(request).expect("taken"));
+        drop(shut);
         while owed > 0 {
             for event in events
                 .recv_timeout(Duration::from_secs(120))

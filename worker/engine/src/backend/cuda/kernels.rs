@@ -22,9 +22,9 @@ pub(super) struct Source {
     /// As written.
     pub text: &'static str,
     /// By architecture: 80 is sm_80.
-    cubins: &'static [(u32, &'static [u8])],
+    pub cubins: &'static [(u32, &'static [u8])],
     /// In order.
-    kernels: &'static [Head],
+    pub kernels: &'static [Head],
 }
 
 /// A kernel in a file.
