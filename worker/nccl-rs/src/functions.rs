@@ -55,7 +55,7 @@ pub(crate) struct Missing {
 
 macro_rules! functions {
     ($($field:ident = $symbol:literal since $major:literal . $minor:literal : $signature:ty;)*) => {
-        /// One pointer per function. Valid as long as the library they came from stays loaded.
+        /// One pointer per function. Valid as long as the library they came from stays loaded: for good.
         #[derive(Debug, Clone, Copy)]
         pub struct Functions {
             $(pub $field: $signature,)*

@@ -15,11 +15,9 @@ const SONAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
 /// `ncclResult_t ncclGetVersion(int *version)`
 type GetVersion = unsafe extern "C" fn(*mut c_int) -> c_uint;
 
-/// A loaded NCCL. It stays loaded for the life of this value.
+/// A loaded NCCL. It stays loaded as long as the process lives: threads of its own may run longer than what started them.
 #[derive(Debug)]
 pub struct Library {
-    /// Keeps the code behind the functions mapped.
-    _library: libloading::Library,
     functions: Functions,
     version: Version,
     name: String,
@@ -124,12 +122,14 @@ impl Library {
         name: &str,
     ) -> Result<Library, LoadError> {
         match Functions::resolve(&library) {
-            Ok(functions) => Ok(Library {
-                _library: library,
-                functions,
-                version,
-                name: name.to_owned(),
-            }),
+            Ok(functions) => {
+                std::mem::forget(library);
+                Ok(Library {
+                    functions,
+                    version,
+                    name: name.to_owned(),
+                })
+            }
             Err(missing) => Err(LoadError::TooOld {
                 name: name.to_owned(),
                 found: version,
