@@ -419,7 +419,7 @@ fn a_member_whose_leader_was_never_told_of_the_group_says_so() {
     let error = join(
         listener.address(),
         &member(1, 2, Transport::Auto),
-        Duration::from_millis(300),
+        Duration::from_secs(2),
     )
     .unwrap_err();
     assert!(
