@@ -8,7 +8,8 @@
 //!
 //! Determinism, which every backend owes its callers: a row of an op's result depends on that row's inputs alone, never
 //! on how many rows there are or who computes them. Each sum runs in one fixed order; attention advances over the keys
-//! in tiles of [`BLOCK_TOKENS`](crate::plan::BLOCK_TOKENS) aligned to absolute position, whatever the span is.
+//! in tiles of [`BLOCK_TOKENS`](crate::plan::BLOCK_TOKENS) aligned to absolute position, whatever the span is. A device
+//! backend may by default give up the first part for speed, so that a row depends on how many rows there are, and says so.
 //!
 //! Faults. Ops enqueue work and return nothing: a device that fails keeps its first fault and gives it from the next
 //! [`Backend::read`]. Ops may panic on shapes that do not fit together: the callers are the layers, which derive all

@@ -2,7 +2,7 @@
 //!
 //! Owns when a step is recorded: not the first time, when libraries still set themselves up, but the second. A recorded
 //! step holds the group's communicator, so that another thread may have to destroy all of them before it can end the
-//! group: the store is shared, and closed from then on.
+//! group: the store is shared, and closed from then on. The next group's steps go to a store of their own.
 
 use super::driver::{Graph, Stream};
 use super::error::CudaError;
@@ -41,16 +41,11 @@ pub(super) enum Next {
 }
 
 impl GraphStore {
-    /// Destroys all recorded steps; until [`reopen`](GraphStore::reopen) none is kept. From any thread.
+    /// Destroys all recorded steps, for good: none is kept from now on. From any thread.
     pub fn destroy_all(&self) {
         let mut state = self.state();
         state.closed = true;
         state.steps.clear();
-    }
-
-    /// Steps may be recorded again: the group stands anew.
-    pub fn reopen(&self) {
-        self.state().closed = false;
     }
 
     /// How many steps are recorded.

@@ -30,7 +30,7 @@ pub struct CudaLane {
 }
 
 impl CudaLane {
-    /// Of a backend whose recordings, if any, are of an earlier group. `gathers`: this is rank 0.
+    /// Of a backend that is new, or renewed: what it has recorded holds no other group. `gathers`: this is rank 0.
     ///
     /// # Errors
     /// [`CudaError::OutOfMemory`].
@@ -38,8 +38,6 @@ impl CudaLane {
         let (device, stream, graphs) = (backend.device(), backend.stream(), backend.graphs());
         let numbers = if gathers { LANDING } else { 0 };
         let landing = Memory::new(&device.context, (numbers * size_of::<f32>()) as u64)?;
-        graphs.destroy_all();
-        graphs.reopen();
         Ok(CudaLane {
             landing,
             graphs,

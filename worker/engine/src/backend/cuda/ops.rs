@@ -15,6 +15,7 @@ use crate::backend::{
     KvShape, LayerNorm, LinearShape, QuantShape, QuantSource, RowSource, Size, StepShape,
 };
 use half::bf16;
+use std::sync::Arc;
 
 /// Threads of a block of most kernels.
 const THREADS: u32 = 256;
@@ -327,7 +328,9 @@ impl Backend for CudaBackend {
 
     fn renew(&mut self) {
         self.abandon_recording();
-        self.graphs.clear();
+        // The old group's watchdog may close its store late, and only its own.
+        self.graphs.destroy_all();
+        self.graphs = Arc::default();
         let _ = self.draws.take(&mut Vec::new());
         self.fault = None;
         // A device that failed fails here too.

@@ -351,7 +351,7 @@ fn a_step_is_recorded_the_second_time_and_replayed_from_then_on() {
         assert_eq!(double(&mut backend, 4, &mut x), [wanted, enqueued]);
     }
     assert_eq!(backend.graphs().recorded(), 0);
-    backend.graphs().reopen();
+    backend.renew();
     double(&mut backend, 4, &mut x);
     double(&mut backend, 4, &mut x);
     assert_eq!(
