@@ -2,7 +2,7 @@
 //!
 //! Follows the engine byte for byte (`tests/it/footprint.rs` holds one against the other): query heads, the MLP's middle
 //! and the vocabulary are cut among ranks, KV heads too, or repeated when there are fewer than ranks; norms are whole on
-//! each rank. Figures are for the rank that has most. What kinds of devices have of their own is in [`cpu`] and [`cuda`].
+//! each rank. Figures are for the rank that has most. What kinds of devices have of their own is in `cpu` and `cuda`.
 
 mod cpu;
 pub mod cuda;

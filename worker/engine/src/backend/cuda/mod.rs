@@ -1,7 +1,7 @@
 //! Devices of NVIDIA, through the driver's API: loaded when asked for, so that one program serves machines with and
 //! without.
 //!
-//! Read [`device`] first (what is opened, what can be missing), then this file (the backend's state), then `ops`. Owns one
+//! Read `device` first (what is opened, what can be missing), then this file (the backend's state), then `ops`. Owns one
 //! stream: all work of a backend is enqueued there in order, and the host waits only in [`Backend::read`] and
 //! [`Backend::drawn`]. Kernels are in `kernels/*.cu`; their cubins are embedded.
 //!
