@@ -16,6 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLE = ROOT / "target" / "gpu-smoke"
+# Tests look for the coordinator and the worker one folder above their own.
+DEPS = BUNDLE / "deps"
 
 # Name in the bundle, cargo's arguments, name of the target that gives the program.
 PROGRAMS = [
@@ -26,12 +28,16 @@ PROGRAMS = [
     ("gpu_times", ["build", "--release", "-p", "engine", "--features", "cuda", "--example", "gpu_times"], "gpu_times"),
 ]
 
+# What a machine with a GPU cannot show: a worker and a doctor without one.
+ABSENT = ["--skip", "a_worker_whose_gpu_cannot_be_had", "--skip", "the_doctor_tells"]
+
 # Name of the step, program, arguments, whether two GPUs are needed, seconds at most.
 TESTS = [
     ("ops against the reference, alone", "engine-unit", ["backend::cuda", "--test-threads=1"], False, 600),
     ("whole models", "engine-models", ["--test-threads=1"], False, 600),
     ("groups of two cards", "engine-groups", ["--test-threads=1"], True, 600),
-    ("the cluster on cards", "cluster", ["cuda", "--test-threads=1"], True, 1200),
+    ("the cluster on one card", "cluster", ["cuda::", "--skip", "gpu_and_two", "--test-threads=1"], False, 1200),
+    ("the cluster on two cards", "cluster", ["gpu_and_two", "cuda_faults::", *ABSENT, "--test-threads=1"], True, 1200),
 ]
 
 # compute-sanitizer's tools. Without the padding, memcheck misses what lands in a neighbouring allocation.
@@ -56,7 +62,7 @@ def main():
     if asked.build:
         print(f"built into {BUNDLE}; now: scripts/gpu-smoke --run, on the machine with the GPU")
         return 0
-    missing = [name for name, _, _ in PROGRAMS if not (BUNDLE / name).exists()]
+    missing = [name for name, _, _ in PROGRAMS if not (DEPS / name).exists()]
     if missing:
         sys.exit(f"gpu-smoke: {BUNDLE} lacks {', '.join(missing)}: run scripts/gpu-smoke --build first, and bring the folder here")
     report = Report(asked.report)
@@ -69,17 +75,17 @@ def main():
         if pair and devices < 2:
             report.skip(name, f"needs two GPUs, and there is {devices}" if devices == 1 else "there is no GPU")
             continue
-        report.run(name, [str(BUNDLE / program), *arguments], environment, limit)
+        report.run(name, [str(DEPS / program), *arguments], environment, limit)
     if not (asked.quick or asked.rig):
         sanitize(report, environment)
     tiny = ["--tiny"] if asked.rig else []
-    report.run("times of the ops", [str(BUNDLE / "gpu_times"), *tiny], environment, 900)
+    report.run("times of the ops", [str(DEPS / "gpu_times"), *tiny], environment, 900)
     return report.end()
 
 
 def build():
     """Builds the programs and copies them, without their debug information, to one folder."""
-    BUNDLE.mkdir(parents=True, exist_ok=True)
+    DEPS.mkdir(parents=True, exist_ok=True)
     for name, arguments, target in PROGRAMS:
         print(f"building {name}: cargo {' '.join(arguments)}", flush=True)
         built = subprocess.run(
@@ -91,7 +97,7 @@ def build():
         programs = [m["executable"] for m in messages if m.get("executable") and m["target"]["name"] == target]
         if not programs:
             sys.exit(f"gpu-smoke: cargo built no program for {name}")
-        copy(Path(programs[-1]), BUNDLE / name)
+        copy(Path(programs[-1]), DEPS / name)
     subprocess.run(["cargo", "build", "--workspace", "--bins"], cwd=ROOT, check=True)
     for name in ["coordinator", "worker"]:
         copy(ROOT / "target" / "debug" / name, BUNDLE / name)
@@ -143,7 +149,7 @@ def sanitize(report, environment):
         report.skip("compute-sanitizer", "it is not installed: it comes with the CUDA toolkit")
         return
     for name, options in SANITIZERS:
-        command = [tool, "--tool", name, *options, "--error-exitcode", "9", str(BUNDLE / "engine-unit")]
+        command = [tool, "--tool", name, *options, "--error-exitcode", "9", str(DEPS / "engine-unit")]
         report.run(f"compute-sanitizer {name}", [*command, "backend::cuda", "--test-threads=1"], environment, 900)
 
 

@@ -33,3 +33,9 @@ need_python() {
   python3 -c 'import sys; sys.exit(sys.version_info < (3, 9))' ||
     fail "$(python3 --version) is too old: 3.9 or newer is needed"
 }
+
+# For the tests of the CUDA path, whose devices are emulated by programs in C++.
+need_cxx() {
+  command -v "${CXX:-g++}" >/dev/null ||
+    fail "no C++ compiler ('${CXX:-g++}'): install one (Debian: apt install g++), or set CXX; tests on emulated GPUs need it"
+}
