@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -88,19 +89,22 @@ def build():
     DEPS.mkdir(parents=True, exist_ok=True)
     for name, arguments, target in PROGRAMS:
         print(f"building {name}: cargo {' '.join(arguments)}", flush=True)
-        built = subprocess.run(
-            ["cargo", *arguments, "--message-format=json-render-diagnostics"], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
-        if built.returncode:
-            sys.exit(f"gpu-smoke: {name} does not build")
-        messages = [json.loads(line) for line in built.stdout.splitlines() if line.startswith("{")]
-        programs = [m["executable"] for m in messages if m.get("executable") and m["target"]["name"] == target]
-        if not programs:
-            sys.exit(f"gpu-smoke: cargo built no program for {name}")
-        copy(Path(programs[-1]), DEPS / name)
-    subprocess.run(["cargo", "build", "--workspace", "--bins"], cwd=ROOT, check=True)
+        copy(built_by(arguments, target), DEPS / name)
     for name in ["coordinator", "worker"]:
-        copy(ROOT / "target" / "debug" / name, BUNDLE / name)
+        copy(built_by(["build", "-p", name, "--bin", name], name), BUNDLE / name)
+
+
+def built_by(arguments, target):
+    """The program that cargo makes, wherever it puts it."""
+    command = ["cargo", *arguments, "--message-format=json-render-diagnostics"]
+    built = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if built.returncode:
+        sys.exit(f"gpu-smoke: {target} does not build")
+    messages = [json.loads(line) for line in built.stdout.splitlines() if line.startswith("{")]
+    programs = [m["executable"] for m in messages if m.get("executable") and m["target"]["name"] == target]
+    if not programs:
+        sys.exit(f"gpu-smoke: cargo built no program {target}")
+    return Path(programs[-1])
 
 
 def copy(program, to):
@@ -153,6 +157,22 @@ def sanitize(report, environment):
         report.run(f"compute-sanitizer {name}", [*command, "backend::cuda", "--test-threads=1"], environment, 900)
 
 
+def finish(command, environment, limit):
+    """Runs a program with all that it starts: none of it stays on the card. Gives its output and how it ended."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    try:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
+    except OSError as error:
+        return str(error).encode(), "FAILED to start"
+    try:
+        output, _ = process.communicate(timeout=limit)
+        return output, "ok" if process.returncode == 0 else f"FAILED with {process.returncode}"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        return output, f"FAILED: not done after {limit} s"
+
+
 class Report:
     """Says on the terminal what runs, and keeps everything in a file, which is whole after each step."""
 
@@ -177,15 +197,7 @@ class Report:
     def run(self, name, command, environment, limit):
         print(f"{name} ... ", end="", flush=True)
         begun = time.monotonic()
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=limit
-            )
-            output, ending = done.stdout, "ok" if done.returncode == 0 else f"FAILED with {done.returncode}"
-        except subprocess.TimeoutExpired as stuck:
-            output, ending = stuck.stdout or b"", f"FAILED: not done after {limit} s"
-        except OSError as error:
-            output, ending = str(error).encode(), "FAILED to start"
+        output, ending = finish(command, environment, limit)
         if ending != "ok":
             self.failed.append(name)
         print(f"{ending}, {time.monotonic() - begun:.0f} s", flush=True)

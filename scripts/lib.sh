@@ -36,6 +36,18 @@ need_python() {
 
 # For the tests of the CUDA path, whose devices are emulated by programs in C++.
 need_cxx() {
-  command -v "${CXX:-g++}" >/dev/null ||
-    fail "no C++ compiler ('${CXX:-g++}'): install one (Debian: apt install g++), or set CXX; tests on emulated GPUs need it"
+  local version
+  version=$("${CXX:-g++}" -dumpversion 2>/dev/null) ||
+    fail "no C++ compiler ('${CXX:-g++}'): tests on emulated GPUs need GCC 11 or newer (Debian: apt install g++; or set CXX)"
+  [ "${version%%.*}" -ge 11 ] || fail "'${CXX:-g++}' is version $version: tests on emulated GPUs need GCC 11 or newer (CXX names another)"
+}
+
+# Version of NVRTC that the kernels are compiled with, as scripts/build-kernels says.
+nvrtc_needed() {
+  sed -n 's/^nvrtc=\([0-9.]*\).*/\1/p' scripts/build-kernels
+}
+
+# Whether that compiler is installed already, so that no package index is needed.
+have_nvrtc() {
+  [ "$(cat target/kernels-venv/nvrtc 2>/dev/null)" = "$(nvrtc_needed)" ]
 }

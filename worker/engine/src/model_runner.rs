@@ -277,7 +277,7 @@ impl<B: Backend, C: Collective<B::Buf>> ModelRunner<B, C> {
             ..
         } = &mut self.parts;
         let on_device = decoder.embedding.logits_in(work);
-        if backend.draws() {
+        if backend.draws(vocab) {
             self.draws.clear();
             taker.draw_rows(wanted, &mut self.draws);
             if !self.draws.is_empty() {
@@ -459,9 +459,14 @@ impl<B: Backend, C: Collective<B::Buf>> Runner for ModelRunner<B, C> {
     }
 
     fn end(mut self: Box<Self>, end: &EngineEnd) {
-        if matches!(end, EngineEnd::Stopped) && self.parts.rank == 0 && self.parts.ranks > 1 {
-            // A follower that does not hear it sees the connection end.
-            let _ = self.collective.send_plan(&[]);
+        match end {
+            EngineEnd::Stopped if self.parts.rank == 0 && self.parts.ranks > 1 => {
+                // A follower that does not hear it sees the connection end.
+                let _ = self.collective.send_plan(&[]);
+            }
+            // The others may wait for this rank in a sum that it will never join.
+            EngineEnd::Failed(_) | EngineEnd::Panicked(_) => self.collective.abort_handle().abort(),
+            EngineEnd::Stopped => {}
         }
         if let Some(keeper) = self.keeper.take()
             && parts::survives(end)

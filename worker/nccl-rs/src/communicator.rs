@@ -175,7 +175,7 @@ impl Communicator {
     /// # Errors
     /// [`Error::Failed`], [`Error::Ended`].
     pub fn async_error(&self) -> Result<(), Error> {
-        self.shared.async_error()
+        self.shared.error()
     }
 
     /// A handle that ends this communicator from any thread.

@@ -12,6 +12,9 @@ use crate::error::{Error, IN_PROGRESS, SUCCESS};
 use crate::functions::RawCommunicator;
 use crate::library::Library;
 
+/// What an asynchronous error is of.
+const EARLIER: &str = "an earlier call";
+
 /// A call that goes on in the background is asked after without a pause for so long: about the time that NCCL's thread
 /// takes to launch a collective.
 const SPIN: Duration = Duration::from_micros(200);
@@ -154,15 +157,20 @@ impl Shared {
         }
     }
 
+    /// The asynchronous error, for the owner: waits while another thread asks.
+    pub(crate) fn error(&self) -> Result<(), Error> {
+        let entry = self.enter()?;
+        self.state(&entry, EARLIER).map(drop)
+    }
+
     /// The asynchronous error, for threads beside the owner. Says nothing while the owner is inside NCCL.
     pub(crate) fn async_error(&self) -> Result<(), Error> {
-        const CALL: &str = "an earlier call";
         match self.handle.try_lock() {
-            Ok(entry) if entry.is_some() => self.state(&entry, CALL).map(drop),
+            Ok(entry) if entry.is_some() => self.state(&entry, EARLIER).map(drop),
             Err(TryLockError::WouldBlock) => Ok(()),
             Ok(_) => Err(Error::Ended),
             Err(TryLockError::Poisoned(poisoned)) => {
-                self.state(&poisoned.into_inner(), CALL).map(drop)
+                self.state(&poisoned.into_inner(), EARLIER).map(drop)
             }
         }
     }

@@ -247,8 +247,8 @@ pub trait Backend: Send + 'static {
 
     // Sampling, where the device can.
 
-    /// Whether [`Backend::draw`] works. Without it the host reads the logits and chooses.
-    fn draws(&self) -> bool {
+    /// Whether [`Backend::draw`] works for such a vocabulary. Without it the host reads the logits and chooses.
+    fn draws(&self, _vocab: usize) -> bool {
         false
     }
 

@@ -84,7 +84,7 @@ impl<Buf: CopyNumbers> Collective<Buf> for Solo {
         self.alive()?;
         let whole = check_gather(0, 1, rows, widths, part.numbers(), out.numbers())?;
         out.copy_numbers(part, rows * whole)
-            .map_err(CollectiveError::OutOfStep)
+            .map_err(CollectiveError::Failed)
     }
 
     fn send_plan(&mut self, _plan: &[u8]) -> Result<(), CollectiveError> {

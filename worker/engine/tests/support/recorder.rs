@@ -547,7 +547,7 @@ impl Backend for Recorder {
         });
     }
 
-    fn draws(&self) -> bool {
+    fn draws(&self, _vocab: usize) -> bool {
         true
     }
 

@@ -6,7 +6,7 @@ use crate::sampler;
 
 /// Rows of logits, each drawn from in several ways; vocabularies of one token, of odd sizes and of many runs.
 pub(super) fn like_the_sampler<B: Backend>(twins: &mut Twins<B>) {
-    if !twins.device.draws() {
+    if !twins.device.draws(1) {
         return;
     }
     let vocabularies = [

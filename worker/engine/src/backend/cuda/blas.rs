@@ -143,12 +143,13 @@ impl Blas {
         if self.workspace == Some(start) {
             return Ok(());
         }
-        self.workspace = Some(start);
         // SAFETY: the caller keeps the memory; 256 bytes divide its address.
         let result = unsafe {
             (self.library.set_workspace)(self.handle, start as *mut c_void, bytes as usize)
         };
-        check("cublasSetWorkspace", result)
+        check("cublasSetWorkspace", result)?;
+        self.workspace = Some(start);
+        Ok(())
     }
 
     /// `out[r][i] = sum_j x[r][j] * w[i][j]` of `x [rows, k]`, `w [n, ld]` and `out [rows, out_width]`, of which `n` columns

@@ -30,11 +30,13 @@ pub struct CudaLane {
 }
 
 impl CudaLane {
-    /// Of a backend that is new, or renewed: what it has recorded holds no other group. `gathers`: this is rank 0.
+    /// Of a backend that is new, or renewed: what it has recorded holds no other group. From now on it records as one of
+    /// several. `gathers`: this is rank 0.
     ///
     /// # Errors
     /// [`CudaError::OutOfMemory`].
-    pub(crate) fn new(backend: &CudaBackend, gathers: bool) -> Result<CudaLane, CudaError> {
+    pub(crate) fn new(backend: &mut CudaBackend, gathers: bool) -> Result<CudaLane, CudaError> {
+        backend.grouped = true;
         let (device, stream, graphs) = (backend.device(), backend.stream(), backend.graphs());
         let numbers = if gathers { LANDING } else { 0 };
         let landing = Memory::new(&device.context, (numbers * size_of::<f32>()) as u64)?;

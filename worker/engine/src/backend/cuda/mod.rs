@@ -92,6 +92,8 @@ pub struct CudaBackend {
     /// Whether steps are recorded: as chosen, until one cannot be.
     records: bool,
     recording: Option<Recording>,
+    /// Whether other ranks record the same steps.
+    grouped: bool,
     /// The first that happened.
     fault: Option<DeviceError>,
     numerics: String,
@@ -127,6 +129,7 @@ impl CudaBackend {
             options,
             decodes_max: None,
             recording: None,
+            grouped: false,
             fault: None,
             numerics: numerics(&device, options),
             stream,
@@ -188,18 +191,27 @@ impl CudaBackend {
         }
     }
 
-    /// Ends a step of decodes; true where its ops are enqueued, false where they are to be called again.
+    /// Ends a step of decodes; true where its ops are enqueued, false where they are to be called again. A step that was
+    /// recorded and cannot be kept is this device's own trouble: in a group the other ranks replay it, and NCCL does not
+    /// join a sum that is replayed with one that is not. So the group ends. That ops cannot be recorded at all is so on
+    /// every rank.
     fn end_recorded(&mut self) -> bool {
         let Some(Recording { rows, failed }) = self.recording.take() else {
             return true;
         };
-        let recorded = self.stream.end_capture();
-        let kept = match (failed, recorded) {
-            (Some(error), _) | (None, Err(error)) => Err(error),
-            (None, Ok(graph)) => self.graphs.keep(rows, graph, &self.stream),
+        let graph = match (failed, self.stream.end_capture()) {
+            (None, Ok(graph)) => graph,
+            (Some(error), _) | (None, Err(error)) => {
+                self.record_no_more(&error);
+                return false;
+            }
         };
-        match kept {
+        match self.graphs.keep(rows, graph, &self.stream) {
             Ok(kept) => kept,
+            Err(error) if self.grouped => {
+                self.note(Err(error));
+                true
+            }
             Err(error) => {
                 self.record_no_more(&error);
                 false
@@ -231,6 +243,8 @@ impl CudaBackend {
 impl Drop for CudaBackend {
     fn drop(&mut self) {
         self.abandon_recording();
+        // Others hold the store too, and what is recorded names this backend's memory.
+        self.graphs.destroy_all();
         // The driver would wait too, but for ever.
         let _ = self.staging.settle(&self.stream);
     }

@@ -93,12 +93,13 @@ impl CudaBackend {
 
     /// Brings the batch to the device.
     fn upload_batch(&mut self, batch: &Batch) -> Result<(), CudaError> {
-        self.step.capacity = self.step.capacity.fitting(batch);
-        self.step.fill(batch, self.options.batch_invariant);
+        let capacity = self.step.capacity.fitting(batch);
         let (start, moved) = self
             .scratch
             .arrays
-            .at_least(&mut self.arena, self.step.capacity.bytes())?;
+            .at_least(&mut self.arena, capacity.bytes())?;
+        self.step.capacity = capacity;
+        self.step.fill(batch, self.options.batch_invariant);
         self.forget_recorded(moved);
         self.staging.upload(&self.stream, self.step.bytes(), start)
     }
@@ -331,10 +332,11 @@ impl Backend for CudaBackend {
         // The old group's watchdog may close its store late, and only its own.
         self.graphs.destroy_all();
         self.graphs = Arc::default();
-        let _ = self.draws.take(&mut Vec::new());
+        self.grouped = false;
         self.fault = None;
         // A device that failed fails here too.
         let settled = self.staging.settle(&self.stream);
+        self.draws.forget();
         self.note(settled);
     }
 
@@ -539,8 +541,8 @@ impl Backend for CudaBackend {
         self.note(result);
     }
 
-    fn draws(&self) -> bool {
-        true
+    fn draws(&self, vocab: usize) -> bool {
+        vocab <= super::sampling::VOCAB_MAX
     }
 
     fn draw(&mut self, vocab: usize, logits: &CudaBuf, draws: &[Draw]) {

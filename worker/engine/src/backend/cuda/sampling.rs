@@ -24,7 +24,7 @@ const WANTED: usize = 4096;
 const TOKENS: usize = 4096;
 
 /// Largest vocabulary that the kernel takes.
-const VOCAB_MAX: usize = 1 << 20;
+pub(super) const VOCAB_MAX: usize = 1 << 20;
 
 /// Places in the small region: draws, their tokens, wanted rows.
 const TOKENS_AT: u64 = (DRAWS * size_of::<KernelDraw>()) as u64;
@@ -60,6 +60,12 @@ impl Draws {
         Ok(())
     }
 
+    /// Gives up all tokens, once nothing is under way.
+    pub fn forget(&mut self) {
+        self.waiting = 0;
+        self.taken.clear();
+    }
+
     fn collect(&mut self) -> Result<(), CudaError> {
         let waiting = std::mem::take(&mut self.waiting);
         if waiting > 0 {
@@ -88,14 +94,10 @@ impl CudaBackend {
         logits: &CudaBuf,
         draws: &[Draw],
     ) -> Result<(), CudaError> {
-        if vocab > VOCAB_MAX {
-            let error =
-                format!("a vocabulary of {vocab}; at most {VOCAB_MAX} tokens can be drawn from");
-            return Err(CudaError::Call {
-                call: "sample_rows",
-                error,
-            });
-        }
+        assert!(
+            vocab <= VOCAB_MAX,
+            "a vocabulary of {vocab} is the host's to draw from"
+        );
         let rows = draws
             .iter()
             .map(|draw| draw.row as usize + 1)

@@ -56,6 +56,7 @@ pub struct Group<L: Lane> {
     shared: Arc<Shared>,
     watchdog: Arc<Watchdog>,
     wait_max: Duration,
+    kill: Kill,
 }
 
 impl<L: Lane> Group<L> {
@@ -99,21 +100,26 @@ impl<L: Lane> Group<L> {
             .map_err(|error| unformed(refusal(&shared, &error)))?;
         // From here on a rank that dies is seen at once. That it all takes too long is this thread's to say.
         shared.take_off(options.within + FORM_GRACE);
+        let aborter = forming.aborter();
         let watchdog = guard::start(
             Arc::clone(&shared),
-            forming.aborter(),
+            aborter.clone(),
             lane.recordings(),
             options.abort_within,
-            kill,
+            Arc::clone(&kill),
         )
         .map_err(|error| {
             unformed(CollectiveError::Failed(format!(
                 "no thread can be started for the group: {error}"
             )))
         })?;
-        let communicator = forming
-            .wait(options.within)
-            .map_err(|error| unformed(refusal(&shared, &error)))?;
+        let communicator = forming.wait(options.within).map_err(|error| {
+            let error = unformed(refusal(&shared, &error));
+            if let Err(stuck) = aborter.abort(options.abort_within) {
+                kill(&guard::stuck_line(rank, &stuck.to_string()));
+            }
+            error
+        })?;
         shared.standing()?;
         shared.land();
         Ok(Group {
@@ -122,6 +128,7 @@ impl<L: Lane> Group<L> {
             shared,
             watchdog: Arc::new(watchdog),
             wait_max,
+            kill,
         })
     }
 
@@ -140,6 +147,13 @@ impl<L: Lane> Group<L> {
                 Fault::Device(reason) => CollectiveError::Failed(reason),
             })
         })
+    }
+
+    /// A step's work is to follow its plan; behind an empty one, the last, comes nothing.
+    fn begin_step(&self, plan: &[u8]) {
+        if !plan.is_empty() {
+            self.shared.take_off(self.wait_max);
+        }
     }
 
     /// Sends or receives over the host group.
@@ -264,13 +278,13 @@ impl<L: Lane> Collective<L::Buf> for Group<L> {
 
     fn send_plan(&mut self, plan: &[u8]) -> Result<(), CollectiveError> {
         self.on_host(|host| host.send_plan(plan))?;
-        self.shared.take_off(self.wait_max);
+        self.begin_step(plan);
         Ok(())
     }
 
     fn recv_plan(&mut self, plan: &mut Vec<u8>) -> Result<(), CollectiveError> {
         self.on_host(|host| host.recv_plan(plan))?;
-        self.shared.take_off(self.wait_max);
+        self.begin_step(plan);
         Ok(())
     }
 
@@ -313,10 +327,11 @@ impl<L: Lane> Drop for Group<L> {
         // NCCL waits for recordings that hold its work.
         (self.lane.recordings())();
         let ending = communicator.close(CLOSE_MAX);
-        let shared = Arc::clone(&self.shared);
+        let (shared, kill) = (Arc::clone(&self.shared), Arc::clone(&self.kill));
         let linger = move || {
             if ending.wait(LINGER).is_none() {
-                tracing::warn!("a communicator did not end within {} s", LINGER.as_secs());
+                let why = format!("its communicator did not end within {} s", LINGER.as_secs());
+                kill(&guard::stuck_line(shared.place.rank, &why));
             }
             drop(shared);
         };

@@ -176,7 +176,8 @@ pub(super) fn start(
     })
 }
 
-fn stuck_line(rank: u32, why: &str) -> String {
+/// Why a process that holds a dead group's device ends.
+pub(super) fn stuck_line(rank: u32, why: &str) -> String {
     format!("rank {rank} cannot free its device from a group that is over: {why}; the process ends")
 }
 

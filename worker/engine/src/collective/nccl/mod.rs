@@ -24,6 +24,7 @@ use std::time::Duration;
 
 use super::CollectiveError;
 use super::host::HostGroup;
+use crate::backend::Backend;
 use crate::backend::cuda::{CudaBackend, CudaLane};
 
 pub use group::{Group, Options};
@@ -45,6 +46,8 @@ impl NcclGroup {
         library: &Arc<nccl_rs::Library>,
         within: Duration,
     ) -> Result<NcclGroup, CollectiveError> {
+        // Also after a group that did not form: its guard has closed the store of recorded steps, for good.
+        backend.renew();
         let lane = CudaLane::new(backend, host.rank() == 0)
             .map_err(|error| CollectiveError::Failed(error.to_string()))?;
         Group::form_lane(host, lane, library, Options::new(within))
