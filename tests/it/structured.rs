@@ -391,9 +391,8 @@ async fn a_client_that_leaves_in_the_middle_of_a_grammar_frees_everything() {
         "regex": "(a|b|c)+", "ignore_eos": true, "stream": true, "max_tokens": 800, "temperature": 1});
     for _ in 0..4 {
         let mut events = cluster.client.try_stream(CHAT, &body).await.unwrap();
-        for _ in 0..5 {
-            assert!(events.next().await.is_some());
-        }
+        // One: a busy machine may bring many tokens at once.
+        assert!(events.next().await.is_some());
     }
     cluster.wait_idle().await;
     let answer = cluster
