@@ -1,8 +1,8 @@
 //! The device's memory as numbers: how much of it which shard has been promised, and what was kept of shards that are over.
 //!
 //! Owns the promises, and of what was kept the values that hold the bytes. A shard that is being let go still holds its
-//! bytes for a moment; whoever asks then waits for it. What was kept serves the next life of the same shard, and goes as
-//! soon as anybody else needs its room.
+//! bytes for a moment; whoever asks then waits for it. What was kept serves the next life of the same shard. It goes as
+//! soon as anybody else needs its room, when nobody wants the shard any more, or with age.
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -12,6 +12,9 @@ use std::time::{Duration, Instant};
 use common::ids::{Generation, ReplicaId};
 use common::request::{Failure, FailureKind};
 use common::wire::message::{ModelSource, ShardOptions, ShardSpec};
+
+/// What was kept is freed when no next life has come for it within this time.
+const KEPT_MAX: Duration = Duration::from_secs(600);
 
 /// A device's memory.
 pub struct Memory {
@@ -26,10 +29,13 @@ struct Leases {
     held: BTreeMap<u64, Held>,
     /// The oldest first.
     kept: Vec<Kept>,
+    /// Bytes of what was kept and is being freed: they are not free before that is over.
+    freeing: u64,
 }
 
 struct Held {
     what: Identity,
+    generation: Generation,
     bytes: u64,
     leaving: bool,
     /// The same shard will be loaded again.
@@ -41,6 +47,7 @@ struct Kept {
     what: Identity,
     generation: Generation,
     bytes: u64,
+    since: Instant,
     model: Model,
 }
 
@@ -92,6 +99,7 @@ impl Memory {
         leases.next += 1;
         let held = Held {
             what: Identity::of(spec),
+            generation: spec.generation,
             bytes: 0,
             leaving: false,
             keep: true,
@@ -103,18 +111,64 @@ impl Memory {
         }
     }
 
-    /// Drops what was kept of a replica's shards of this generation or an older one.
+    /// Nobody wants a replica's shards of this generation or an older one any more: frees what was kept of them, and those
+    /// that are not over yet will keep nothing.
     pub fn forget(&self, replica: ReplicaId, up_to: Generation) {
-        let old = |kept: &Kept| kept.what.replica == replica && kept.generation <= up_to;
-        let gone: Vec<Kept> = self.lock().kept.extract_if(.., |kept| old(kept)).collect();
-        // Freeing takes its time, and the lock is free meanwhile.
-        drop(gone);
+        let mut leases = self.lock();
+        let old = |what: &Identity, generation| what.replica == replica && generation <= up_to;
+        for held in leases.held.values_mut() {
+            held.keep &= !old(&held.what, held.generation);
+        }
+        let gone = leases
+            .kept
+            .extract_if(.., |kept| old(&kept.what, kept.generation));
+        let gone = gone.collect();
+        drop(self.free(leases, gone, "nobody wants the shard any more"));
+    }
+
+    /// Frees what was kept for too long.
+    pub fn forget_old(&self, now: Instant) {
+        let mut leases = self.lock();
+        let gone = leases.kept.extract_if(.., |kept| is_old(kept.since, now));
+        let gone = gone.collect();
+        drop(self.free(leases, gone, "no next life came"));
+    }
+
+    /// Frees what is kept no longer. That takes its time, and the lock is free meanwhile.
+    fn free<'a>(
+        &'a self,
+        mut leases: MutexGuard<'a, Leases>,
+        gone: Vec<Kept>,
+        why: &str,
+    ) -> MutexGuard<'a, Leases> {
+        let bytes: u64 = gone.iter().map(|kept| kept.bytes).sum();
+        leases.freeing += bytes;
+        drop(leases);
+        for kept in gone {
+            let Kept {
+                what,
+                generation,
+                bytes,
+                model,
+                ..
+            } = kept;
+            drop(model);
+            tracing::info!(replica = %what.replica, %generation, rank = what.rank, bytes, why, "kept weights freed");
+        }
+        let mut leases = self.lock();
+        leases.freeing -= bytes;
         self.changed.notify_all();
+        leases
     }
 
     fn lock(&self) -> MutexGuard<'_, Leases> {
         self.leases.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether what is kept since then has been kept for too long.
+fn is_old(since: Instant, now: Instant) -> bool {
+    now.saturating_duration_since(since) >= KEPT_MAX
 }
 
 impl Leases {
@@ -135,7 +189,8 @@ impl Lease {
     /// earlier life is not over, or while shards that are being let go hold what is missing.
     ///
     /// # Errors
-    /// [`FailureKind::TooLarge`] with the numbers.
+    /// With the numbers: [`FailureKind::TooLarge`] when what shards hold that stay leaves too little,
+    /// [`FailureKind::Unavailable`] when what is missing was not given back in time.
     pub fn take(&self, bytes: u64, within: Duration) -> Result<Option<Model>, Failure> {
         let deadline = Instant::now() + within;
         let total = self.memory.total;
@@ -149,7 +204,8 @@ impl Lease {
                 self.add(&mut leases, kept.bytes);
                 return Ok(Some(kept.model));
             }
-            let (staying, leaving, kept) = (leases.sum(false), leases.sum(true), leases.kept());
+            let (staying, kept) = (leases.sum(false), leases.kept());
+            let leaving = leases.sum(true) + leases.freeing;
             let free = total.saturating_sub(staying + leaving + kept);
             let left = deadline.saturating_duration_since(Instant::now());
             let will_keep =
@@ -162,12 +218,20 @@ impl Lease {
             let possible = total.saturating_sub(staying);
             if bytes <= possible && bytes > possible.saturating_sub(kept) && !leases.kept.is_empty()
             {
-                leases = self.drop_oldest(leases);
+                let oldest = leases.kept.remove(0);
+                leases = self
+                    .memory
+                    .free(leases, vec![oldest], "others need its room");
                 continue;
             }
             if bytes > possible || left.is_zero() {
+                let kind = if bytes > possible {
+                    FailureKind::TooLarge
+                } else {
+                    FailureKind::Unavailable
+                };
                 return Err(Failure::new(
-                    FailureKind::TooLarge,
+                    kind,
                     format!(
                         "the shard needs {} and the device has {} free of {}",
                         show(bytes),
@@ -191,21 +255,9 @@ impl Lease {
         }
     }
 
-    /// Frees what was kept longest.
-    fn drop_oldest<'a>(&'a self, mut leases: MutexGuard<'a, Leases>) -> MutexGuard<'a, Leases> {
-        let oldest = leases.kept.remove(0);
-        drop(leases);
-        tracing::info!(
-            replica = %oldest.what.replica, rank = oldest.what.rank, bytes = oldest.bytes,
-            "weights that were kept make room"
-        );
-        drop(oldest);
-        self.memory.lock()
-    }
-
     /// Leaves the shard's model on the device for its next life: its bytes are no longer this lease's. False, and the model
     /// is dropped, when there will be no next life.
-    pub fn keep(&self, generation: Generation, model: Model) -> bool {
+    pub fn keep(&self, model: Model) -> bool {
         let mut leases = self.memory.lock();
         let Some(held) = leases.held.get_mut(&self.id).filter(|held| held.keep) else {
             drop(leases);
@@ -214,8 +266,9 @@ impl Lease {
         };
         let kept = Kept {
             what: held.what.clone(),
-            generation,
+            generation: held.generation,
             bytes: std::mem::take(&mut held.bytes),
+            since: Instant::now(),
             model,
         };
         leases.kept.push(kept);

@@ -7,7 +7,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::ids::Generation;
 use common::request::{Failure, FailureKind};
 use common::wire::message::{
     KvDtype, ModelSource, Quantization, ReadyShard, ShardOptions, ShardSpec,
@@ -242,12 +241,12 @@ where
         match join(platform, &spec, &device, place.backend(), &log) {
             Ok(group) => Some(group),
             Err(failure) => {
-                place.keep(&lease, &spec);
+                place.keep(&lease);
                 return Err(failure);
             }
         }
     };
-    let keeper = keeper(lease.clone(), spec.generation, log.clone());
+    let keeper = keeper(lease.clone(), log.clone());
     let on_end: OnEnd = {
         let device = device.clone();
         Box::new(move |end| {
@@ -337,9 +336,9 @@ fn take_memory<B: Backend>(
 }
 
 /// Puts the model aside when its engine is over, for the shard's next life.
-fn keeper<B: Backend>(lease: Arc<Lease>, generation: Generation, log: ShardLog) -> Keeper<B> {
+fn keeper<B: Backend>(lease: Arc<Lease>, log: ShardLog) -> Keeper<B> {
     Box::new(move |_, parts| {
-        if lease.keep(generation, Box::new(parts)) {
+        if lease.keep(Box::new(parts)) {
             log.run("weights kept on the device for the shard's next life");
         }
     })
@@ -362,9 +361,9 @@ impl<B: Backend> Place<B> {
     }
 
     /// The group did not form: what was kept stays for another try.
-    fn keep(self, lease: &Lease, spec: &ShardSpec) {
+    fn keep(self, lease: &Lease) {
         if let Place::Kept(parts) = self {
-            lease.keep(spec.generation, parts);
+            lease.keep(parts);
         }
     }
 }

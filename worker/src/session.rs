@@ -3,6 +3,7 @@
 //! Owns the list of shards and the term. Shards stay loaded while the coordinator is away; requests do not.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,6 +27,7 @@ use crate::actors::messages::{CancelRequest, LinkLost, Serve, Unload};
 use crate::actors::shard::ShardActor;
 use crate::artifacts::library::Library;
 use crate::device::Device;
+use crate::memory::Memory;
 use crate::outbox::{Outbox, Queue};
 
 /// First pause between dials; it doubles up to [`PAUSE_MAX`].
@@ -39,6 +41,8 @@ const SILENCE_MAX: Duration = Duration::from_secs(10);
 /// Bytes the system holds for the socket. Its own choice would be megabytes: that many of stale answers would go out
 /// before the answer to a cancel.
 const SEND_BUFFER_BYTES: u32 = 256 << 10;
+/// What was kept of shards is looked at for its age so often.
+const AGE_CHECK_PERIOD: Duration = Duration::from_secs(10);
 /// Shards get this long to end when the process stops.
 const STOP_MAX: Duration = Duration::from_secs(8);
 
@@ -104,7 +108,16 @@ impl Session {
     ///
     /// # Errors
     /// [`RefusedByCoordinator`]: dialling again would not help.
-    pub async fn run(mut self, shutdown: CancellationToken) -> Result<(), RefusedByCoordinator> {
+    pub async fn run(self, shutdown: CancellationToken) -> Result<(), RefusedByCoordinator> {
+        let memory = self.device.memory.clone();
+        tokio::select! {
+            end = self.serve(shutdown) => end,
+            never = forget_old(memory) => match never {},
+        }
+    }
+
+    /// Links to one coordinator after the other until `shutdown`.
+    async fn serve(mut self, shutdown: CancellationToken) -> Result<(), RefusedByCoordinator> {
         let mut pause = PAUSE_MIN;
         let mut turn = 0;
         loop {
@@ -407,6 +420,17 @@ enum Greeting {
 
 fn bail_timeout<T>() -> Result<T> {
     bail!("no welcome within {} s", HANDSHAKE_MAX.as_secs())
+}
+
+/// Frees what was kept for too long, also while no coordinator is there to say so.
+async fn forget_old(memory: Arc<Memory>) -> Infallible {
+    loop {
+        tokio::time::sleep(AGE_CHECK_PERIOD).await;
+        let memory = memory.clone();
+        // Freeing weights may take its time.
+        let freed = tokio::task::spawn_blocking(move || memory.forget_old(Instant::now()));
+        drop(freed.await);
+    }
 }
 
 /// Sends what is queued, as much as there is at a time.

@@ -1,5 +1,7 @@
 //! Promises, waiting, and what is kept for whom.
 
+use std::sync::mpsc;
+
 use common::ids::WorkerId;
 use common::wire::message::{GroupMember, KvDtype, Quantization};
 
@@ -50,7 +52,7 @@ fn with_kept() -> (Arc<Memory>, Arc<()>) {
     assert!(lease.take(60 * MIB, NO_TIME).unwrap().is_none());
     lease.leave(true);
     let (model, mark) = loaded();
-    assert!(lease.keep(Generation(1), model));
+    assert!(lease.keep(model));
     (memory, mark)
 }
 
@@ -77,7 +79,10 @@ fn what_is_being_given_back_is_waited_for() {
     first.take(60 * MIB, NO_TIME).unwrap();
     first.leave(true);
     let second = memory.lease(&spec(2, 1, 0));
-    assert!(second.take(50 * MIB, NO_TIME).is_err(), "no time to wait");
+    let late = second.take(50 * MIB, NO_TIME).err().unwrap();
+    assert_eq!(late.kind, FailureKind::Unavailable, "it may be there soon");
+    let never = second.take(101 * MIB, NO_TIME).err().unwrap();
+    assert_eq!(never.kind, FailureKind::TooLarge);
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| second.take(50 * MIB, LONG).map(drop));
         drop(first);
@@ -139,7 +144,7 @@ fn a_shard_waits_for_the_end_of_its_earlier_life() {
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| after.take(60 * MIB, LONG));
         let (model, _mark) = loaded();
-        assert!(before.keep(Generation(1), model));
+        assert!(before.keep(model));
         assert!(waiting.join().unwrap().unwrap().is_some());
     });
 }
@@ -152,6 +157,86 @@ fn a_shard_that_has_no_next_life_keeps_nothing() {
     lease.leave(false);
     lease.leave(true);
     let (model, mark) = loaded();
-    assert!(!lease.keep(Generation(1), model));
+    assert!(!lease.keep(model));
     assert!(is_dropped(&mark));
+}
+
+#[test]
+fn what_nobody_wants_any_more_is_not_kept_when_it_ends_later() {
+    let memory = Memory::new(200 * MIB);
+    let [opening, leaving, newer, other] =
+        [spec(1, 1, 0), spec(1, 2, 1), spec(1, 3, 0), spec(2, 1, 0)]
+            .map(|spec| memory.lease(&spec));
+    leaving.leave(true);
+    memory.forget(ReplicaId(1), Generation(2));
+    for (lease, is_kept) in [
+        (opening, false),
+        (leaving, false),
+        (newer, true),
+        (other, true),
+    ] {
+        lease.take(MIB, NO_TIME).unwrap();
+        let (model, mark) = loaded();
+        assert_eq!(lease.keep(model), is_kept);
+        assert_eq!(is_dropped(&mark), !is_kept);
+    }
+}
+
+#[test]
+fn what_is_kept_too_long_is_freed() {
+    let before = Instant::now();
+    let (memory, mark) = with_kept();
+    let after = Instant::now();
+    memory.forget_old(before + KEPT_MAX - Duration::from_nanos(1));
+    assert!(!is_dropped(&mark));
+    memory.forget_old(after + KEPT_MAX);
+    assert!(is_dropped(&mark));
+}
+
+#[test]
+fn age_is_counted_from_when_it_was_kept() {
+    let since = Instant::now();
+    let minute = Duration::from_secs(60);
+    assert!(!is_old(since + minute, since), "a clock may be read late");
+    assert!(!is_old(since, since + 9 * minute));
+    assert!(is_old(since, since + 10 * minute));
+}
+
+/// A model that tells when its freeing begins, and ends it when told.
+struct Slow {
+    begun: mpsc::Sender<()>,
+    end: mpsc::Receiver<()>,
+}
+
+impl Drop for Slow {
+    fn drop(&mut self) {
+        self.begun.send(()).unwrap();
+        self.end.recv().unwrap();
+    }
+}
+
+#[test]
+fn bytes_are_free_when_they_are_freed_and_not_before() {
+    let frees: [fn(&Arc<Memory>); 2] = [
+        |memory| memory.forget(ReplicaId(1), Generation(1)),
+        |memory| drop(memory.lease(&spec(9, 1, 0)).take(90 * MIB, LONG)),
+    ];
+    for free in frees {
+        let memory = Memory::new(100 * MIB);
+        let lease = memory.lease(&spec(1, 1, 0));
+        lease.take(60 * MIB, NO_TIME).unwrap();
+        let (begun, begins) = mpsc::channel();
+        let (ends, end) = mpsc::channel();
+        assert!(lease.keep(Box::new(Slow { begun, end })));
+        let other = memory.lease(&spec(2, 1, 0));
+        std::thread::scope(|scope| {
+            let freeing = scope.spawn(|| free(&memory));
+            begins.recv().unwrap();
+            let early = other.take(41 * MIB, NO_TIME).err().unwrap();
+            assert_eq!(early.kind, FailureKind::Unavailable, "{early}");
+            ends.send(()).unwrap();
+            freeing.join().unwrap();
+        });
+        assert!(other.take(100 * MIB, LONG).unwrap().is_none());
+    }
 }
