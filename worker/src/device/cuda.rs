@@ -1,5 +1,6 @@
 //! A GPU as a device: one process owns it.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,9 +12,9 @@ use engine::backend::cuda::{CudaBackend, CudaDevice, CudaOptions};
 use engine::backend::{Backend, DeviceError};
 use engine::collective::host::HostGroup;
 use engine::collective::nccl::NcclGroup;
-use engine::collective::{Collective, CollectiveError};
 use engine::rates::{self, Rates};
 use nccl_rs::Library;
+use serde::{Deserialize, Serialize};
 
 use super::{Compute, Found};
 use crate::memory::show;
@@ -24,6 +25,8 @@ use crate::platform::Platform;
 const RESERVE_BYTES: u64 = 1 << 30;
 /// The devices of a group meet within this time or not at all: their processes have met already.
 const JOIN_MAX: Duration = Duration::from_secs(60);
+/// The other ranks are told so much of why a library cannot be had.
+const REASON_CHARS_MAX: usize = 512;
 
 /// A GPU with its kernels loaded.
 pub struct Gpu {
@@ -86,28 +89,83 @@ impl Gpu {
         self.device.memory().map(drop).map_err(DeviceError::from)
     }
 
-    /// Ranks that compute differently, or fill steps up differently, would add numbers that do not belong together.
-    fn agree(&self, ranks: &mut HostGroup, backend: &CudaBackend) -> Result<(), Failure> {
-        let own = format!("{}, graphs = {}", backend.numerics(), self.options.graphs);
-        let plans: &mut dyn Collective<Vec<f32>> = ranks;
-        let lost =
-            |error: CollectiveError| Failure::new(FailureKind::Unavailable, error.to_string());
-        if plans.rank() == 0 {
-            return plans.send_plan(own.as_bytes()).map_err(lost);
+    /// Ranks that compute differently, or fill steps up differently, would add numbers that do not belong together. Each
+    /// rank hears of all the others, so that all refuse with the same words. Gives the library that joins them.
+    fn agree(&self, ranks: &mut HostGroup, backend: &CudaBackend) -> Result<Arc<Library>, Failure> {
+        // Looked for at each group, so that installing it needs no restart of what serves.
+        let library = Library::load().map_err(|e| e.to_string());
+        let (major, minor) = self.device.facts().compute_capability;
+        let own = Traits {
+            kind: format!("sm_{major}{minor}"),
+            numerics: backend.numerics(),
+            graphs: self.options.graphs,
+            nccl: match &library {
+                Ok(library) => Ok(library.version().to_string()),
+                Err(why) => Err(why.chars().take(REASON_CHARS_MAX).collect()),
+            },
+        };
+        let broken = |e: serde_json::Error| Failure::new(FailureKind::Internal, e.to_string());
+        let own = serde_json::to_vec(&own).map_err(broken)?;
+        let words = ranks
+            .exchange(&own, JOIN_MAX)
+            .map_err(|e| Failure::new(FailureKind::Unavailable, e.to_string()))?;
+        let all: Vec<Traits> = words
+            .iter()
+            .map(|word| serde_json::from_slice(word))
+            .collect::<Result<_, _>>()
+            .map_err(broken)?;
+        let refused = |message| Failure::new(FailureKind::BadRequest, message);
+        match disagreement(&all) {
+            Some(message) => Err(refused(message)),
+            None => library.map_err(refused),
         }
-        let mut leader = Vec::new();
-        plans.recv_plan(&mut leader).map_err(lost)?;
-        if leader == own.as_bytes() {
-            return Ok(());
-        }
-        let message = format!(
-            "the GPUs of the shard group compute differently: rank 0 with {}, rank {} with {own}; give them the same \
-             switches in cluster.toml (graphs, batch_invariant) and the same cuBLAS",
-            String::from_utf8_lossy(&leader),
-            plans.rank()
-        );
-        Err(Failure::new(FailureKind::BadRequest, message))
     }
+}
+
+/// What the ranks of a group must have in common.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Traits {
+    /// The kind of GPU, such as `sm_80`.
+    kind: String,
+    /// What decides the bits of a product.
+    numerics: String,
+    graphs: bool,
+    /// The version of NCCL, or why there is none.
+    nccl: Result<String, String>,
+}
+
+impl fmt::Display for Traits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let nccl = self.nccl.as_deref().unwrap_or("missing");
+        let Traits {
+            numerics, graphs, ..
+        } = self;
+        write!(f, "{numerics}, graphs = {graphs}, NCCL {nccl}")
+    }
+}
+
+/// Why ranks with these traits, in rank order, form no group.
+fn disagreement(all: &[Traits]) -> Option<String> {
+    let without = (0..)
+        .zip(all)
+        .find_map(|(rank, traits): (u32, _)| Some((rank, traits.nccl.as_ref().err()?)));
+    if let Some((rank, why)) = without {
+        return Some(format!(
+            "a shard group of GPUs needs NCCL, and rank {rank} has none: {why}"
+        ));
+    }
+    let first = all.first()?;
+    let (rank, other) = (0..)
+        .zip(all)
+        .find(|(_, traits): &(u32, _)| *traits != first)?;
+    let help = if first.kind == other.kind {
+        "give them the same switches in cluster.toml (graphs, batch_invariant), the same cuBLAS and the same NCCL"
+    } else {
+        "a group needs the same kind of GPU on all ranks"
+    };
+    Some(format!(
+        "the GPUs of the shard group compute differently: rank 0 with {first}, rank {rank} with {other}; {help}"
+    ))
 }
 
 impl Platform for Gpu {
@@ -128,17 +186,63 @@ impl Platform for Gpu {
     }
 
     fn join(&self, mut ranks: HostGroup, backend: &mut CudaBackend) -> Result<NcclGroup, Failure> {
-        self.agree(&mut ranks, backend)?;
-        // Looked for at each group, so that installing it needs no restart of what serves.
-        let library = Library::load().map_err(|e| {
-            Failure::new(
-                FailureKind::BadRequest,
-                format!("a shard group of GPUs needs NCCL: {e}"),
-            )
-        })?;
+        let library = self.agree(&mut ranks, backend)?;
         NcclGroup::form(ranks, backend, &library, JOIN_MAX).map_err(|e| {
             let message = format!("the GPUs of the shard group did not meet: {e}");
             Failure::new(FailureKind::Unavailable, message)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn traits() -> Traits {
+        Traits {
+            kind: "sm_80".into(),
+            numerics: "cuda-1-sm_80-invariant".into(),
+            graphs: true,
+            nccl: Ok("2.21.5".into()),
+        }
+    }
+
+    #[test]
+    fn ranks_that_differ_are_refused_with_words_that_say_what_would_help() {
+        assert_eq!(disagreement(&[traits(), traits(), traits()]), None);
+        let refused = |other: Traits| disagreement(&[traits(), traits(), other]).unwrap();
+        let message = refused(Traits {
+            graphs: false,
+            ..traits()
+        });
+        assert!(
+            message.contains(
+                "rank 0 with cuda-1-sm_80-invariant, graphs = true, NCCL 2.21.5, rank 2 with"
+            ) && message.contains("give them the same switches"),
+            "{message}"
+        );
+        let message = refused(Traits {
+            nccl: Ok("2.14.3".into()),
+            ..traits()
+        });
+        assert!(message.ends_with("the same NCCL"), "{message}");
+        let message = refused(Traits {
+            kind: "sm_90".into(),
+            numerics: "cuda-1-sm_90-invariant".into(),
+            ..traits()
+        });
+        assert!(
+            message.ends_with("the same kind of GPU on all ranks"),
+            "{message}"
+        );
+        let message = refused(Traits {
+            nccl: Err("no libnccl.so.2".into()),
+            graphs: false,
+            ..traits()
+        });
+        assert_eq!(
+            message,
+            "a shard group of GPUs needs NCCL, and rank 2 has none: no libnccl.so.2"
+        );
     }
 }

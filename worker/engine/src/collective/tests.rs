@@ -360,6 +360,27 @@ fn a_death_is_seen_from_beside_behind_no_plan_and_with_its_name() {
 }
 
 #[test]
+fn every_rank_hears_the_words_of_all_and_one_that_says_nothing_is_lost() {
+    for transport in BOTH {
+        let mut groups = form(3, transport, |_| {});
+        let heard = on_all(&mut groups, |group| {
+            let word = vec![b'a'; group.rank() as usize];
+            group.exchange(&word, SOON)
+        });
+        let all = vec![b"".to_vec(), b"a".to_vec(), b"aa".to_vec()];
+        assert_eq!(heard, vec![Ok(all.clone()), Ok(all.clone()), Ok(all)]);
+        let heard = on_all(&mut groups, |group| match group.rank() {
+            2 => Ok(Vec::new()),
+            _ => group.exchange(b"here", Duration::from_millis(300)),
+        });
+        for told in &heard[..2] {
+            let told = told.as_ref().unwrap_err().to_string();
+            assert_eq!(told, "rank 2 of 3 is lost: it did not answer within 0.3 s");
+        }
+    }
+}
+
+#[test]
 fn ranks_that_disagree_on_a_sum_fail_instead_of_mixing_numbers() {
     let mut groups = form(2, Transport::Tcp, |_| {});
     let results = on_all(&mut groups, |group| {

@@ -34,9 +34,11 @@ pub(super) enum Kind {
     Columns = 7,
     /// Rank 0: which rank is lost (u32) and why. The last frame of a connection.
     Lost = 8,
+    /// A follower: its word. Rank 0: the words of all ranks, a frame each.
+    Word = 9,
 }
 
-const KINDS: [Kind; 8] = [
+const KINDS: [Kind; 9] = [
     Kind::Offer,
     Kind::Mapped,
     Kind::Use,
@@ -45,6 +47,7 @@ const KINDS: [Kind; 8] = [
     Kind::Sum,
     Kind::Columns,
     Kind::Lost,
+    Kind::Word,
 ];
 
 /// A frame's header.
@@ -333,7 +336,7 @@ mod tests {
 
     #[test]
     fn odd_headers_are_refused() {
-        for kind in [0, 9, 255] {
+        for kind in [0, 10, 255] {
             assert_eq!(
                 Header::decode([kind, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
                 None

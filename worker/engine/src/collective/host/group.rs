@@ -15,6 +15,9 @@ use super::watch::LinkWatch;
 use super::{FOLLOWER_GRACE, Membership, Transport};
 use crate::collective::{AbortHandle, Collective, CollectiveError, PLAN_BYTES_MAX, check_gather};
 
+/// Longest word of a rank in [`HostGroup::exchange`], in bytes.
+const WORD_BYTES_MAX: usize = 4096;
+
 /// One rank of a formed group.
 pub struct HostGroup {
     pub(super) rank: u32,
@@ -199,6 +202,74 @@ impl HostGroup {
             plan.resize(header.len as usize, 0);
             frame::read_bytes(stream, plan, group.deadline()).map_err(|error| group.lost(0, error))
         })
+    }
+
+    /// Gives this rank's `word` and gets the words of all, in rank order. A rank that says nothing `within` is lost.
+    ///
+    /// # Errors
+    /// [`CollectiveError`]; also when a word is longer than 4096 bytes.
+    pub fn exchange(
+        &mut self,
+        word: &[u8],
+        within: Duration,
+    ) -> Result<Vec<Vec<u8>>, CollectiveError> {
+        let within = match self.rank {
+            0 => within,
+            _ => within + FOLLOWER_GRACE,
+        };
+        let deadline = Instant::now() + within;
+        let mut words = Vec::new();
+        self.step(|group| {
+            if word.len() > WORD_BYTES_MAX {
+                return Err(CollectiveError::OutOfStep(format!(
+                    "rank {} gives a word of {} bytes",
+                    group.rank,
+                    word.len()
+                )));
+            }
+            let lost = |rank, error| match error {
+                FrameError::TimedOut => CollectiveError::RankLost {
+                    rank,
+                    ranks: group.ranks,
+                    reason: format!("it did not answer within {} s", within.as_secs_f32()),
+                },
+                error => group.lost(rank, error),
+            };
+            let send = |rank, word: &[u8]| {
+                frame::write_frame(group.link(rank), Kind::Word, 0, word, Some(deadline))
+                    .map_err(|error| lost(rank, error))
+            };
+            let receive = |rank| {
+                let stream = group.link(rank);
+                let header = frame::read_header(stream, Kind::Word, Some(deadline))
+                    .map_err(|error| lost(rank, error))?;
+                let len = header.len as usize;
+                if len > WORD_BYTES_MAX {
+                    let what = format!("rank {rank} sent a word of {len} bytes");
+                    return Err(CollectiveError::OutOfStep(what));
+                }
+                let mut word = vec![0; len];
+                frame::read_bytes(stream, &mut word, Some(deadline))
+                    .map_err(|error| lost(rank, error))?;
+                Ok(word)
+            };
+            if group.rank != 0 {
+                send(0, word)?;
+                for _ in 0..group.ranks {
+                    words.push(receive(0)?);
+                }
+                return Ok(());
+            }
+            words.push(word.to_vec());
+            for rank in 1..group.ranks {
+                words.push(receive(rank)?);
+            }
+            for rank in 1..group.ranks {
+                words.iter().try_for_each(|word| send(rank, word))?;
+            }
+            Ok(())
+        })?;
+        Ok(words)
     }
 
     /// A handle that ends the group from another thread.
