@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use actix::{Addr, Message};
-use common::ids::{Generation, ReplicaId};
+use common::ids::{Generation, ReplicaId, WorkerId};
 use common::wire::message::{Health, HeldShard, Hello, ShardState};
 use tokio::sync::{mpsc, oneshot};
 
@@ -134,6 +134,8 @@ pub enum Status {
     Over {
         /// Trying again will fail again.
         fatal: bool,
+        /// The worker that it is over because of, where that is known.
+        cause: Option<WorkerId>,
         /// Why.
         message: String,
     },

@@ -55,7 +55,17 @@ pub struct Replica {
     /// When it is to be let go.
     retirement: Option<Retirement>,
     /// Why it is over.
-    over: Option<(bool, String)>,
+    over: Option<Over>,
+}
+
+/// Why a replica is over.
+struct Over {
+    /// Another attempt would end the same way.
+    fatal: bool,
+    /// Of no use to another formation either.
+    refused: bool,
+    cause: Option<WorkerId>,
+    message: String,
 }
 
 struct Rank {
@@ -189,10 +199,10 @@ impl Replica {
                 self.progress.load_went_on(now);
                 self.state(position, held.state, now);
             }
-            _ => self.end(
-                false,
-                format!("worker {} came back without its shard", link.worker),
-            ),
+            _ => {
+                let message = format!("worker {} came back without its shard", link.worker);
+                self.end_because_of(position, message);
+            }
         }
     }
 
@@ -232,7 +242,7 @@ impl Replica {
                         link.worker,
                         stood.as_secs()
                     );
-                    self.end(false, message);
+                    self.end(message);
                 }
                 self.meters.health(*health);
             }
@@ -253,27 +263,28 @@ impl Replica {
                     failure.kind,
                     FailureKind::BadRequest | FailureKind::TooLarge
                 );
-                self.end(
+                self.over.get_or_insert(Over {
                     fatal,
-                    format!("rank {position} on {worker}: {}", failure.message),
-                );
+                    refused: failure.kind == FailureKind::BadRequest,
+                    // A rank that is not to blame fails too: it has lost the others.
+                    cause: (failure.kind == FailureKind::TooLarge).then(|| worker.clone()),
+                    message: format!("rank {position} on {worker}: {}", failure.message),
+                });
             }
-            ShardState::Unloaded => {
-                self.end(false, format!("rank {position} on {worker} was let go"))
-            }
+            ShardState::Unloaded => self.end(format!("rank {position} on {worker} was let go")),
             ShardState::Loading { .. } | ShardState::Ready(_) => {}
         }
     }
 
     /// Looks at the time-outs.
     fn tick(&mut self, now: Instant) {
-        let missing = self.ranks.iter().find(|rank| rank.link.is_none());
+        let missing = self.ranks.iter().position(|rank| rank.link.is_none());
         let all_there = missing.is_none();
-        if let Some(rank) = missing
+        if let Some(position) = missing
             && now >= self.grace_until
         {
-            let message = format!("worker {} is lost", rank.worker);
-            self.end(false, message);
+            let message = format!("worker {} is lost", self.ranks[position].worker);
+            self.end_because_of(position, message);
         }
         if all_there && self.progress.load_hangs(now) {
             self.end_hanging_load();
@@ -283,7 +294,7 @@ impl Replica {
             .as_ref()
             .is_some_and(|retirement| retirement.is_due(self.credits.running(), now))
         {
-            self.end(false, "the replica is not wanted any more".to_owned());
+            self.end("the replica is not wanted any more".to_owned());
         }
     }
 
@@ -302,20 +313,37 @@ impl Replica {
             ))
         });
         if let Some(message) = hanging {
-            self.end(false, message);
+            self.end(message);
         }
     }
 
-    /// The first reason counts.
-    fn end(&mut self, fatal: bool, message: String) {
-        self.over.get_or_insert((fatal, message));
+    /// Another attempt may do. The first reason counts.
+    fn end(&mut self, message: String) {
+        self.over.get_or_insert(Over {
+            fatal: false,
+            refused: false,
+            cause: None,
+            message,
+        });
+    }
+
+    /// As [`Replica::end`], where it is known whose fault it is.
+    fn end_because_of(&mut self, position: usize, message: String) {
+        let cause = self.ranks[position].worker.clone();
+        self.over.get_or_insert(Over {
+            fatal: false,
+            refused: false,
+            cause: Some(cause),
+            message,
+        });
     }
 
     fn status(&self) -> Status {
-        if let Some((fatal, message)) = &self.over {
+        if let Some(over) = &self.over {
             return Status::Over {
-                fatal: *fatal,
-                message: message.clone(),
+                fatal: over.fatal,
+                cause: over.cause.clone(),
+                message: over.message.clone(),
             };
         }
         if let Some(rank) = self.ranks.iter().find(|rank| rank.link.is_none()) {
@@ -383,9 +411,11 @@ impl Replica {
         }
     }
 
-    /// It is over: requests go elsewhere, shards go. What may be formed again keeps its weights.
-    fn let_go(&self, fatal: bool, reason: &str) {
+    /// It is over: requests go elsewhere, shards go. What may be formed again keeps its weights, also where a device
+    /// lacked room: on others they are of use.
+    fn let_go(&self, reason: &str) {
         let (replica, generation) = self.id();
+        let refused = self.over.as_ref().is_some_and(|over| over.refused);
         self.credits.set_up(false, Instant::now());
         for link in self.ranks.iter().filter_map(|rank| rank.link.as_ref()) {
             link.replica_lost(replica, reason);
@@ -393,7 +423,7 @@ impl Replica {
                 term: link.term(),
                 replica,
                 generation,
-                keep: !fatal && self.retirement.is_none(),
+                keep: !refused && self.retirement.is_none(),
             });
         }
     }
@@ -437,8 +467,8 @@ impl ReplicaActor {
         if self.told.as_ref() == Some(&status) {
             return;
         }
-        if let Status::Over { fatal, message } = &status {
-            self.replica.let_go(*fatal, message);
+        if let Status::Over { message, .. } = &status {
+            self.replica.let_go(message);
             self.death.orderly();
             ctx.stop();
         }

@@ -33,8 +33,10 @@ pub struct Slot {
     pub endpoint: String,
     /// Its newest generation.
     pub generation: Generation,
-    /// The workers of ranks 0, 1, ... of its newest formation: what they kept of it serves the next one.
+    /// The workers of ranks 0, 1, ... of the newest formation that was ready: what they kept of it serves the next one.
     pub members: Vec<WorkerId>,
+    /// The worker that a formation after that was over because of: it is not preferred, though it is a member.
+    pub unreliable: Option<WorkerId>,
     /// How far it is.
     pub stage: Stage,
     /// Formations since it last served.
@@ -89,6 +91,7 @@ impl Slot {
             endpoint: endpoint.to_owned(),
             generation: Generation(0),
             members: Vec::new(),
+            unreliable: None,
             stage: Stage::Idle(now),
             attempts: 0,
             message: "Creating resources for served entity.".to_owned(),
@@ -96,6 +99,14 @@ impl Slot {
             stand_in: None,
             shortage: None,
         }
+    }
+
+    /// The rank that a worker had when it was last ready, if it shall have it again.
+    pub fn rank_before(&self, worker: &str) -> Option<usize> {
+        let reliable = |member: &WorkerId| self.unreliable.as_ref() != Some(member);
+        self.members
+            .iter()
+            .position(|member| member.0 == worker && reliable(member))
     }
 
     /// Bytes it claims on a worker's device.
@@ -224,6 +235,19 @@ mod tests {
         }
         unlucky.over(false, false, "rank lost".into(), now);
         assert!(matches!(unlucky.stage, Stage::Failed));
+    }
+
+    #[test]
+    fn a_member_has_its_rank_again_unless_the_formation_was_over_because_of_it() {
+        let mut slot = slot();
+        slot.members = vec![WorkerId("n/0".into()), WorkerId("n/1".into())];
+        assert_eq!(slot.rank_before("n/1"), Some(1));
+        slot.unreliable = Some(WorkerId("n/0".into()));
+        assert_eq!(
+            (slot.rank_before("n/0"), slot.rank_before("n/1")),
+            (None, Some(1))
+        );
+        assert_eq!(slot.rank_before("n/2"), None);
     }
 
     #[test]

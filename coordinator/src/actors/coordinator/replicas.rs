@@ -103,8 +103,9 @@ impl CoordinatorActor {
     /// Forgets a replica that is not wanted any more and has no actor: weights that were kept for it go.
     pub(super) fn drop_slot(&mut self, replica: ReplicaId) {
         if let Some(slot) = self.slots.remove(&replica) {
-            let members = slot.members.iter();
-            for worker in members.filter_map(|worker| self.workers.get(worker)) {
+            // Not its members alone: others may have kept something of a formation. Before the first nobody has.
+            let formed = slot.generation > Generation(0);
+            for worker in self.workers.values().filter(|_| formed) {
                 worker.link.command(Command::Unload {
                     term: self.means.term,
                     replica,
@@ -134,6 +135,8 @@ impl CoordinatorActor {
             }
             Status::Ready { task, numerics_id } => {
                 running.has_served = true;
+                slot.members = running.assignment.members.clone();
+                slot.unreliable = None;
                 slot.attempts = 0;
                 slot.task.clone_from(task);
                 slot.message = format!("Served by {members}");
@@ -148,8 +151,12 @@ impl CoordinatorActor {
             }
             Status::Over {
                 fatal,
+                cause,
                 message: why,
             } => {
+                if cause.is_some() {
+                    slot.unreliable.clone_from(cause);
+                }
                 tracing::warn!(endpoint = slot.endpoint, replica = %slot.replica, generation = %slot.generation, why, "replica is over");
                 let (fatal, why) = (*fatal, why.clone());
                 return self.replica_over(message.replica, fatal, served, why);
@@ -287,11 +294,9 @@ impl CoordinatorActor {
                     concurrency: entity.spec.admitted(),
                 };
                 let mut places = self.places(false, |_| false);
-                let before = self.slots.get(&replica).map(|slot| &slot.members);
-                for (rank, worker) in before.into_iter().flatten().enumerate() {
-                    let mut places = places.iter_mut();
-                    if let Some(place) = places.find(|place| place.worker == worker.0) {
-                        place.rank_before = Some(rank);
+                if let Some(slot) = self.slots.get(&replica) {
+                    for place in &mut places {
+                        place.rank_before = slot.rank_before(&place.worker);
                     }
                 }
                 let fit = fit::fit(wish, &places, types)?;
@@ -325,7 +330,6 @@ impl CoordinatorActor {
         slot.stand_in = stand_in;
         slot.generation = Generation(slot.generation.0 + 1);
         slot.message = "assigned to workers".to_owned();
-        slot.members.clone_from(&members);
         let assignment = Assignment {
             replica,
             generation: slot.generation,

@@ -43,7 +43,10 @@ impl CoordinatorActor {
         }
         for shard in &hello.shards {
             let slot = self.slots.get_mut(&shard.replica);
-            let keep = slot.as_ref().is_some_and(|slot| !slot.is_retiring());
+            // What a worker holds that another has replaced serves nobody.
+            let keep = slot
+                .as_ref()
+                .is_some_and(|slot| !slot.is_retiring() && slot.members.contains(&id));
             let wanted = slot
                 .and_then(|slot| slot.running(shard.generation))
                 .is_some();

@@ -73,7 +73,7 @@ fn a_load_without_progress_is_over_and_says_where_it_stopped() {
     replica.tick(at(798));
     assert!(matches!(replica.status(), Status::Starting(_)));
     replica.tick(at(799));
-    let Status::Over { fatal, message } = replica.status() else {
+    let Status::Over { fatal, message, .. } = replica.status() else {
         panic!("{:?}", replica.status())
     };
     assert!(!fatal, "another attempt may do");

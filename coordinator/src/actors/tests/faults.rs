@@ -137,6 +137,72 @@ async fn what_was_kept_for_a_replica_that_is_not_wanted_any_more_goes() {
 }
 
 #[actix::test]
+async fn a_worker_that_lost_its_shard_is_not_preferred_for_the_next_formation() {
+    let (_folder, core) = empty().await;
+    let mut second = FakeWorker::join(&core, "1").await;
+    core.create("e", config("tiny", "CPU")).await.unwrap();
+    let before = second.serve().await;
+    core.until_ready("e").await;
+    let mut first = FakeWorker::join(&core, "0").await;
+    drop(second);
+    let _second = FakeWorker::join(&core, "1").await;
+    let after = first.serve().await;
+    assert!(after.generation > before.generation);
+    core.until_ready("e").await;
+}
+
+#[actix::test]
+async fn what_a_replaced_worker_kept_goes_when_it_comes_back() {
+    let (_folder, core) = empty().await;
+    let mut first = FakeWorker::join(&core, "0").await;
+    core.create("e", config("tiny", "CPU")).await.unwrap();
+    let old = first.serve().await;
+    core.until_ready("e").await;
+    let mut second = FakeWorker::join(&core, "1").await;
+    drop(first);
+    second.serve().await;
+    core.until_ready("e").await;
+    let mut first = FakeWorker::join_with(&core, "0", vec![held(&old)]).await;
+    assert_eq!(first.unload().await, old.replica);
+}
+
+#[actix::test]
+async fn workers_of_a_formation_that_was_never_ready_are_told_of_the_end_too() {
+    let (_folder, core) = empty().await;
+    let mut first = FakeWorker::join(&core, "0").await;
+    let mut second = FakeWorker::join(&core, "1").await;
+    core.create("e", config("tiny", "PAIR")).await.unwrap();
+    let one = first.load().await;
+    second.load().await;
+    drop(second);
+    assert_eq!(first.unload_and_keep().await, one.replica);
+    core.gateway.delete("e".into()).await.unwrap();
+    assert_eq!(first.unload().await, one.replica);
+}
+
+#[actix::test]
+async fn a_device_that_lacks_room_does_not_cost_the_others_their_weights() {
+    for (kind, kept) in [
+        (FailureKind::TooLarge, true),
+        (FailureKind::BadRequest, false),
+    ] {
+        let (_folder, core) = empty().await;
+        let mut first = FakeWorker::join(&core, "0").await;
+        let mut second = FakeWorker::join(&core, "1").await;
+        core.create("e", config("tiny", "PAIR")).await.unwrap();
+        let (one, two) = (first.serve().await, second.serve().await);
+        core.until_ready("e").await;
+        let failure = Failure::new(kind, "it does not go");
+        second.state(&two, ShardState::Failed(failure)).await;
+        let unloaded = match kept {
+            true => first.unload_and_keep().await,
+            false => first.unload().await,
+        };
+        assert_eq!(unloaded, one.replica);
+    }
+}
+
+#[actix::test]
 async fn a_shard_that_fails_while_serving_is_loaded_again() {
     let (_folder, core) = empty().await;
     let mut worker = FakeWorker::join(&core, "0").await;
