@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -28,6 +29,11 @@ const JOIN_MAX: Duration = Duration::from_secs(60);
 /// The other ranks are told so much of why a library cannot be had.
 const REASON_CHARS_MAX: usize = 512;
 
+/// The memory of a process that has just died comes back within moments: what is free is read so often, and so many times
+/// at most.
+const SETTLE_PAUSE: Duration = Duration::from_millis(200);
+const SETTLE_READINGS: u32 = 50;
+
 /// A GPU with its kernels loaded.
 pub struct Gpu {
     device: Arc<CudaDevice>,
@@ -37,9 +43,9 @@ pub struct Gpu {
 pub(super) fn open(entry: &DeviceEntry) -> Result<Found> {
     let what = format!("device {} is cuda:{}", entry.worker, entry.ordinal);
     let device = CudaDevice::open(entry.ordinal).with_context(|| what.clone())?;
-    let (free, _) = device.memory().with_context(|| what.clone())?;
     let memory_bytes = match entry.memory_bytes {
         Some(bytes) => {
+            let (free, _) = device.memory().with_context(|| what.clone())?;
             if bytes > free {
                 tracing::warn!(
                     memory = show(bytes),
@@ -49,7 +55,18 @@ pub(super) fn open(entry: &DeviceEntry) -> Result<Found> {
             }
             bytes
         }
-        None => free.saturating_sub(RESERVE_BYTES),
+        None => {
+            let (free, total) =
+                settled(|| device.memory(), SETTLE_PAUSE).with_context(|| what.clone())?;
+            if is_crowded(free, total) {
+                tracing::warn!(
+                    free = show(free),
+                    total = show(total),
+                    "others hold memory of the device: shards get what is free now"
+                );
+            }
+            free.saturating_sub(RESERVE_BYTES)
+        }
     };
     let rates = measure(&device).context(what)?;
     let facts = device.facts();
@@ -67,6 +84,30 @@ pub(super) fn open(entry: &DeviceEntry) -> Result<Found> {
             device,
         }),
     })
+}
+
+/// What is free of how much, once that stands still: an earlier process may be giving its memory back.
+fn settled<E>(
+    mut memory: impl FnMut() -> Result<(u64, u64), E>,
+    pause: Duration,
+) -> Result<(u64, u64), E> {
+    let mut last = memory()?;
+    for _ in 0..SETTLE_READINGS {
+        if !is_crowded(last.0, last.1) {
+            break;
+        }
+        thread::sleep(pause);
+        let before = std::mem::replace(&mut last, memory()?);
+        if before == last {
+            break;
+        }
+    }
+    Ok(last)
+}
+
+/// Whether somebody else seems to hold memory of the device: less than nine tenths are free.
+fn is_crowded(free: u64, total: u64) -> bool {
+    free < total / 10 * 9
 }
 
 /// How fast the products are that most steps consist of: those of cuBLAS, also where they are not used.
@@ -205,6 +246,34 @@ mod tests {
             graphs: true,
             nccl: Ok("2.21.5".into()),
         }
+    }
+
+    #[test]
+    fn memory_is_counted_once_an_earlier_process_has_given_its_own_back() {
+        let after = |readings: &[u64]| {
+            let mut left = readings.iter();
+            let read = || left.next().map(|free| (*free, 100)).ok_or("read too often");
+            let free = settled(read, Duration::ZERO).map(|(free, _)| free);
+            (free, left.len())
+        };
+        assert_eq!(
+            after(&[95, 1]),
+            (Ok(95), 1),
+            "an empty device is taken as it is"
+        );
+        assert_eq!(after(&[10, 40, 92, 1]), (Ok(92), 1));
+        assert_eq!(
+            after(&[10, 40, 40, 1]),
+            (Ok(40), 1),
+            "the rest is another's"
+        );
+        let restless: Vec<u64> = (0..80).collect();
+        assert_eq!(
+            after(&restless),
+            (Ok(50), 29),
+            "nobody is waited for for ever"
+        );
+        assert_eq!(after(&[10]).0, Err("read too often"));
     }
 
     #[test]
