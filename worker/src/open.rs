@@ -136,10 +136,20 @@ impl Drop for Running {
 /// [`Failure`]: of kind `BadRequest` for the model's files, `TooLarge` for memory, `Unavailable` for the group.
 pub fn open(opening: Opening) -> Result<Opened, Failure> {
     match &opening.device.clone().compute {
-        Compute::Cpu(cores) => open_on(cores, opening),
+        Compute::Cpu(cores) => open_checked(cores, opening),
         #[cfg(feature = "cuda")]
-        Compute::Cuda(gpu) => open_on(gpu, opening),
+        Compute::Cuda(gpu) => open_checked(gpu, opening),
     }
+}
+
+/// Opens a shard, and asks the device whether it still answers where that fails.
+fn open_checked<P: Platform>(platform: &P, opening: Opening) -> Result<Opened, Failure>
+where
+    Solo: Collective<<P::Backend as Backend>::Buf>,
+{
+    platform.check(&opening.spec.options)?;
+    let device = opening.device.clone();
+    open_on(platform, opening).inspect_err(|_| device.check_alive())
 }
 
 fn open_on<P: Platform>(platform: &P, opening: Opening) -> Result<Opened, Failure>
@@ -157,7 +167,6 @@ where
         progress,
         on_end,
     } = opening;
-    platform.check(&spec.options)?;
     progress("looking for the model's files", 0, 0);
     let wanted = || !lease.is_leaving();
     let held = library.folder(&spec.source, &*progress, &wanted)?;
@@ -200,7 +209,7 @@ where
     let asked = Instant::now();
     let kept = take_memory::<P::Backend>(&lease, bytes, |parts| {
         let ranks = spec.members.len() as u32;
-        parts.fits(&checkpoint.spec, &options, spec.rank, ranks)
+        parts.fits(&checkpoint, &options, spec.rank, ranks)
     })?;
     log.build(format!(
         "memory {} in {}: {} of {} allowed: weights {}, {} KV blocks {} ({:?}), workspace {}",
@@ -251,7 +260,7 @@ where
         let device = device.clone();
         Box::new(move |end| {
             drop((lease, held));
-            if matches!(end, EngineEnd::Failed(_)) {
+            if !matches!(end, EngineEnd::Stopped) {
                 device.check_alive();
             }
             on_end(end);
@@ -362,7 +371,9 @@ impl<B: Backend> Place<B> {
 
     /// The group did not form: what was kept stays for another try.
     fn keep(self, lease: &Lease) {
-        if let Place::Kept(parts) = self {
+        if let Place::Kept(mut parts) = self {
+            // A group that was begun has closed what the device records.
+            parts.backend().renew();
             lease.keep(parts);
         }
     }
@@ -549,12 +560,12 @@ fn load_failure(error: LoadError) -> Failure {
     }
 }
 
-/// What a device refuses it refuses again; what has failed may not.
+/// What a device cannot do it never can; what has failed, or memory that the plan granted and is not there yet, may be had
+/// another time.
 fn device_failure(error: DeviceError) -> Failure {
     let kind = match error {
-        DeviceError::OutOfMemory { .. } => FailureKind::TooLarge,
         DeviceError::Unsupported(_) => FailureKind::BadRequest,
-        DeviceError::Failed(_) => FailureKind::Unavailable,
+        DeviceError::OutOfMemory { .. } | DeviceError::Failed(_) => FailureKind::Unavailable,
     };
     Failure::new(kind, error.to_string())
 }
@@ -566,3 +577,6 @@ fn bad(message: String) -> Failure {
 fn internal(message: String) -> Failure {
     Failure::new(FailureKind::Internal, message)
 }
+
+#[cfg(test)]
+mod tests;

@@ -12,6 +12,7 @@ mod batch;
 mod footprint;
 mod outputs;
 mod parts;
+mod reserve;
 
 pub use batch::WantedRow;
 pub use footprint::{Footprint, RunnerOptions};
@@ -88,7 +89,8 @@ impl<B: Backend, C: Collective<B::Buf>> ModelRunner<B, C> {
         let partition = Partition::new(spec, rank, ranks)?;
         let footprint = Footprint::of::<B>(spec, rank, ranks, options)?;
         let step = step_shape::<B>(spec, &partition, options);
-        backend.reserve(footprint.bytes(options.blocks), &step)?;
+        let bytes = footprint.bytes(options.blocks);
+        reserve::patiently(reserve::WAIT_MAX, || backend.reserve(bytes, &step))?;
         let mut loader = Loader {
             backend: &mut backend,
             weights: &checkpoint.weights,
@@ -114,6 +116,7 @@ impl<B: Backend, C: Collective<B::Buf>> ModelRunner<B, C> {
             kv,
             work,
             spec: spec.clone(),
+            fingerprint: checkpoint.fingerprint.clone(),
             options: *options,
             rank: rank as u32,
             ranks: ranks as u32,

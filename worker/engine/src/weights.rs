@@ -15,6 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
 /// The file of an unsharded checkpoint.
@@ -29,6 +30,8 @@ const IGNORED_SUFFIXES: [&str; 3] = ["rotary_emb.inv_freq", ".masked_bias", "lm_
 /// The open weights of a model folder.
 #[derive(Debug)]
 pub struct Weights {
+    /// Of the index and of each file, looked at before it was opened.
+    pub(crate) marks: Vec<FileMark>,
     files: Vec<(PathBuf, Mmap)>,
     tensors: BTreeMap<String, Entry>,
 }
@@ -46,6 +49,17 @@ struct Entry {
 pub struct Tensor<'a> {
     dtype: Dtype,
     bytes: &'a [u8],
+}
+
+/// What tells whether a file is the one that it was: one that was written again, or another in its place, differs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileMark {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+    bytes: u64,
+    /// In nanoseconds.
+    modified: i128,
 }
 
 /// Why a checkpoint is refused. Every message names the file or the tensor.
@@ -124,12 +138,14 @@ impl Weights {
     /// [`WeightsError`] naming the file.
     pub fn open(dir: &Path) -> Result<Weights, WeightsError> {
         let mut weights = Weights {
+            marks: Vec::new(),
             files: Vec::new(),
             tensors: BTreeMap::new(),
         };
         if dir.join(SINGLE).exists() {
             weights.open_file(&dir.join(SINGLE), None)?;
         } else if dir.join(INDEX).exists() {
+            weights.marks.push(FileMark::of(&dir.join(INDEX))?);
             for (file, names) in read_index(&dir.join(INDEX))? {
                 weights.open_file(&dir.join(file), Some(&names))?;
             }
@@ -216,6 +232,7 @@ impl Weights {
     /// Maps a file and takes the tensors named, or all.
     fn open_file(&mut self, path: &Path, names: Option<&[String]>) -> Result<(), WeightsError> {
         let shown = path.display().to_string();
+        self.marks.push(FileMark::of(path)?);
         let map = map(path).map_err(|error| WeightsError::File {
             path: shown.clone(),
             reason: error.to_string(),
@@ -248,6 +265,27 @@ impl Weights {
         }
         self.files.push((path.to_owned(), map));
         Ok(())
+    }
+}
+
+impl FileMark {
+    /// Looks at a file. To be called before it is opened: a file that is put in its place between the two is then taken for
+    /// a changed one later, and never for an unchanged one.
+    ///
+    /// # Errors
+    /// [`WeightsError::File`].
+    pub fn of(path: &Path) -> Result<FileMark, WeightsError> {
+        let found = std::fs::metadata(path).map_err(|error| WeightsError::File {
+            path: path.display().to_string(),
+            reason: error.to_string(),
+        })?;
+        Ok(FileMark {
+            path: path.to_owned(),
+            device: found.dev(),
+            inode: found.ino(),
+            bytes: found.len(),
+            modified: i128::from(found.mtime()) * 1_000_000_000 + i128::from(found.mtime_nsec()),
+        })
     }
 }
 

@@ -314,7 +314,7 @@ fn a_group_that_fails_in_the_middle_of_a_step_leaves_weights_that_work_and_no_re
     for fails_at in [0, 3, 40, 61, 100, 123] {
         let mut parts = runner.into_parts();
         assert!(tape.is_blank(), "recordings hold the group that is over");
-        assert!(parts.fits(&checkpoint.spec, &OPTIONS, 0, 1));
+        assert!(parts.fits(&checkpoint, &OPTIONS, 0, 1));
         assert_eq!(parts.backend().numerics(), "reference-1");
         runner = ModelRunner::from_parts(parts, &OPTIONS, of_group(fails_at)).expect("fits");
         let lost = play(&mut runner, &scenes, true);
@@ -351,10 +351,9 @@ fn parts_of_another_rank_or_of_other_options_are_refused() {
         blocks: 3,
         ..OPTIONS
     };
-    let spec = &checkpoint.spec;
-    assert!(load().fits(spec, &later, 1, 2));
-    assert!(!load().fits(spec, &smaller, 1, 2));
-    assert!(!load().fits(spec, &later, 0, 2));
+    assert!(load().fits(&checkpoint, &later, 1, 2));
+    assert!(!load().fits(&checkpoint, &smaller, 1, 2));
+    assert!(!load().fits(&checkpoint, &later, 0, 2));
     let group = || Threads::group(2).swap_remove(1);
     assert!(ModelRunner::from_parts(load(), &later, group()).is_ok());
     let refused = |error: Option<engine::models::checkpoint::LoadError>| {

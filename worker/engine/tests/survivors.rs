@@ -5,6 +5,7 @@ mod support;
 use engine::backend::cpu::{CpuBackend, CpuBuf};
 use engine::backend::{KvDtype, WeightDtype};
 use engine::collective::host::Transport;
+use engine::collective::solo::Solo;
 use engine::collective::{AbortHandle, Collective, CollectiveError};
 use engine::engine::{Engine, EngineConfig, EngineEnd, EngineHandle};
 use engine::follower::{self, FollowerHandle};
@@ -13,8 +14,9 @@ use engine::models::checkpoint::Checkpoint;
 use engine::request::{Candidate, EndReason, Event, Request, Sampling, SequenceError};
 use engine::runner::StepError;
 use engine::scheduler::Backlog;
+use std::fs::{self, FileTimes};
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use support::groups::host_pair;
 use support::{cpu, models};
 
@@ -189,7 +191,7 @@ fn check(transport: Transport) {
     let (end, parts) = kept(&leader);
     assert!(is_lost(&end, 1), "{end}");
     let [first, second] = host_pair(2, transport);
-    assert!(parts.fits(&file.spec, &options(2), 0, 2));
+    assert!(parts.fits(&file, &options(2), 0, 2));
     let leader = lead(From::Kept(Box::new(parts)), 2, first);
     let follower = follow(From::File(&file), 2, second);
     assert_eq!(leader.handle.answer(), expected);
@@ -235,6 +237,44 @@ fn a_rank_whose_own_group_was_ended_leaves_its_weights() {
     follower.abort.abort();
     let (end, _) = kept(&follower);
     assert_eq!(end.to_string(), "the shard group was ended");
+}
+
+#[test]
+fn weights_of_files_that_have_changed_since_do_not_fit() {
+    let folder = tempfile::tempdir().expect("a folder");
+    for entry in fs::read_dir(models().join("tiny-llama")).expect("the tiny model") {
+        let entry = entry.expect("a file");
+        fs::copy(entry.path(), folder.path().join(entry.file_name())).expect("a copy");
+    }
+    let open = || Checkpoint::open(folder.path()).expect("the copy");
+    let load = |file: &Checkpoint| {
+        let loaded = ModelRunner::load(file, &options(1), cpu(), Solo::new(), &mut |_| {});
+        loaded.expect("loads").into_parts()
+    };
+    for name in ["config.json", "model.safetensors"] {
+        let parts = load(&open());
+        let fits = || parts.fits(&open(), &options(2), 0, 1);
+        assert!(fits(), "nothing has changed");
+        // Another file of the same length and age in its place.
+        let (path, other) = (folder.path().join(name), folder.path().join("other"));
+        let age = fs::metadata(&path)
+            .and_then(|found| found.modified())
+            .expect("a file");
+        let set_age = |path, age| {
+            let file = fs::File::options().write(true).open(path).expect("a file");
+            file.set_times(FileTimes::new().set_modified(age))
+                .expect("a file system with times");
+        };
+        fs::copy(&path, &other).expect("a copy");
+        set_age(&other, age);
+        fs::rename(&other, &path).expect("put in its place");
+        assert!(!fits(), "{name} is another file");
+        // The same file, written again.
+        let parts = load(&open());
+        let fits = || parts.fits(&open(), &options(2), 0, 1);
+        set_age(&path, SystemTime::UNIX_EPOCH);
+        assert!(!fits(), "{name} was written again");
+    }
 }
 
 /// A group of one whose sums do something else.

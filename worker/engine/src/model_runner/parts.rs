@@ -9,6 +9,7 @@ use crate::backend::{Backend, Batch};
 use crate::end::EngineEnd;
 use crate::layers::decoder::Decoder;
 use crate::layers::{Step, Workspace};
+use crate::models::checkpoint::{Checkpoint, Fingerprint};
 use crate::models::spec::ModelSpec;
 use crate::runner::StepError;
 
@@ -20,6 +21,8 @@ pub struct Parts<B: Backend> {
     pub(super) kv: B::Kv,
     pub(super) work: Workspace<B>,
     pub(super) spec: ModelSpec,
+    /// The files that it was loaded from.
+    pub(super) fingerprint: Fingerprint,
     pub(super) options: RunnerOptions,
     pub(super) rank: u32,
     pub(super) ranks: u32,
@@ -30,11 +33,18 @@ pub struct Parts<B: Backend> {
 pub type Keeper<B> = Box<dyn FnOnce(&EngineEnd, Parts<B>) + Send>;
 
 impl<B: Backend> Parts<B> {
-    /// Whether a model of this spec would be loaded in the same way, the generation apart. That its files are the same is
-    /// the caller's to know.
+    /// Whether this model would be loaded in the same way, from files that have not changed since; the generation apart.
     #[must_use]
-    pub fn fits(&self, spec: &ModelSpec, options: &RunnerOptions, rank: u32, ranks: u32) -> bool {
-        self.spec == *spec && self.is_of(options, rank, ranks)
+    pub fn fits(
+        &self,
+        checkpoint: &Checkpoint,
+        options: &RunnerOptions,
+        rank: u32,
+        ranks: u32,
+    ) -> bool {
+        self.fingerprint == checkpoint.fingerprint
+            && self.spec == checkpoint.spec
+            && self.is_of(options, rank, ranks)
     }
 
     /// The device: a group may have to be formed on it.

@@ -5,7 +5,7 @@
 use super::spec::{ModelSpec, SpecError};
 use super::tensors::TensorNames;
 use crate::backend::DeviceError;
-use crate::weights::{Weights, WeightsError, read_text};
+use crate::weights::{FileMark, Weights, WeightsError, read_text};
 use std::path::Path;
 
 /// A model folder in Hugging Face's layout: `config.json` and safetensors.
@@ -15,7 +15,12 @@ pub struct Checkpoint {
     pub spec: ModelSpec,
     pub(crate) names: TensorNames,
     pub(crate) weights: Weights,
+    pub(crate) fingerprint: Fingerprint,
 }
+
+/// Which files a checkpoint was opened from, in which state: what was loaded from equal ones is the same model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fingerprint(Vec<FileMark>);
 
 /// Why a model cannot be loaded. Every message says what was found and what would do.
 #[derive(Debug, thiserror::Error)]
@@ -40,7 +45,9 @@ impl Checkpoint {
     /// # Errors
     /// [`LoadError::Spec`] and [`LoadError::Weights`], naming key, file or tensor.
     pub fn open(dir: &Path) -> Result<Checkpoint, LoadError> {
-        let spec = ModelSpec::from_config(&read_text(&dir.join("config.json"))?)?;
+        let config = dir.join("config.json");
+        let mut marks = vec![FileMark::of(&config)?];
+        let spec = ModelSpec::from_config(&read_text(&config)?)?;
         let weights = Weights::open(dir)?;
         let (roots, embedding) = spec.family.roots();
         let root = roots
@@ -49,10 +56,12 @@ impl Checkpoint {
             .unwrap_or(&roots[0]);
         let names = spec.family.tensor_names(&spec, root);
         weights.check(&names.expected())?;
+        marks.extend_from_slice(&weights.marks);
         Ok(Checkpoint {
             spec,
             names,
             weights,
+            fingerprint: Fingerprint(marks),
         })
     }
 }
