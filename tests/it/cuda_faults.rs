@@ -145,19 +145,23 @@ async fn gpus_with_other_switches_do_not_add_their_numbers() {
 async fn what_was_kept_for_an_endpoint_goes_with_it() {
     let (mut cluster, second) = serving_pair().await;
     cluster.kill_worker(second);
-    wait_lost(&cluster).await;
+    // Nothing that was kept can be freed before it is there.
+    wait_told(&mut cluster, "weights kept").await;
     let path = "/api/2.0/serving-endpoints/pair";
     let delete = reqwest::Method::DELETE;
     let none = serde_json::Value::Null;
     cluster.client.call(delete, path, &none).await.ok();
-    // Room for one endpoint is there again, and nothing of the other is in its way.
-    cluster
-        .client
-        .deploy_on("pair", "tiny-llama", "GPU", "Small")
-        .await;
-    answers(&cluster).await;
-    let log = cluster.worker(0).stderr();
-    assert!(!log.contains("taken over"), "{log}");
+    wait_told(&mut cluster, "kept weights freed").await;
+}
+
+/// Waits for a line of the first rank's worker.
+async fn wait_told(cluster: &mut Cluster, line: &str) {
+    let worker = cluster.worker(0);
+    until(line, PATIENCE, async || {
+        let log = worker.stderr();
+        log.contains(line).then_some(()).ok_or(log)
+    })
+    .await;
 }
 
 /// Runs the worker with these arguments beside a cluster.toml with one GPU, and gives exit code, output and errors.

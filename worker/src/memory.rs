@@ -16,6 +16,9 @@ use common::wire::message::{ModelSource, ShardOptions, ShardSpec};
 /// What was kept is freed when no next life has come for it within this time.
 const KEPT_MAX: Duration = Duration::from_secs(600);
 
+/// Why what was loaded is freed, and not kept for another life.
+const UNWANTED: &str = "nobody wants the shard any more";
+
 /// A device's memory.
 pub struct Memory {
     total: u64,
@@ -123,7 +126,7 @@ impl Memory {
             .kept
             .extract_if(.., |kept| old(&kept.what, kept.generation));
         let gone = gone.collect();
-        drop(self.free(leases, gone, "nobody wants the shard any more"));
+        drop(self.free(leases, gone, UNWANTED));
     }
 
     /// Frees what was kept for too long.
@@ -271,6 +274,8 @@ impl Lease {
             since: Instant::now(),
             model,
         };
+        tracing::info!(replica = %kept.what.replica, generation = %kept.generation, rank = kept.what.rank,
+            bytes = kept.bytes, "weights kept");
         leases.kept.push(kept);
         self.memory.changed.notify_all();
         true
