@@ -103,17 +103,23 @@ async fn a_request_with_output_ends_with_an_error_that_may_be_tried_again() {
     );
 }
 
-#[actix::test]
-async fn a_group_that_loses_a_rank_is_formed_anew_with_the_next_generation() {
-    let (_folder, core) = empty().await;
-    let mut first = FakeWorker::join(&core, "0").await;
-    let mut second = FakeWorker::join(&core, "1").await;
+/// A pair that served and has lost rank 1: its rank 0, which keeps its weights, and what that had served.
+async fn bereaved_pair(core: &Core) -> (FakeWorker, ShardSpec) {
+    let mut first = FakeWorker::join(core, "0").await;
+    let mut second = FakeWorker::join(core, "1").await;
     core.create("e", config("tiny", "PAIR")).await.unwrap();
     let (one, _) = (first.serve().await, second.serve().await);
     core.until_ready("e").await;
     drop(second);
     assert_eq!(first.unload_and_keep().await, one.replica);
     core.until("e", "lost", |view| !view.ready).await;
+    (first, one)
+}
+
+#[actix::test]
+async fn a_group_that_loses_a_rank_is_formed_anew_with_the_next_generation() {
+    let (_folder, core) = empty().await;
+    let (mut first, one) = bereaved_pair(&core).await;
     let mut second = FakeWorker::join(&core, "1").await;
     let (again, other) = (first.serve().await, second.serve().await);
     assert!(again.generation > one.generation && again.generation == other.generation);
@@ -124,14 +130,7 @@ async fn a_group_that_loses_a_rank_is_formed_anew_with_the_next_generation() {
 #[actix::test]
 async fn what_was_kept_for_a_replica_that_is_not_wanted_any_more_goes() {
     let (_folder, core) = empty().await;
-    let mut first = FakeWorker::join(&core, "0").await;
-    let mut second = FakeWorker::join(&core, "1").await;
-    core.create("e", config("tiny", "PAIR")).await.unwrap();
-    let (one, _) = (first.serve().await, second.serve().await);
-    core.until_ready("e").await;
-    drop(second);
-    assert_eq!(first.unload_and_keep().await, one.replica);
-    core.until("e", "lost", |view| !view.ready).await;
+    let (mut first, one) = bereaved_pair(&core).await;
     core.gateway.delete("e".into()).await.unwrap();
     assert_eq!(first.unload().await, one.replica);
 }

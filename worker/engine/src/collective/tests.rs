@@ -68,12 +68,15 @@ fn form(
 }
 
 /// Runs `body` on all ranks at once; gives their results in rank order.
-fn on_all<T: Send>(groups: &mut [HostGroup], body: impl Fn(&mut HostGroup) -> T + Sync) -> Vec<T> {
+pub(super) fn on_all<R: Send, T: Send>(
+    ranks: &mut [R],
+    body: impl Fn(&mut R) -> T + Sync,
+) -> Vec<T> {
     std::thread::scope(|scope| {
         let body = &body;
-        let threads: Vec<_> = groups
+        let threads: Vec<_> = ranks
             .iter_mut()
-            .map(|group| scope.spawn(move || body(group)))
+            .map(|rank| scope.spawn(move || body(rank)))
             .collect();
         threads
             .into_iter()

@@ -78,6 +78,15 @@ impl Groups {
     }
 }
 
+/// What a kernel of quantised weights is told of their sizes: rows, n, k, bytes of a row of the matrix, group, lead.
+fn counts(operands: Operands, shape: QuantShape) -> [i32; 6] {
+    let Operands { rows, n, k, .. } = operands;
+    let QuantShape {
+        bits, group, lead, ..
+    } = shape;
+    [rows, n, k, bytes::row_bytes(k, bits), group, lead].map(|number| number as i32)
+}
+
 impl CudaBackend {
     pub(super) fn product(
         &mut self,
@@ -221,10 +230,10 @@ impl CudaBackend {
         let Operands {
             rows,
             n,
-            k,
             x,
             bias,
             out,
+            ..
         } = operands;
         let Groups {
             shape,
@@ -232,14 +241,10 @@ impl CudaBackend {
             scales,
             zeros,
         } = groups;
-        let QuantShape {
-            bits, group, lead, ..
-        } = shape;
-        let [rows_i, n_i, k_i, ldq, group, lead] =
-            [rows, n, k, bytes::row_bytes(k, bits), group, lead].map(|number| number as i32);
+        let [rows_i, n_i, k_i, ldq, group, lead] = counts(operands, shape);
         let grid = [rows.div_ceil(TILE), n.div_ceil(TILE), 1];
         let kernels = &self.device.kernels;
-        match bits {
+        match shape.bits {
             QuantBits::Int8 => {
                 let launch = self.grid(grid, THREADS, SHARED_W8);
                 kernels.gemm_w8(
@@ -284,10 +289,10 @@ impl CudaBackend {
         let Operands {
             rows,
             n,
-            k,
             x,
             bias,
             out,
+            ..
         } = operands;
         let Groups {
             shape,
@@ -295,16 +300,12 @@ impl CudaBackend {
             scales,
             zeros,
         } = groups;
-        let QuantShape {
-            bits, group, lead, ..
-        } = shape;
-        let [rows_i, n_i, k_i, ldq, group, lead] =
-            [rows, n, k, bytes::row_bytes(k, bits), group, lead].map(|number| number as i32);
+        let [rows_i, n_i, k_i, ldq, group, lead] = counts(operands, shape);
         // Rows of the matrix that a block takes.
         let of_block = if rows <= 2 { 8 } else { 16 };
         let launch = self.grid([n.div_ceil(of_block), 1, 1], THREADS, 0);
         let kernels = &self.device.kernels;
-        match bits {
+        match shape.bits {
             QuantBits::Int8 => {
                 let kernel = match rows {
                     1 => Kernels::gemv_w8_r1,

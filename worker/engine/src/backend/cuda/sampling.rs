@@ -106,9 +106,13 @@ impl CudaBackend {
         let logits = logits.floats(rows * vocab);
         let small = self.small()?;
         for draws in draws.chunks(DRAWS) {
-            let of_kernel: Vec<KernelDraw> = draws.iter().map(of_kernel).collect();
-            self.staging
-                .upload(&self.stream, bytemuck::cast_slice(&of_kernel), small)?;
+            let bytes = draws.len() * size_of::<KernelDraw>();
+            self.staging.fill(&self.stream, bytes, small, |memory| {
+                let places: &mut [KernelDraw] = bytemuck::cast_slice_mut(memory);
+                for (place, draw) in places.iter_mut().zip(draws) {
+                    *place = of_kernel(draw);
+                }
+            })?;
             let launch = self.grid([draws.len(), 1, 1], 1024, 0);
             let tokens = PtrMut::new(small + TOKENS_AT);
             self.device.kernels.sample_rows(

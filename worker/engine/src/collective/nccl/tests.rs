@@ -15,6 +15,7 @@ use super::{Group, LANDING, Lane, Options, Placement};
 use crate::collective::host::{
     GroupBuilder, GroupId, GroupKey, GroupListener, HostGroup, Membership, Transport, host_id, join,
 };
+use crate::collective::tests::on_all;
 use crate::collective::{Collective, CollectiveError};
 
 const SOON: Duration = Duration::from_secs(20);
@@ -304,21 +305,6 @@ fn form_with(
                 let kill = Arc::clone(&kill);
                 scope.spawn(move || form_rank(stand_in, host, options, kill))
             })
-            .collect();
-        threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap())
-            .collect()
-    })
-}
-
-/// Runs `body` on all ranks at once; gives their results in rank order.
-fn on_all<T: Send>(ranks: &mut [Rank], body: impl Fn(&mut Rank) -> T + Sync) -> Vec<T> {
-    std::thread::scope(|scope| {
-        let body = &body;
-        let threads: Vec<_> = ranks
-            .iter_mut()
-            .map(|rank| scope.spawn(move || body(rank)))
             .collect();
         threads
             .into_iter()
