@@ -7,7 +7,7 @@ use cluster_tests::golden::{self, TOKENS_MAX};
 use cluster_tests::process::Signal;
 use cluster_tests::settings::Settings;
 use cluster_tests::until::{PATIENCE, until};
-use serde_json::json;
+use serde_json::{Value, json};
 
 async fn answers(cluster: &Cluster, endpoint: &str) {
     let golden = golden::named("tiny-llama", "spark");
@@ -32,6 +32,20 @@ async fn two_endpoints() -> Cluster {
         .deploy_on("two", "tiny-llama", "GPU_LARGE_2", "Small")
         .await;
     cluster
+}
+
+/// Those of the two that have a shard on `worker`.
+async fn served_by(cluster: &Cluster, worker: &str) -> Vec<&'static str> {
+    let mut found = Vec::new();
+    for endpoint in ["one", "two"] {
+        let view = cluster.client.endpoint(endpoint).await;
+        let state = &view["config"]["served_entities"][0]["state"];
+        let message = state["deployment_state_message"].as_str();
+        if message.is_some_and(|message| message.contains(worker)) {
+            found.push(endpoint);
+        }
+    }
+    found
 }
 
 async fn both_serve(cluster: &Cluster) {
@@ -73,15 +87,16 @@ async fn a_coordinator_killed_in_the_middle_of_a_stream_breaks_it_and_serves_the
 async fn a_killed_worker_comes_back_and_its_endpoints_are_ready_again() {
     let mut cluster = two_endpoints().await;
     for index in [1, 0] {
+        let hit = served_by(&cluster, &format!("local/cpu{index}")).await;
+        assert!(hit.contains(&"two"), "{hit:?}");
         cluster.kill_worker(index);
         cluster.wait_workers(1).await;
-        // The endpoint that had a shard there is not ready meanwhile, and says so.
-        cluster
-            .client
-            .wait_for("two", "NOT_READY", |view| {
-                view["state"]["ready"] == "NOT_READY"
-            })
-            .await;
+        // Endpoints that had a shard there are not ready meanwhile, and say so.
+        for endpoint in hit {
+            let not_ready = |view: &Value| view["state"]["ready"] == "NOT_READY";
+            let client = &cluster.client;
+            client.wait_for(endpoint, "NOT_READY", not_ready).await;
+        }
         let view = cluster.client.endpoint("two").await;
         assert_eq!(
             view["config"]["served_entities"][0]["state"]["deployment"], "DEPLOYMENT_RECOVERING",

@@ -123,9 +123,11 @@ fn follow<C: Collective<CpuBuf> + 'static>(
 }
 
 impl Leader {
-    /// The texts of some prompts, and how each ended.
+    /// The texts of some prompts, and how each ended. What an engine that has ended does not take is an error too.
     fn answer(&self) -> Vec<(Vec<u32>, EndReason)> {
         const PROMPTS: u64 = 6;
+        let mut texts = vec![Vec::new(); PROMPTS as usize];
+        let mut ends = vec![None; PROMPTS as usize];
         for key in 0..PROMPTS {
             let request = Request {
                 key,
@@ -142,10 +144,11 @@ impl Leader {
                 embedding: false,
                 deadline: None,
             };
-            self.engine.submit(request).expect("taken");
+            if let Err(refusal) = self.engine.submit(request) {
+                let refusal = SequenceError::Engine(refusal.to_string());
+                ends[key as usize] = Some(EndReason::Error(refusal));
+            }
         }
-        let mut texts = vec![Vec::new(); PROMPTS as usize];
-        let mut ends = vec![None; PROMPTS as usize];
         while ends.iter().any(Option::is_none) {
             for event in self.events.recv_timeout(PATIENCE).expect("all end") {
                 match event {
