@@ -10,7 +10,7 @@
 use engine::backend::cuda::{CudaBackend, CudaBuf, CudaDevice, CudaLinear, CudaOptions};
 use engine::backend::{
     Attention, Backend, Batch, BatchSpan, DeviceError, Draw, FloatDtype, Heads, KvDtype, KvShape,
-    LinearShape, QuantBits, QuantRow, QuantShape, Size,
+    LinearShape, QuantBits, QuantOffset, QuantRow, QuantShape, Size,
 };
 use std::time::Instant;
 
@@ -219,6 +219,7 @@ impl Bench {
                         bits,
                         group: GROUP,
                         lead: 0,
+                        offset: QuantOffset::Zeros,
                     };
                     let row = |row: usize, out: QuantRow<'_>| {
                         out.q.fill((row % 15) as i8);

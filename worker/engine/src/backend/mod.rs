@@ -27,8 +27,8 @@ mod shapes;
 
 pub use batch::{Batch, BatchSpan};
 pub use shapes::{
-    FloatDtype, Heads, KvDtype, KvShape, LinearShape, QuantBits, QuantShape, Size, StepShape,
-    WeightDtype,
+    FloatDtype, Heads, KvDtype, KvShape, LinearShape, QuantBits, QuantOffset, QuantShape, Size,
+    StepShape, WeightDtype,
 };
 
 use std::ops::Range;
@@ -93,8 +93,14 @@ pub trait Backend: Send + 'static {
     /// Bytes that [`Backend::pack`] takes for a matrix of this shape, bias excluded.
     fn linear_bytes(shape: LinearShape) -> u64;
 
+    /// Whether [`Backend::pack_quantised`] takes matrices of this form: those of a checkpoint that is quantised already are
+    /// else packed as floats.
+    fn takes_quantised(_shape: QuantShape) -> bool {
+        false
+    }
+
     /// Packs a quantised matrix: `rows(i, out)` writes row `i` and may be called in any order, from any thread, once per row.
-    /// `x W^T` is then that of the numbers `scale * (q - zero)`, whatever way the backend computes it.
+    /// `x W^T` is then that of the numbers the rows stand for, whatever way the backend computes it.
     ///
     /// # Errors
     /// [`DeviceError::OutOfMemory`]; [`DeviceError::Unsupported`] where the backend has no product for such weights.
@@ -297,15 +303,18 @@ pub const NOT_FINITE: u32 = u32::MAX;
 /// Writes row `i` of a quantised matrix.
 pub type QuantSource<'a> = dyn Fn(usize, QuantRow<'_>) + Sync + 'a;
 
-/// One row of a quantised matrix: `w[j] = scales[g] * (q[j] - zeros[g])`, `g` being the group of column `j`.
+/// One row of a quantised matrix: `w[j] = scales[g] * (q[j] - zeros[g])`, `g` being the group of column `j`; with
+/// [`QuantOffset::Mins`] it is `scales[g] * q[j] + mins[g]`.
 #[derive(Debug)]
 pub struct QuantRow<'a> {
-    /// `[k]`: -127 to 127 for int8, 0 to 15 for int4.
+    /// `[k]`: -128 to 127 for int8, 0 to 15 for int4.
     pub q: &'a mut [i8],
-    /// `[groups]`.
+    /// `[groups]`: numbers that f16 has.
     pub scales: &'a mut [f32],
-    /// `[groups]`: 0 for int8, 0 to 15 for int4.
+    /// `[groups]`: 0 for int8, 0 to 16 for int4, 8 where the offset is the middle. Not read where there are minima.
     pub zeros: &'a mut [u8],
+    /// `[groups]`, numbers that f16 has; empty where the shape has no minima.
+    pub mins: &'a mut [f32],
 }
 
 impl QuantRow<'_> {
@@ -315,6 +324,7 @@ impl QuantRow<'_> {
             q: self.q,
             scales: self.scales,
             zeros: self.zeros,
+            mins: self.mins,
         }
     }
 }

@@ -88,6 +88,10 @@ impl Backend for ReferenceBackend {
         4 * shape.n as u64 * shape.k as u64
     }
 
+    fn takes_quantised(_: QuantShape) -> bool {
+        true
+    }
+
     fn pack_quantised(
         &mut self,
         shape: QuantShape,
@@ -101,6 +105,7 @@ impl Backend for ReferenceBackend {
             q: &mut vec![0; k],
             scales: &mut vec![0.0; groups],
             zeros: &mut vec![0; groups],
+            mins: &mut vec![0.0; shape.mins()],
         };
         for (i, row) in weight.chunks_exact_mut(k).enumerate() {
             rows(i, lent.lend());

@@ -35,6 +35,8 @@ pub struct QuantShape {
     pub group: usize,
     /// Column `j` is in group `(lead + j) / group`: a rank's columns may begin inside a group.
     pub lead: usize,
+    /// What stands for zero.
+    pub offset: QuantOffset,
 }
 
 impl QuantShape {
@@ -44,21 +46,45 @@ impl QuantShape {
         (self.lead + self.k).div_ceil(self.group)
     }
 
-    /// Bytes of numbers, scales (f32) and, for int4, zero points (one byte), without padding.
+    /// Minima of a row: as many as groups, or none.
+    #[must_use]
+    pub const fn mins(self) -> usize {
+        match self.offset {
+            QuantOffset::Mins => self.groups(),
+            QuantOffset::Middle | QuantOffset::Zeros => 0,
+        }
+    }
+
+    /// Bytes of numbers, scales (f32) and, for int4, zero points (one byte; minima have four), without padding.
     #[must_use]
     pub const fn bytes(self) -> u64 {
-        let (numbers, zeros) = match self.bits {
+        let (numbers, zero) = match self.bits {
             QuantBits::Int8 => (self.k, 0),
-            QuantBits::Int4 => (self.k.div_ceil(2), self.groups()),
+            QuantBits::Int4 => (self.k.div_ceil(2), 1),
         };
-        (self.n * (numbers + 4 * self.groups() + zeros)) as u64
+        let offset = match self.offset {
+            QuantOffset::Middle | QuantOffset::Zeros => zero,
+            QuantOffset::Mins => 4,
+        };
+        (self.n * (numbers + (4 + offset) * self.groups())) as u64
     }
+}
+
+/// What stands for zero in a group of quantised numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum QuantOffset {
+    /// The middle: 0 of int8, 8 of int4.
+    Middle,
+    /// A zero point per group, a whole number of steps: int4 as GPTQ and AWQ have it.
+    Zeros,
+    /// The number that zero steps stand for, per group: int4 as GGUF's Q4_1 has it.
+    Mins,
 }
 
 /// How many bits a quantised number has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum QuantBits {
-    /// -127 to 127.
+    /// -128 to 127.
     Int8,
     /// 0 to 15.
     Int4,

@@ -1,4 +1,4 @@
-//! Quantised weights: the one logical form, `w = scale * (q - zero)`, and how the numbers of a checkpoint come into it.
+//! Quantised weights: the one logical form (see [`QuantRow`]), and how the numbers of a checkpoint come into it.
 //!
 //! Owns the choice of scales, which is made while a model is loaded, and the way back to floats. Knows no files, ranks or
 //! backends: a backend packs [`QuantRow`]s as it likes.
@@ -6,7 +6,7 @@
 //! Groups are counted over the columns of the whole matrix. A rank that has some of the columns therefore has the very
 //! numbers that one rank alone would have; its first and last group may be parts of whole ones.
 
-use crate::backend::{QuantBits, QuantRow, QuantShape};
+use crate::backend::{QuantBits, QuantOffset, QuantRow, QuantShape};
 use std::ops::Range;
 
 /// Columns of a group. Published int4 checkpoints mostly have 128: a scale and a zero point are a twelfth of the bytes of
@@ -97,6 +97,7 @@ pub const fn shape(bits: QuantBits, n: usize, columns: &Range<usize>) -> QuantSh
         bits,
         group: GROUP,
         lead: columns.start % GROUP,
+        offset: QuantOffset::Middle,
     }
 }
 
@@ -130,7 +131,12 @@ pub fn quantise_row(
 pub fn dequantise_row(shape: QuantShape, row: &QuantRow<'_>, out: &mut [f32]) {
     for (j, (out, q)) in out.iter_mut().zip(&*row.q).enumerate() {
         let group = (shape.lead + j) / shape.group;
-        *out = row.scales[group] * (i32::from(*q) - i32::from(row.zeros[group])) as f32;
+        *out = match shape.offset {
+            QuantOffset::Mins => row.scales[group].mul_add(f32::from(*q), row.mins[group]),
+            QuantOffset::Middle | QuantOffset::Zeros => {
+                row.scales[group] * (i32::from(*q) - i32::from(row.zeros[group])) as f32
+            }
+        };
     }
 }
 

@@ -1,7 +1,7 @@
 //! Products of quantised weights: both formats, ragged groups, slices that begin inside a group.
 
 use super::{SUMS, Twins, bits};
-use crate::backend::{Backend, QuantBits, QuantRow, QuantShape};
+use crate::backend::{Backend, QuantBits, QuantOffset, QuantRow, QuantShape};
 
 /// `(n, k, group, lead)`.
 const SHAPES: [(usize, usize, usize, usize); 7] = [
@@ -26,6 +26,7 @@ pub(super) fn near<B: Backend>(twins: &mut Twins<B>) {
                 bits,
                 group,
                 lead,
+                offset: QuantOffset::Zeros,
             };
             let weight = twins.quantised(shape, at % 2 == 0);
             for rows in ROWS {

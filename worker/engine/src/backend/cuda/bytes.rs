@@ -110,7 +110,7 @@ pub(super) const HEAD_WIDTHS: [usize; 8] = [16, 32, 64, 80, 96, 112, 128, 256];
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::FloatDtype;
+    use crate::backend::{FloatDtype, QuantOffset};
 
     #[test]
     fn the_bytes_of_llama_2_7b_add_up_by_hand() {
@@ -130,6 +130,7 @@ mod tests {
             bits: QuantBits::Int8,
             group: 128,
             lead: 0,
+            offset: QuantOffset::Middle,
         };
         assert_eq!(quantised(shape), 4096 * (11008 + 4 * 86));
         let shape = QuantShape {

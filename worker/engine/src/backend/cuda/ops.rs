@@ -12,7 +12,8 @@ use super::weights::Matrix;
 use super::{CudaBackend, CudaLinear, bytes};
 use crate::backend::{
     Attention, Backend, Batch, Columns, DecodeOps, DeviceError, Draw, FloatDtype, Heads, KvDtype,
-    KvShape, LayerNorm, LinearShape, QuantShape, QuantSource, RowSource, Size, StepShape,
+    KvShape, LayerNorm, LinearShape, QuantOffset, QuantShape, QuantSource, RowSource, Size,
+    StepShape,
 };
 use half::bf16;
 use std::sync::Arc;
@@ -252,12 +253,21 @@ impl Backend for CudaBackend {
         bytes::linear(shape)
     }
 
+    fn takes_quantised(shape: QuantShape) -> bool {
+        shape.offset != QuantOffset::Mins
+    }
+
     fn pack_quantised(
         &mut self,
         shape: QuantShape,
         rows: &QuantSource<'_>,
         bias: Option<&[f32]>,
     ) -> Result<CudaLinear, DeviceError> {
+        if !Self::takes_quantised(shape) {
+            let name = shape.bits.name();
+            let form = format!("{name} weights whose groups have minima instead of zero points");
+            return Err(DeviceError::Unsupported(form));
+        }
         let matrix = self.pack_groups(shape, rows)?;
         Ok(CudaLinear {
             n: shape.n,

@@ -110,6 +110,7 @@ impl CudaBackend {
                             q: &mut q,
                             scales: &mut scales,
                             zeros: &mut zeros,
+                            mins: &mut [],
                         },
                     );
                     let (numbers, of_groups) = made.split_at_mut(row_bytes);

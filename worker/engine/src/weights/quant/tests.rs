@@ -29,6 +29,7 @@ impl Row {
             q: &mut self.q,
             scales: &mut self.scales,
             zeros: &mut self.zeros,
+            mins: &mut [],
         }
     }
 
