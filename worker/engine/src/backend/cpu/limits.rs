@@ -1,137 +1,175 @@
 //! What this machine could do at best, measured: the yardstick of the kernels' benchmarks.
+//!
+//! Owns the measuring. Others use the machine as well, so that each limit is what short bursts reach: all threads
+//! at once for a fraction of a millisecond, again and again. What bursts consist of stands in `arithmetic` and `reading`.
 
-use std::time::Instant;
+use std::path::Path as File;
+use std::time::{Duration, Instant};
 
 use super::Pool;
-use super::isa::{Isa, Kernel};
+use super::isa::Isa;
 use super::memory::Memory;
-use super::simd::{LANES, Simd};
 use crate::backend::DeviceError;
+use arithmetic::{Multiply, multiply_int8};
+use reading::Read;
 
-/// Bytes read for the bandwidth: far more than caches hold.
+mod arithmetic;
+mod reading;
+
+/// Bytes read for the bandwidth where the cache's size is not known.
 const READ_BYTES: usize = 256 << 20;
-/// Each limit is the best of so many tries.
-const TRIES: usize = 25;
+/// No machine needs more, however large a cache it shows: other machines' programs use the same.
+const READ_BYTES_MAX: usize = 1 << 30;
+/// Bytes that one thread reads in one piece.
+const PIECE_BYTES: usize = 1 << 20;
+/// Pieces of each thread in one burst.
+const PIECES: usize = 4;
+/// How often all bytes are read in each way.
+const PASSES: usize = 4;
+/// Bursts of arithmetic go on for so long.
+const ARITHMETIC_TIME: Duration = Duration::from_millis(120);
+/// Rounds of arithmetic in a burst of one thread.
+const ROUNDS: usize = 50_000;
 
 /// The limits of a pool's threads together.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// Billions of f32 additions and multiplications per second, two per fused one.
     pub gflops: f64,
+    /// Billions of int8 additions and multiplications per second, summed in int32.
+    pub int8_gops: f64,
     /// Billions of bytes per second read from memory.
     pub read_gb_per_s: f64,
 }
 
 impl Limits {
-    /// Measures for about a second.
+    /// Measures for about half a second, with 256 MiB of memory or more where caches are large. Threads that are not pinned
+    /// may share a core for all that time and then show half of what there is.
     ///
     /// # Errors
     /// [`DeviceError::OutOfMemory`].
     pub fn measure(isa: Isa, pool: &Pool) -> Result<Limits, DeviceError> {
-        const ROUNDS: usize = 2_000_000;
-        let threads = pool.threads();
-        let mut flops = 0;
-        let compute = best(|| {
-            let counts = std::sync::Mutex::new(0);
-            pool.run(threads, &|_, _| {
-                let count = isa.run(Multiply { rounds: ROUNDS });
-                *counts
-                    .lock()
-                    .unwrap_or_else(std::sync::PoisonError::into_inner) += count;
-            });
-            flops = counts
-                .into_inner()
-                .unwrap_or_else(std::sync::PoisonError::into_inner);
-        });
-        let mut memory = Memory::<f32>::new(READ_BYTES / size_of::<f32>())?;
-        memory.as_mut().fill(1.0);
-        let part = 1 << 18;
-        let parts: Vec<&[f32]> = memory.as_ref().chunks(part).collect();
-        let read = best(|| {
-            pool.run(parts.len(), &|item, _| {
-                std::hint::black_box(isa.run(Read {
-                    values: parts[item],
-                }));
-            });
-        });
+        let (gflops, int8_gops) = arithmetic(isa, pool);
         Ok(Limits {
-            gflops: flops as f64 / compute / 1e9,
-            read_gb_per_s: READ_BYTES as f64 / read / 1e9,
+            gflops,
+            int8_gops,
+            read_gb_per_s: read_gb_per_s(isa, pool)?,
         })
     }
 }
 
-/// The shortest time in seconds of some tries.
-fn best(mut body: impl FnMut()) -> f64 {
-    (0..TRIES)
-        .map(|_| {
-            let start = Instant::now();
-            body();
-            start.elapsed().as_secs_f64()
-        })
-        .fold(f64::MAX, f64::min)
+/// The arithmetic alone, as [`Limits::gflops`] and [`Limits::int8_gops`].
+#[must_use]
+pub fn arithmetic(isa: Isa, pool: &Pool) -> (f64, f64) {
+    let f32 = arithmetic_rate(pool, &|| isa.run(Multiply { rounds: ROUNDS }));
+    let int8 = arithmetic_rate(pool, &|| multiply_int8(isa, ROUNDS));
+    (f32, int8)
 }
 
-/// Independent chains of fused multiply-adds. Gives how many operations they were.
-struct Multiply {
-    rounds: usize,
+/// Bytes of the last cache before memory, as the system tells; it may be shared with others.
+#[must_use]
+pub fn cache_bytes() -> Option<usize> {
+    let caches = File::new("/sys/devices/system/cpu/cpu0/cache");
+    let text = |index: usize, name: &str| {
+        std::fs::read_to_string(caches.join(format!("index{index}")).join(name)).ok()
+    };
+    let levels = (0..).map_while(|index| Some((index, text(index, "level")?)));
+    let (last, _) = levels.max_by_key(|(_, level)| level.trim().parse::<u32>().unwrap_or(0))?;
+    parse_bytes(&text(last, "size")?)
 }
 
-impl Kernel for Multiply {
-    type Output = usize;
+/// `32768K` in bytes.
+fn parse_bytes(text: &str) -> Option<usize> {
+    let text = text.trim();
+    let (digits, shift) = match text.strip_suffix('K') {
+        Some(digits) => (digits, 10),
+        None => match text.strip_suffix('M') {
+            Some(digits) => (digits, 20),
+            None => (text, 0),
+        },
+    };
+    digits.parse::<usize>().ok()?.checked_mul(1 << shift)
+}
 
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) -> usize {
-        #[inline(always)]
-        unsafe fn chains<S: Simd, const CHAINS: usize>(rounds: usize) -> usize {
-            // SAFETY: the features are the caller's promise.
-            unsafe {
-                let (a, b) = (
-                    S::splat(std::hint::black_box(0.999)),
-                    S::splat(std::hint::black_box(1e-3)),
-                );
-                let mut sums = [S::splat(1.0); CHAINS];
-                for _ in 0..rounds {
-                    for sum in &mut sums {
-                        *sum = S::fma(*sum, a, b);
-                    }
-                }
-                for sum in sums {
-                    std::hint::black_box(S::sum(sum));
-                }
-            }
-            rounds * CHAINS * LANES * 2
-        }
-        // SAFETY: as above.
-        unsafe {
-            match S::ROWS {
-                12 => chains::<S, 12>(self.rounds),
-                6 => chains::<S, 6>(self.rounds),
-                _ => chains::<S, 2>(self.rounds),
-            }
+/// Billions of operations per second of all threads in the best burst; `burst` gives how many it did.
+fn arithmetic_rate(pool: &Pool, burst: &(dyn Fn() -> usize + Sync)) -> f64 {
+    let threads = pool.threads();
+    let operations = (burst() * threads) as f64;
+    let began = Instant::now();
+    let mut best = f64::MAX;
+    while began.elapsed() < ARITHMETIC_TIME {
+        best = best.min(seconds(|| {
+            pool.run(threads, &|_, _| {
+                burst();
+            });
+        }));
+    }
+    operations / best / 1e9
+}
+
+/// As [`Limits::read_gb_per_s`]: the best way to read counts, and of its bursts the best twentieth, for single ones find
+/// parts of their bytes in caches.
+fn read_gb_per_s(isa: Isa, pool: &Pool) -> Result<f64, DeviceError> {
+    let bytes = cache_bytes().map_or(READ_BYTES, |cache| {
+        (4 * cache).clamp(READ_BYTES, READ_BYTES_MAX)
+    });
+    let mut memory = Memory::<f32>::new(bytes / size_of::<f32>())?;
+    memory.as_mut().fill(1.0);
+    let pieces: Vec<&[f32]> = memory.as_ref().chunks_exact(PIECE_BYTES / 4).collect();
+    let bursts = PASSES * pieces.len() / (PIECES * pool.threads());
+    let mut best = 0.0f64;
+    for way in Read::WAYS {
+        let mut bursts: Vec<f64> = pieces
+            .chunks_exact(PIECES * pool.threads())
+            .cycle()
+            .take(bursts)
+            .map(|pieces| {
+                seconds(|| {
+                    pool.run(pieces.len(), &|item, _| {
+                        std::hint::black_box(isa.run(way(pieces[item])));
+                    });
+                })
+            })
+            .collect();
+        bursts.sort_by(f64::total_cmp);
+        let Some(burst) = bursts.get(bursts.len() / 20) else {
+            continue;
+        };
+        best = best.max((PIECE_BYTES * PIECES * pool.threads()) as f64 / burst / 1e9);
+    }
+    Ok(best)
+}
+
+fn seconds(body: impl FnOnce()) -> f64 {
+    let start = Instant::now();
+    body();
+    start.elapsed().as_secs_f64()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_path_has_limits_and_memory_is_slower_than_arithmetic() {
+        let pool = Pool::new(1, &[]).unwrap();
+        let limits = Limits::measure(Isa::detect(), &pool).unwrap();
+        assert!(limits.read_gb_per_s > 0.1, "{limits:?}");
+        for isa in super::super::Path::ALL.into_iter().filter_map(Isa::new) {
+            let (gflops, int8_gops) = arithmetic(isa, &pool);
+            assert!(
+                gflops > 0.1 && int8_gops > 0.1,
+                "{isa:?}: {gflops}, {int8_gops}"
+            );
         }
     }
-}
 
-/// Reads all values.
-struct Read<'a> {
-    values: &'a [f32],
-}
-
-impl Kernel for Read<'_> {
-    type Output = f32;
-
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) -> f32 {
-        // SAFETY: loads stay inside their chunk; the features are the caller's promise.
-        unsafe {
-            let mut sums = [S::zero(); 4];
-            for block in self.values.chunks_exact(4 * LANES) {
-                for (i, sum) in sums.iter_mut().enumerate() {
-                    *sum = S::add(*sum, S::load(block.as_ptr().add(i * LANES)));
-                }
-            }
-            S::sum(S::add(S::add(sums[0], sums[1]), S::add(sums[2], sums[3])))
-        }
+    #[test]
+    fn sizes_of_caches_are_read_with_their_units() {
+        let read = ["32768K\n", "260M", "512", "", "many K"].map(parse_bytes);
+        assert_eq!(
+            read,
+            [Some(32 << 20), Some(260 << 20), Some(512), None, None]
+        );
     }
 }

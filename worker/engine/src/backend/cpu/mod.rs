@@ -48,6 +48,7 @@ pub use kv::CpuKv;
 pub use linear::CpuLinear;
 pub use memory::{CpuBuf, Memory};
 pub use pool::Pool;
+pub use thread::{allowed_cores, bind_thread};
 
 /// Counts changes of the kernels that change any bit of a result.
 const KERNELS_VERSION: u32 = 1;
