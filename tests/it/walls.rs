@@ -359,6 +359,7 @@ fn unsafe_stands_only_where_it_must() {
     }
     none("unsafe outside the places that need it", offenders);
     let forbid = [
+        "common/gguf/src/lib.rs",
         "common/registry/src/lib.rs",
         "common/src/lib.rs",
         "coordinator/src/lib.rs",
@@ -457,6 +458,7 @@ fn tests_wait_for_conditions_and_do_not_sleep() {
 fn all_members_take_the_workspaces_lints() {
     let members = [
         "common",
+        "common/gguf",
         "common/registry",
         "coordinator",
         "worker",
