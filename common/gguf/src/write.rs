@@ -2,9 +2,11 @@
 
 mod blocks;
 mod folder;
+mod tokenizer;
 
 pub use blocks::encode;
 pub use folder::from_folder;
+pub use tokenizer::set_tokenizer;
 
 use crate::header::ALIGNMENT;
 use crate::tensor::TensorType;
