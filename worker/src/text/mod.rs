@@ -1,10 +1,11 @@
 //! Text on this side of the engine: what turns prompts into token ids and tokens back into text.
 //!
-//! Owns the files of a tokenizer's folder. Knows no wire and no engine.
+//! Owns the files of a tokenizer's folder, and what a GGUF file says of its tokenizer. Knows no wire and no engine.
 
 pub mod chat;
 pub mod constraint;
 pub mod detokenize;
+pub mod from_gguf;
 pub mod helper;
 pub mod sandbox;
 pub mod stop;
@@ -20,6 +21,7 @@ use serde_json::Value;
 
 use chat::{ChatError, TemplateSource};
 use constraint::{ConstraintError, Grammar, Grammars};
+use from_gguf::{GgufText, is_gguf};
 use tokenizer::Tokenizer;
 use tools::grammar::Calls;
 use tools::parser::CallParser;
@@ -86,23 +88,25 @@ pub enum PromptError {
 
 impl TextModel {
     /// Reads a tokenizer's folder, and the end tokens from the weights' folder (`generation_config.json`, else
-    /// `config.json`, else the tokenizer's own end token). `renderer` makes the chat template into what renders it.
+    /// `config.json`, else the tokenizer's own end token). Of weights in a GGUF file, that file says all of it, unless the
+    /// tokenizer's folder has a `tokenizer.json`. `renderer` makes the chat template into what renders it.
     ///
     /// # Errors
     /// Names the file that is missing or wrong.
     pub fn open(
         tokenizer_folder: &Path,
-        weights_folder: &Path,
+        weights: &Path,
         renderer: impl FnOnce(TemplateSource) -> Box<dyn Render>,
     ) -> Result<TextModel> {
-        let tokenizer = Tokenizer::open(tokenizer_folder)?;
-        let template = TemplateSource::open(tokenizer_folder)?;
-        let mut end_ids = Vec::new();
-        for file in ["generation_config.json", "config.json"] {
-            if end_ids.is_empty() {
-                end_ids = end_ids_of(&weights_folder.join(file))?;
-            }
-        }
+        let of_file = is_gguf(weights) && !tokenizer_folder.join("tokenizer.json").is_file();
+        let (tokenizer, template, mut end_ids) = if of_file {
+            let text = GgufText::open(weights)?;
+            (text.tokenizer, text.template, text.end_ids)
+        } else {
+            let tokenizer = Tokenizer::open(tokenizer_folder)?;
+            let template = TemplateSource::open(tokenizer_folder)?;
+            (tokenizer, template, end_ids_beside(weights)?)
+        };
         if end_ids.is_empty() {
             let eos = template.eos.as_deref();
             end_ids.extend(eos.and_then(|name| tokenizer.token_id(name)));
@@ -248,6 +252,15 @@ impl TextModel {
             .encode(text, special)
             .map_err(PromptError::Tokenizer)
     }
+}
+
+/// The end tokens that a weights' folder names.
+fn end_ids_beside(weights: &Path) -> Result<Vec<u32>> {
+    let ids = end_ids_of(&weights.join("generation_config.json"))?;
+    if ids.is_empty() {
+        return end_ids_of(&weights.join("config.json"));
+    }
+    Ok(ids)
 }
 
 /// `eos_token_id` of a file: a number or a list. A missing file has none.

@@ -45,7 +45,11 @@ impl Tokenizer {
             .with_context(|| format!("{}: not usable as a tokenizer", path.display()))
     }
 
-    fn parse(bytes: &[u8]) -> Result<Tokenizer> {
+    /// The tokenizer that a `tokenizer.json` of these words is.
+    ///
+    /// # Errors
+    /// Not a tokenizer, or a decoder that this build does not know.
+    pub fn parse(bytes: &[u8]) -> Result<Tokenizer> {
         #[derive(Deserialize)]
         struct DecoderOnly {
             decoder: Option<Value>,
