@@ -359,6 +359,8 @@ fn unsafe_stands_only_where_it_must() {
     }
     none("unsafe outside the places that need it", offenders);
     let forbid = [
+        "bench/src/lib.rs",
+        "bench/src/main.rs",
         "common/gguf/src/lib.rs",
         "common/registry/src/lib.rs",
         "common/src/lib.rs",
@@ -457,6 +459,7 @@ fn tests_wait_for_conditions_and_do_not_sleep() {
 #[test]
 fn all_members_take_the_workspaces_lints() {
     let members = [
+        "bench",
         "common",
         "common/gguf",
         "common/registry",

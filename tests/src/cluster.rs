@@ -85,6 +85,11 @@ impl Cluster {
         read_secret(&self.folder().join("var/worker.secret"))
     }
 
+    /// The administrator's token.
+    pub fn admin_token(&self) -> String {
+        read_secret(&self.folder().join("var/admin.token"))
+    }
+
     /// The name of a worker by its place in cluster.toml.
     pub fn worker_name(&self, index: usize) -> WorkerId {
         WorkerId(self.settings.worker_names()[index].clone())

@@ -71,6 +71,11 @@ impl Process {
         }
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// What it wrote to standard error since this start.
     pub fn stderr(&self) -> String {
         since(&self.stderr, self.stderr_before)

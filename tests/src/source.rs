@@ -50,7 +50,7 @@ pub fn root() -> PathBuf {
 /// All Rust files of the workspace's members.
 pub fn all() -> Vec<Source> {
     let mut found = Vec::new();
-    for member in ["common", "coordinator", "worker", "tests"] {
+    for member in ["bench", "common", "coordinator", "worker", "tests"] {
         collect(&root(), member, &mut found);
     }
     assert!(
