@@ -1,0 +1,331 @@
+//! How fast whole steps of a model are on this CPU, beside what the machine could do: a prompt, and decodes of some
+//! batch sizes.
+//!
+//!     cargo run --release -p engine --example steps -- FOLDER [--weights bf16|int8|int4] [--kv bf16|f32]
+//!         [--prompt 512] [--batch 1,32] [--context 512] [--threads N] [--seconds 3]
+//!
+//! Steps go through the runner and the sampler as a served model's do, without text and HTTP. The roof of a step is the
+//! time to read its weights, and the keys and values it looks at, at the measured bandwidth, or the time of its
+//! multiplications at the measured peak of the type, whichever is longer: see docs/performance.md. Each step is timed
+//! alone; the median counts. Lines have the form `prefill|decode KEY=VALUE ...`.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use engine::backend::cpu::limits::Limits;
+use engine::backend::cpu::{CpuBackend, Isa, Pool};
+use engine::backend::{KvDtype, WeightDtype};
+use engine::collective::solo::Solo;
+use engine::model_runner::{Footprint, ModelRunner, RunnerOptions};
+use engine::models::checkpoint::Checkpoint;
+use engine::models::spec::{MlpKind, ModelSpec};
+use engine::plan::{BLOCK_TOKENS, Logits, Span, StepPlan};
+use engine::request::Sampling;
+use engine::runner::{Runner, SampleRow};
+
+type Failure = Box<dyn std::error::Error>;
+type CpuRunner = ModelRunner<CpuBackend, Solo>;
+
+const GENERATION: u64 = 1;
+/// Steps before the first that counts.
+const WARM_UP: usize = 2;
+
+fn main() -> Result<(), Failure> {
+    let options = Options::read()?;
+    let checkpoint = Checkpoint::open(&options.folder)?;
+    let pool = Pool::new(options.threads, &[])?;
+    let limits = Limits::measure(Isa::detect(), &pool)?;
+    println!(
+        "limits path={} threads={} read_gb_per_s={:.1} f32_gflops={:.0} int8_gops={:.0}",
+        Isa::detect().path().name(),
+        options.threads,
+        limits.read_gb_per_s,
+        limits.gflops,
+        limits.int8_gops
+    );
+    let runner_options = options.runner();
+    let footprint = Footprint::of::<CpuBackend>(&checkpoint.spec, 0, 1, &runner_options)?;
+    let begun = Instant::now();
+    let backend = CpuBackend::new(pool)?;
+    let runner = ModelRunner::load(
+        &checkpoint,
+        &runner_options,
+        backend,
+        Solo::new(),
+        &mut |_| {},
+    )?;
+    println!(
+        "loaded weights={} seconds={:.2} weight_bytes={} kv_block_bytes={}",
+        options.weights_name,
+        begun.elapsed().as_secs_f64(),
+        footprint.weights,
+        footprint.kv_block
+    );
+    let mut bench = Bench {
+        costs: Costs::of(&checkpoint.spec, &footprint),
+        runner,
+        limits,
+        step: 0,
+        options,
+    };
+    if bench.options.prompt > 0 {
+        bench.prefill()?;
+    }
+    for batch in bench.options.batches.clone() {
+        bench.decode(batch)?;
+    }
+    Ok(())
+}
+
+/// What the command line asks for.
+struct Options {
+    folder: PathBuf,
+    weights: WeightDtype,
+    weights_name: String,
+    kv: KvDtype,
+    prompt: usize,
+    batches: Vec<usize>,
+    context: usize,
+    threads: usize,
+    time: Duration,
+}
+
+impl Options {
+    fn read() -> Result<Options, Failure> {
+        let mut arguments = std::env::args().skip(1);
+        let folder = arguments.next().filter(|word| !word.starts_with('-'));
+        let mut options = Options {
+            folder: folder.ok_or("name the model's folder first")?.into(),
+            weights: WeightDtype::Bf16,
+            weights_name: "bf16".into(),
+            kv: KvDtype::Bf16,
+            prompt: 512,
+            batches: vec![1, 32],
+            context: 512,
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            time: Duration::from_secs(3),
+        };
+        while let Some(key) = arguments.next() {
+            let value = arguments
+                .next()
+                .ok_or_else(|| format!("{key} wants a value"))?;
+            match key.as_str() {
+                "--weights" => {
+                    options.weights = match value.as_str() {
+                        "bf16" => WeightDtype::Bf16,
+                        "int8" => WeightDtype::Int8,
+                        "int4" => WeightDtype::Int4,
+                        _ => return Err(format!("--weights {value}: bf16, int8 or int4").into()),
+                    };
+                    options.weights_name = value;
+                }
+                "--kv" => {
+                    options.kv = match value.as_str() {
+                        "bf16" => KvDtype::Bf16,
+                        "f32" => KvDtype::F32,
+                        _ => return Err(format!("--kv {value}: bf16 or f32").into()),
+                    }
+                }
+                "--prompt" => options.prompt = number(&key, &value)?,
+                "--batch" => {
+                    let counts = value.split(',').map(|word| number(&key, word));
+                    options.batches = counts.collect::<Result<_, _>>()?;
+                }
+                "--context" => options.context = number(&key, &value)?,
+                "--threads" => options.threads = number(&key, &value)?,
+                "--seconds" => options.time = Duration::from_secs(number(&key, &value)?),
+                _ => return Err(format!("{key} is no option; see the head of this file").into()),
+            }
+        }
+        Ok(options)
+    }
+
+    /// Blocks of a sequence that is as long as any here.
+    fn blocks(&self) -> usize {
+        self.prompt.max(self.context + 1).div_ceil(BLOCK_TOKENS)
+    }
+
+    fn runner(&self) -> RunnerOptions {
+        let batch = self.batches.iter().copied().max().unwrap_or(1);
+        RunnerOptions {
+            weight_dtype: self.weights,
+            kv_dtype: self.kv,
+            blocks: (1 + batch * self.blocks()) as u32,
+            step_tokens_max: self.prompt.max(batch).max(1) as u32,
+            spans_max: batch.max(1) as u32,
+            generation: GENERATION,
+        }
+    }
+}
+
+fn number<T: FromStr>(key: &str, word: &str) -> Result<T, Failure> {
+    word.parse()
+        .map_err(|_| format!("{key} {word}: no number").into())
+}
+
+/// What a step must read and compute, whoever computes it.
+struct Costs {
+    /// Weights that a step reads: all but the rows of an embedding that is not the head.
+    weight_bytes: f64,
+    /// Keys and values of a token.
+    kv_bytes: f64,
+    /// Multiplications and additions of a token, in the layers and in the head.
+    layer_flops: f64,
+    head_flops: f64,
+    /// Those of a token for each token that it looks at.
+    attention_flops: f64,
+}
+
+impl Costs {
+    fn of(spec: &ModelSpec, footprint: &Footprint) -> Costs {
+        let (q, kv) = (
+            spec.heads * spec.head_width,
+            spec.kv_heads * spec.head_width,
+        );
+        let mlp = match spec.mlp {
+            MlpKind::GatedSilu => 3,
+            MlpKind::Gelu => 2,
+        };
+        let layer = spec.hidden * (2 * q + 2 * kv) + mlp * spec.hidden * spec.intermediate;
+        let table = if spec.tied {
+            0
+        } else {
+            2 * spec.vocab * spec.hidden
+        };
+        Costs {
+            weight_bytes: footprint.weights as f64 - table as f64,
+            kv_bytes: footprint.kv_block as f64 / BLOCK_TOKENS as f64,
+            layer_flops: (2 * spec.layers * layer) as f64,
+            head_flops: (2 * spec.vocab * spec.hidden) as f64,
+            attention_flops: (4 * spec.layers * q) as f64,
+        }
+    }
+}
+
+struct Bench {
+    options: Options,
+    runner: CpuRunner,
+    costs: Costs,
+    limits: Limits,
+    step: u64,
+}
+
+impl Bench {
+    /// A whole prompt in one step.
+    fn prefill(&mut self) -> Result<(), Failure> {
+        let tokens = self.options.prompt;
+        let plan = self.plan(1, 0, tokens);
+        let seconds = self.time(&plan)?;
+        let looked_at = (tokens * tokens) as f64 / 2.0;
+        let flops = tokens as f64 * self.costs.layer_flops
+            + self.costs.head_flops
+            + looked_at * self.costs.attention_flops;
+        let bytes = self.costs.weight_bytes + tokens as f64 * self.costs.kv_bytes;
+        self.show(
+            &format!("prefill tokens={tokens}"),
+            tokens,
+            seconds,
+            bytes,
+            flops,
+        );
+        Ok(())
+    }
+
+    /// A token of each of `batch` sequences.
+    fn decode(&mut self, batch: usize) -> Result<(), Failure> {
+        let context = self.options.context;
+        let plan = self.plan(batch, context, 1);
+        let seconds = self.time(&plan)?;
+        let looked_at = (batch * (context + 1)) as f64;
+        let bytes = self.costs.weight_bytes + looked_at * self.costs.kv_bytes;
+        let flops = batch as f64 * (self.costs.layer_flops + self.costs.head_flops);
+        let name = format!("decode batch={batch} context={context}");
+        self.show(&name, batch, seconds, bytes, flops);
+        Ok(())
+    }
+
+    /// A plan of `tokens` tokens of each of `sequences` sequences, from `position` on. What lies in the cache before is
+    /// zeros, which take no less time than other numbers.
+    fn plan(&self, sequences: usize, position: usize, tokens: usize) -> StepPlan {
+        let blocks = self.options.blocks();
+        let span = |sequence: usize| Span {
+            position: position as u32,
+            len: tokens as u32,
+            logits: Logits::Last,
+            blocks: (0..blocks)
+                .map(|block| (1 + sequence * blocks + block) as u32)
+                .collect(),
+        };
+        StepPlan {
+            step: 0,
+            generation: GENERATION,
+            tokens: (0..sequences * tokens)
+                .map(|i| (300 + i * 7 % 1500) as u32)
+                .collect(),
+            spans: (0..sequences).map(span).collect(),
+        }
+    }
+
+    /// Runs the plan again and again; the times of single steps in seconds, the shortest first.
+    fn time(&mut self, plan: &StepPlan) -> Result<Vec<f64>, Failure> {
+        let sampling = Sampling::default();
+        let samples: Vec<SampleRow<'_>> = (0..plan.spans.len())
+            .map(|span| SampleRow {
+                span,
+                sampling: &sampling,
+                candidate: 0,
+                output_index: 0,
+                prompt: &[],
+                outputs: &[],
+                mask: None,
+            })
+            .collect();
+        let (mut plan, mut seconds, mut begun) = (plan.clone(), Vec::new(), Instant::now());
+        for count in 0.. {
+            if count == WARM_UP {
+                begun = Instant::now();
+                seconds.clear();
+            }
+            self.step += 1;
+            plan.step = self.step;
+            let start = Instant::now();
+            let ticket = self.runner.submit(&plan, &samples, &[], &[])?;
+            let output = self.runner.collect(ticket)?;
+            seconds.push(start.elapsed().as_secs_f64());
+            for (span, sampled) in output.samples.into_iter().enumerate() {
+                let id = sampled
+                    .map_err(|error| format!("a step failed: {error:?}"))?
+                    .id;
+                if plan.tokens.len() == plan.spans.len() {
+                    plan.tokens[span] = id;
+                }
+            }
+            if count > WARM_UP && begun.elapsed() > self.options.time {
+                break;
+            }
+        }
+        seconds.sort_by(f64::total_cmp);
+        Ok(seconds)
+    }
+
+    fn show(&self, what: &str, tokens: usize, seconds: Vec<f64>, bytes: f64, flops: f64) {
+        let peak = match self.options.weights {
+            WeightDtype::Int8 | WeightDtype::Int4 => self.limits.int8_gops,
+            _ => self.limits.gflops,
+        };
+        let roof = (bytes / self.limits.read_gb_per_s).max(flops / peak) / 1e9;
+        let median = seconds[seconds.len() / 2];
+        let rate = |seconds: f64| tokens as f64 / seconds;
+        println!(
+            "{what} weights={} ms={:.2} tokens_per_s={:.1} best={:.1} bytes={bytes:.0} flops={flops:.0} \
+             roof_tokens_per_s={:.1} fraction={:.3}",
+            self.options.weights_name,
+            median * 1e3,
+            rate(median),
+            rate(seconds[0]),
+            rate(roof),
+            roof / median
+        );
+    }
+}
