@@ -1,0 +1,70 @@
+"""What scripts/bench does once everything is built: one load, a load against a peer, or all figures.
+
+Options that are not known here go to the load generator (`tandem-bench load --help`).
+"""
+
+import argparse
+import os
+import sys
+
+import against
+import figures
+import roof
+from cluster import CODE, Cluster, Endpoint, built, random_model, run
+
+OUT = os.path.join(CODE, "var", "bench")
+ENDPOINT = "bench"
+
+
+def main():
+    if sys.argv[1:2] == ["figures"]:
+        sys.exit(figures.main(sys.argv[2:]))
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--model", help="a model's folder; left out: 1.1 billion random parameters, made once")
+    parser.add_argument("--quantization", default="none", choices=["none", "int8", "int4"])
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--limits", action="store_true")
+    parser.add_argument("--against", choices=sorted(against.PEERS))
+    parser.add_argument("--form", default="bf16", choices=["bf16", "q8_0", "q4_0"])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--url")
+    known, load = parser.parse_known_args()
+    os.makedirs(OUT, exist_ok=True)
+    if known.url:
+        run(built("tandem-bench"), "load", "--url", known.url, *files("load"), *load)
+        return
+    model = known.model or random_model("1.1b")
+    if known.against:
+        against.main(known, model, load)
+        return
+    limits = roof.Limits.measure(known.threads) if known.limits else None
+    with Cluster({ENDPOINT: model}, known.threads, known.quantization) as cluster:
+        endpoint = Endpoint(cluster, ENDPOINT)
+        endpoint.create()
+        seconds = endpoint.wait_ready()
+        print(f"{model}: READY after {seconds:.1f} s, weights in {known.quantization.replace('none', 'their own form')}")
+        report = endpoint.load("load", *files("load"), *load)
+    print(f"report and plot: {OUT}/load.json, load.svg")
+    if limits:
+        limits.show()
+        limits.compare(model, known.quantization, report, clients(load))
+
+
+def files(name):
+    return "--json", os.path.join(OUT, f"{name}.json"), "--svg", os.path.join(OUT, f"{name}.svg")
+
+
+def clients(load):
+    """How many clients a load has; none in an open loop."""
+    if any(word.startswith("--rate") for word in load):
+        return None
+    for word, value in zip(load, [*load[1:], ""]):
+        if word == "--clients":
+            return int(value)
+        if word.startswith("--clients="):
+            return int(word.partition("=")[2])
+    return 8
+
+
+if __name__ == "__main__":
+    main()
