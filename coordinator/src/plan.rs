@@ -18,6 +18,7 @@ use crate::policy::fit::{self, Fit, NoFit, Wish};
 use crate::policy::memory_plan::{self, RankNeed};
 use crate::policy::placement::Place;
 use crate::registry::files::Folder;
+use crate::registry::form::Form;
 use crate::registry::{self, Context, ModelFacts, RegistryError};
 use crate::table;
 
@@ -165,7 +166,7 @@ fn head(facts: &ModelFacts, text: &mut String) -> Result<()> {
         facts.model,
         shape.architecture,
         count_text(parameters),
-        form_text(facts.quantization),
+        form_text(facts),
         shape.layers,
         shape.heads,
         shape.kv_heads,
@@ -179,10 +180,14 @@ fn head(facts: &ModelFacts, text: &mut String) -> Result<()> {
     Ok(())
 }
 
-/// How weights are kept, as a number format.
-fn form_text(quantization: Quantization) -> &'static str {
-    match quantization {
-        Quantization::None => "bf16",
+/// How weights are kept, as a number format: what is asked for, or what the files have.
+fn form_text(facts: &ModelFacts) -> &'static str {
+    let kept = facts.tensors.iter().find_map(|tensor| match tensor.form {
+        Form::Grouped(form) if !tensor.is_end() => Some(form.name()),
+        _ => None,
+    });
+    match facts.quantization {
+        Quantization::None => kept.unwrap_or("bf16"),
         quantised => quantised.name(),
     }
 }
@@ -197,7 +202,7 @@ fn count_text(count: u64) -> String {
     }
 }
 
-/// A row per type, and on GPUs per form of the weights. Says whether the model, as it is served, fits one of them.
+/// A row per type and form of the weights. Says whether the model, as it is served, fits one of them.
 fn rows(
     facts: &ModelFacts,
     types: &[WorkloadType],
@@ -227,7 +232,7 @@ fn rows(
     let served = facts.quantization;
     for workload in types {
         let budget = device_bytes(workload, places);
-        for facts in &forms(facts, workload.device) {
+        for facts in &forms(facts) {
             let wish = Wish {
                 facts,
                 workload,
@@ -259,16 +264,13 @@ fn rows(
     Ok(any)
 }
 
-/// The model with its weights in each form that such a device has products for, and in its own.
-fn forms(facts: &ModelFacts, kind: DeviceKind) -> Vec<ModelFacts> {
+/// The model with its weights in each form that can be asked for.
+fn forms(facts: &ModelFacts) -> Vec<ModelFacts> {
     let of = |quantization| ModelFacts {
         quantization,
         ..facts.clone()
     };
-    match kind {
-        DeviceKind::Cpu => vec![facts.clone()],
-        DeviceKind::Cuda => Quantization::ALL.map(of).into(),
-    }
+    Quantization::ALL.map(of).into()
 }
 
 fn row(
@@ -289,7 +291,7 @@ fn row(
     [
         wish.workload.name.clone(),
         need.ranks.to_string(),
-        form_text(wish.facts.quantization).to_owned(),
+        form_text(wish.facts).to_owned(),
         size(need.weight_bytes),
         size(need.workspace_bytes),
         size(need.scratch_bytes),
@@ -403,7 +405,7 @@ fn smallest(
             writeln!(text, "  one device of {}", bytes_text(need.least_bytes()))?;
         }
     }
-    for facts in forms(facts, DeviceKind::Cuda) {
+    for facts in forms(facts) {
         if facts.quantization != served
             && let Some((workload, _)) = fit::smallest(&facts, question.concurrency, places, types)
         {

@@ -8,7 +8,7 @@ mod cpu;
 pub mod cuda;
 mod part;
 
-use common::wire::message::{DeviceKind, KvDtype, Quantization};
+use common::wire::message::{DeviceKind, KvDtype};
 
 use super::bytes_text;
 use crate::registry::{ModelFacts, Shape};
@@ -104,7 +104,7 @@ pub fn need(
         step_tokens_max,
         sequences_max: concurrency.max(SEQUENCES_MIN),
     };
-    let part = Part::of(shape, ranks);
+    let part = Part::of(facts, ranks);
     need.parameters = part.parameters(facts);
     match kind {
         DeviceKind::Cpu => cpu::fill(&mut need, facts, &part),
@@ -144,11 +144,16 @@ fn check_division(shape: &Shape, ranks: u32) -> Result<(), NoPlan> {
 /// What a worker would refuse once it is asked: better said before.
 fn check_kernels(facts: &ModelFacts, kind: DeviceKind) -> Result<(), NoPlan> {
     let unserved = |what: String| Err(NoPlan::Unserved(what));
-    match kind {
-        DeviceKind::Cpu if facts.quantization != Quantization::None => unserved(format!(
-            "weights in {} are served on GPUs alone; choose a workload type with device = \"cuda\"",
+    if let Some((tensor, form)) = facts.otherwise_quantised() {
+        return unserved(format!(
+            "the weights of {} are in {} already ({tensor}) and are not changed to {}; leave quantization out, or \
+             give a model in bf16, f16 or f32",
+            facts.model,
+            form.name(),
             facts.quantization.name()
-        )),
+        ));
+    }
+    match kind {
         DeviceKind::Cuda if facts.kv_dtype == KvDtype::F32 => unserved(
             "keys and values in f32 are served on CPUs alone; leave kv_dtype out for bf16"
                 .to_owned(),

@@ -4,12 +4,14 @@
 //! * [`files`], [`remote`]: a model's files in a folder or in a registry.
 //! * [`mlmodel`]: the layout of a model, plain Hugging Face or MLflow.
 //! * [`shape`]: `config.json`, the numbers that decide memory.
-//! * [`tensors`]: safetensors headers; no weight is ever read here.
+//! * [`tensors`]: headers of weights' files; no weight is ever read here.
+//! * [`form`]: how matrices lie in them, and which forms workers keep.
 //! * [`needed`]: which files workers need.
 //!
 //! Everything in a model is a stranger's: sizes are bounded, and a hostile file is an error that names it.
 
 pub mod files;
+pub mod form;
 pub mod lookup;
 pub mod mlmodel;
 pub mod needed;
@@ -26,6 +28,7 @@ use common::wire::message::{KvDtype, ModelSource, Quantization};
 use registry::Error;
 
 pub use files::Files;
+use form::{Form, Grouped};
 pub use lookup::Registry;
 pub use shape::Shape;
 pub use tensors::WeightTensor;
@@ -86,6 +89,17 @@ impl ModelFacts {
             _ => self,
         }
     }
+
+    /// A matrix of the files whose numbers are of another size than `quantization` asks for.
+    pub fn otherwise_quantised(&self) -> Option<(&str, Grouped)> {
+        let other = |tensor: &WeightTensor| match tensor.form {
+            Form::Grouped(form) if !tensor.is_end() && !form.is_of(self.quantization) => Some(form),
+            _ => None,
+        };
+        self.tensors
+            .iter()
+            .find_map(|tensor| Some((tensor.name.as_str(), other(tensor)?)))
+    }
 }
 
 /// Which model, and what cluster.toml says of it.
@@ -141,8 +155,8 @@ pub fn read_from(
         exact,
     } = context;
     let layout = mlmodel::layout(files)?;
-    let shape = Shape::read(files, &files::within(&layout.weights, "config.json"))?;
-    let (weights, tensors) = tensors::read(files, &layout.weights, &shape)?;
+    let (shape, packing) = Shape::read(files, &files::within(&layout.weights, "config.json"))?;
+    let (weights, tensors) = tensors::read(files, &layout.weights, &shape, packing.as_ref())?;
     let own = shape.context_max;
     let context_max = match serving.context_max {
         Some(asked) if asked > own && *exact => {
@@ -174,12 +188,12 @@ pub fn read_config_facts(model: &ModelRef, file: &Path) -> Result<ModelFacts, Re
         _ => Path::new("."),
     };
     let name = file.file_name().unwrap_or_default().to_string_lossy();
-    let shape = Shape::read(&files::Folder::open(folder)?, &name)?;
+    let (shape, packing) = Shape::read(&files::Folder::open(folder)?, &name)?;
     Ok(ModelFacts {
         model: model.clone(),
         source: ModelSource::Folder(folder.display().to_string()),
         task: None,
-        tensors: tensors::of_shape(&shape),
+        tensors: tensors::of_shape(&shape, packing.as_ref()),
         kv_dtype: KvDtype::default(),
         quantization: Quantization::default(),
         context_max: shape.context_max,

@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 
 use super::RegistryError;
 use super::files::Files;
+use super::tensors::Packing;
 
 /// Greatest `config.json` that is read.
 const CONFIG_BYTES_MAX: u64 = 16 << 20;
@@ -80,23 +81,30 @@ impl Shape {
         }
     }
 
-    /// Reads a `config.json`, by whatever name.
+    /// Reads a `config.json`, by whatever name: the sizes, and how matrices are packed if they are.
     ///
     /// # Errors
     /// [`RegistryError::Broken`] names the file and the key; an unknown architecture comes with the known ones.
-    pub fn read(files: &dyn Files, path: &str) -> Result<Shape, RegistryError> {
+    pub fn read(files: &dyn Files, path: &str) -> Result<(Shape, Option<Packing>), RegistryError> {
         let bytes = files.read(path, CONFIG_BYTES_MAX)?;
         Self::parse(&bytes).map_err(|reason| files.broken(path, &reason))
     }
 
-    fn parse(bytes: &[u8]) -> Result<Shape, String> {
+    fn parse(bytes: &[u8]) -> Result<(Shape, Option<Packing>), String> {
         let values: Map<String, Value> =
             serde_json::from_slice(bytes).map_err(|e| format!("is not a JSON object: {e}"))?;
         let config = Config(&values);
-        if config.get("quantization_config").is_some() {
-            return Err("quantization_config: quantised weights are not supported; supported: bf16, f16 or f32".into());
-        }
-        let architecture = match config
+        let packing = config.get("quantization_config").map(Packing::parse);
+        let packing = packing.transpose()?;
+        Ok((config.shape()?, packing))
+    }
+}
+
+struct Config<'a>(&'a Map<String, Value>);
+
+impl Config<'_> {
+    fn shape(&self) -> Result<Shape, String> {
+        let architecture = match self
             .get("architectures")
             .and_then(Value::as_array)
             .map(Vec::as_slice)
@@ -105,9 +113,9 @@ impl Shape {
             _ => return Err("architectures must be a list of one name".into()),
         };
         let shape = match architecture.as_str() {
-            "LlamaForCausalLM" => config.llama(architecture, false)?,
-            "MistralForCausalLM" => config.llama(architecture, true)?,
-            "MPTForCausalLM" | "MptForCausalLM" => config.mpt(architecture)?,
+            "LlamaForCausalLM" => self.llama(architecture, false)?,
+            "MistralForCausalLM" => self.llama(architecture, true)?,
+            "MPTForCausalLM" | "MptForCausalLM" => self.mpt(architecture)?,
             other => {
                 return Err(format!(
                     "architecture {other} is not supported; supported are {}",
@@ -123,11 +131,7 @@ impl Shape {
         }
         Ok(shape)
     }
-}
 
-struct Config<'a>(&'a Map<String, Value>);
-
-impl Config<'_> {
     fn get(&self, key: &str) -> Option<&Value> {
         self.0.get(key).filter(|value| !value.is_null())
     }
@@ -267,7 +271,7 @@ mod tests {
             "vocab_size": 100, "max_position_embeddings": 128
         });
         change(&mut config);
-        Shape::parse(config.to_string().as_bytes())
+        Shape::parse(config.to_string().as_bytes()).map(|read| read.0)
     }
 
     #[test]
@@ -321,7 +325,7 @@ mod tests {
         assert!(message("num_attention_heads", json!("eight")).contains("\"eight\""));
         assert!(message("num_attention_heads", json!(7)).contains("not a multiple of 7"));
         assert!(message("architectures", json!([])).contains("a list of one name"));
-        assert!(message("quantization_config", json!({"bits": 4})).contains("quantised"));
+        assert!(message("quantization_config", json!({"bits": 4})).contains("quant_method"));
         assert!(
             Shape::parse(b"[1]")
                 .unwrap_err()
@@ -339,7 +343,7 @@ mod tests {
         let config = json!({"architectures": ["MPTForCausalLM"], "d_model": 4096, "n_heads": 32, "n_layers": 32,
             "expansion_ratio": 4, "max_seq_len": 2048, "vocab_size": 50432, "no_bias": true,
             "attn_config": {"alibi": true, "qk_ln": false}});
-        let shape = Shape::parse(config.to_string().as_bytes()).unwrap();
+        let (shape, _) = Shape::parse(config.to_string().as_bytes()).unwrap();
         assert_eq!(
             (
                 shape.intermediate,

@@ -3,6 +3,7 @@
 use super::part::{F32, Part, Piece};
 use super::{BLOCK_TOKENS, RankNeed};
 use crate::registry::ModelFacts;
+use crate::registry::form::{GROUP, Grouped, Offset};
 
 /// Tokenizer, tables and allocator slack of a shard.
 const TABLES_BYTES: u64 = 32 << 20;
@@ -14,8 +15,22 @@ const ATTENTION_VECTORS: u64 = 24;
 const ATTENTION_THREADS: u64 = 16;
 /// Rows of a weight matrix, and numbers of a head's values, are padded to whole panels of so many.
 const PANEL: u64 = 16;
-/// Weights are kept as bf16, whatever the file has.
+/// Floats are kept as bf16, whatever the file has.
 const WEIGHT_BYTES: u64 = 2;
+/// Rows of a quantised matrix are padded to whole panels of so many.
+const QUANT_PANEL: u64 = 32;
+/// Columns of a group are padded to a multiple of so many.
+const GROUP_COLUMNS: u64 = 8;
+/// Bytes of a row's scale in a group.
+const SCALE_BYTES: u64 = 2;
+/// Bytes of a row's zero point or minimum in a group.
+const OFFSET_BYTES: u64 = 2;
+/// What logits are products with, in a model that is quantised: few bytes are many of those that a step reads.
+const HEAD: Grouped = Grouped {
+    bits: 8,
+    group: GROUP,
+    offset: Offset::Middle,
+};
 /// Rows whose logits are computed at a time.
 const LOGITS_ROWS: u64 = 32;
 
@@ -45,9 +60,40 @@ pub(super) fn fill(need: &mut RankNeed, facts: &ModelFacts, part: &Part<'_>) {
 
 fn bytes(piece: &Piece) -> u64 {
     match *piece {
-        Piece::Matrix { rows, columns, .. } => {
-            rows.next_multiple_of(PANEL) * columns.next_multiple_of(2) * WEIGHT_BYTES
-        }
+        Piece::Matrix {
+            rows,
+            columns,
+            kept: Some(form),
+        } => columns.most_of(|start, end| quantised(rows, start, end, form)),
+        Piece::Matrix { rows, columns, .. } => float(rows, columns.most()),
+        Piece::End {
+            rows,
+            columns,
+            squeezed: true,
+        } => quantised(rows, 0, columns, HEAD),
+        Piece::End { rows, columns, .. } => float(rows, columns),
         Piece::Vector(numbers) => F32 * numbers,
     }
+}
+
+fn float(rows: u64, columns: u64) -> u64 {
+    rows.next_multiple_of(PANEL) * columns.next_multiple_of(2) * WEIGHT_BYTES
+}
+
+/// Panels of quantised rows, of the columns from `start` on and before `end`. Each group has its scales, with whatever
+/// stands for zero behind them, and its columns filled up, also where only a part of it is here.
+fn quantised(rows: u64, start: u64, end: u64, form: Grouped) -> u64 {
+    let group = form.group;
+    let offsets = match form.offset {
+        Offset::Middle => 0,
+        Offset::Zeros | Offset::Mins => OFFSET_BYTES,
+    };
+    let (mut bytes, mut at) = (0, start);
+    while at < end {
+        let next = end.min((at / group + 1) * group);
+        let columns = (next - at).next_multiple_of(GROUP_COLUMNS);
+        bytes += QUANT_PANEL * (SCALE_BYTES + offsets) + QUANT_PANEL * columns * form.bits / 8;
+        at = next;
+    }
+    rows.div_ceil(QUANT_PANEL) * bytes
 }

@@ -1,16 +1,13 @@
 //! What a rank takes on a GPU. The host's part of a step, the tokenizer and the template helper are in the host's memory
 //! and not counted; nor are the driver's context and NCCL's buffers, which are the device's reserve (docs/gpu.md).
 
-use common::wire::message::Quantization;
-
 use super::part::{F32, Part, Piece};
 use super::{BLOCK_TOKENS, RankNeed};
 use crate::registry::ModelFacts;
+use crate::registry::form::{Grouped, Offset};
 
 /// Widths of heads that there are attention kernels for.
 pub const HEAD_WIDTHS: [u64; 8] = [16, 32, 64, 80, 96, 112, 128, 256];
-/// Columns of a quantised matrix that share a scale.
-const GROUP: u64 = 128;
 /// Bytes that a row of a quantised matrix is padded to.
 const ROW_BYTES: u64 = 16;
 /// Numbers that a row of a bf16 matrix is padded to.
@@ -54,61 +51,57 @@ const STEP_SEQUENCES: u64 = 16;
 pub(super) fn fill(need: &mut RankNeed, facts: &ModelFacts, part: &Part<'_>) {
     let shape = part.shape;
     let tokens = u64::from(need.step_tokens_max);
-    let bytes = |tensor| bytes(&part.piece(tensor), facts.quantization);
-    need.weight_bytes = facts.tensors.iter().map(bytes).sum();
+    let pieces = || facts.tensors.iter().map(|tensor| part.piece(tensor));
+    need.weight_bytes = pieces().map(|piece| bytes(&piece)).sum();
     let angles = if part.rotates() { shape.head_width } else { 0 };
     need.workspace_bytes = F32
         * (tokens * (part.activations() + angles) + LOGITS_ROWS * part.logits() + part.slopes());
-    need.scratch_bytes = scratch_bytes(need, facts, part);
+    let quantised =
+        |piece| matches!(piece, Piece::Matrix { kept: Some(form), .. } if has_products(form));
+    need.scratch_bytes = scratch_bytes(need, part, pieces().any(quantised));
     need.overhead_bytes = recorded_bytes(need, part);
     need.block_bytes = 2 * BLOCK_TOKENS * shape.layers * part.kv * facts.kv_dtype.bytes();
 }
 
-fn bytes(piece: &Piece, quantization: Quantization) -> u64 {
+fn bytes(piece: &Piece) -> u64 {
     match *piece {
-        Piece::Vector(numbers) => F32 * numbers,
         Piece::Matrix {
             rows,
             columns,
-            whole,
-            sharers,
-            end,
-        } => {
-            let groups = groups(whole, sharers);
-            let row = match quantization {
-                Quantization::Int8 if !end => columns.next_multiple_of(ROW_BYTES) + F32 * groups,
-                // The zero point of a group is a byte.
-                Quantization::Int4 if !end => {
-                    columns.div_ceil(2).next_multiple_of(ROW_BYTES) + (F32 + 1) * groups
-                }
-                _ => BF16 * columns.next_multiple_of(ROW_NUMBERS),
-            };
-            rows * row
-        }
+            kept: Some(form),
+        } if has_products(form) => columns.most_of(|start, end| quantised(rows, start, end, form)),
+        Piece::Matrix { rows, columns, .. } => float(rows, columns.most()),
+        Piece::End { rows, columns, .. } => float(rows, columns),
+        Piece::Vector(numbers) => F32 * numbers,
     }
 }
 
-/// Groups in a row of the rank that has most. Groups are counted in the whole matrix: a rank's columns may begin and end
-/// inside one.
-fn groups(columns: u64, ranks: u64) -> u64 {
-    let of_rank = |rank: u64| {
-        let (start, end) = (columns * rank / ranks, columns * (rank + 1) / ranks);
-        end.div_ceil(GROUP) - start / GROUP
-    };
-    (0..ranks).map(of_rank).max().unwrap_or(0)
+/// Whether there are products of such weights.
+fn has_products(form: Grouped) -> bool {
+    form.offset != Offset::Mins
+}
+
+fn float(rows: u64, columns: u64) -> u64 {
+    rows * BF16 * columns.next_multiple_of(ROW_NUMBERS)
+}
+
+/// Rows of the columns from `start` on and before `end`: their numbers, and what each group has that they touch.
+fn quantised(rows: u64, start: u64, end: u64, form: Grouped) -> u64 {
+    let groups = end.div_ceil(form.group) - start / form.group;
+    // The zero point of a group of int4 is a byte.
+    let of_group = if form.bits == 4 { F32 + 1 } else { F32 };
+    let numbers = ((end - start) * form.bits).div_ceil(8);
+    rows * (numbers.next_multiple_of(ROW_BYTES) + of_group * groups)
 }
 
 /// What cuBLAS, products and attention work in, and the tables that a step uploads.
-fn scratch_bytes(need: &RankNeed, facts: &ModelFacts, part: &Part<'_>) -> u64 {
+fn scratch_bytes(need: &RankNeed, part: &Part<'_>, quantised: bool) -> u64 {
     let (tokens, spans) = (
         u64::from(need.step_tokens_max),
         u64::from(need.sequences_max),
     );
     let shape = part.shape;
-    let dequantised = match facts.quantization {
-        Quantization::None => 0,
-        Quantization::Int8 | Quantization::Int4 => DEQUANTISED_BYTES,
-    };
+    let dequantised = if quantised { DEQUANTISED_BYTES } else { 0 };
     let heads = part.q / shape.head_width;
     // A sequence's keys are divided among blocks of threads, each of which keeps a sum, its largest score and its weight.
     let shared = part.kv_heads * (heads / part.kv_heads).div_ceil(QUERIES_TOGETHER);

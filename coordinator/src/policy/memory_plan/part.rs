@@ -1,5 +1,8 @@
 //! One rank's part of a model: widths, and what follows from them on every kind of device.
 
+use common::wire::message::Quantization;
+
+use crate::registry::form::{Form, Grouped};
 use crate::registry::shape::Family;
 use crate::registry::tensors::{Slice, WeightTensor};
 use crate::registry::{ModelFacts, Shape};
@@ -8,6 +11,8 @@ use crate::registry::{ModelFacts, Shape};
 pub(super) struct Part<'a> {
     pub shape: &'a Shape,
     pub ranks: u64,
+    /// What floats become.
+    quantization: Quantization,
     /// Query heads' numbers.
     pub q: u64,
     /// KV heads.
@@ -25,16 +30,43 @@ pub(super) enum Piece {
     /// `[rows, columns]`.
     Matrix {
         rows: u64,
+        columns: Columns,
+        /// How it is kept where the device has products for that; else, and without, in bf16.
+        kept: Option<Grouped>,
+    },
+    /// `[rows, columns]` of an end of the model: the embedding table or the head.
+    End {
+        rows: u64,
         columns: u64,
-        /// Columns of the whole matrix.
-        whole: u64,
-        /// Ranks that share them.
-        sharers: u64,
-        /// It is an end of the model: the embedding table or the head.
-        end: bool,
+        /// Logits are products with it, and it is quantised where the device quantises such.
+        squeezed: bool,
     },
     /// Numbers of a norm or a bias, which are f32 everywhere.
     Vector(u64),
+}
+
+/// Columns of a matrix that ranks share.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Columns {
+    /// Of the whole matrix.
+    pub whole: u64,
+    pub sharers: u64,
+}
+
+impl Columns {
+    /// Those of the rank that has most.
+    pub fn most(self) -> u64 {
+        self.whole.div_ceil(self.sharers)
+    }
+
+    /// The most that `count` gives for a rank's first column and the one behind its last.
+    pub fn most_of(self, count: impl Fn(u64, u64) -> u64) -> u64 {
+        let of_rank = |rank: u64| {
+            let cut = |rank: u64| self.whole * rank / self.sharers;
+            count(cut(rank), cut(rank + 1))
+        };
+        (0..self.sharers).map(of_rank).max().unwrap_or(0)
+    }
 }
 
 /// Bytes of a number of activations, norms and biases.
@@ -42,12 +74,13 @@ pub(super) const F32: u64 = 4;
 
 impl<'a> Part<'a> {
     /// The part of each of `ranks` ranks, which divide the heads.
-    pub fn of(shape: &'a Shape, ranks: u32) -> Part<'a> {
-        let ranks = u64::from(ranks);
+    pub fn of(facts: &'a ModelFacts, ranks: u32) -> Part<'a> {
+        let (shape, ranks) = (&facts.shape, u64::from(ranks));
         let kv_heads = shape.kv_heads.div_ceil(ranks);
         Part {
             shape,
             ranks,
+            quantization: facts.quantization,
             q: shape.heads / ranks * shape.head_width,
             kv_heads,
             kv: kv_heads * shape.head_width,
@@ -106,7 +139,8 @@ impl<'a> Part<'a> {
     /// Numbers in the rank's matrices.
     pub fn parameters(&self, facts: &ModelFacts) -> u64 {
         let numbers = |tensor| match self.piece(tensor) {
-            Piece::Matrix { rows, columns, .. } => rows * columns,
+            Piece::Matrix { rows, columns, .. } => rows * columns.most(),
+            Piece::End { rows, columns, .. } => rows * columns,
             Piece::Vector(_) => 0,
         };
         facts.tensors.iter().map(numbers).sum()
@@ -122,21 +156,23 @@ impl<'a> Part<'a> {
             Slice::Middle => self.middle,
             Slice::Vocabulary => self.vocab,
         };
-        let end = tensor.slice == Slice::Vocabulary;
         match (&tensor.dims[..], tensor.by_columns) {
-            (&[rows, columns], true) => Piece::Matrix {
-                rows,
-                columns: cut(columns),
-                whole: columns,
-                sharers: self.ranks,
-                end,
-            },
-            (&[rows, columns], false) => Piece::Matrix {
+            (&[rows, columns], _) if tensor.is_end() => Piece::End {
                 rows: cut(rows),
                 columns,
-                whole: columns,
-                sharers: 1,
-                end,
+                squeezed: (self.shape.tied || tensor.is_head())
+                    && (self.quantization != Quantization::None || tensor.form != Form::Float),
+            },
+            (&[rows, whole], by_columns) => Piece::Matrix {
+                rows: if by_columns { rows } else { cut(rows) },
+                columns: Columns {
+                    whole,
+                    sharers: if by_columns { self.ranks } else { 1 },
+                },
+                kept: match tensor.form {
+                    Form::Grouped(form) => Some(form),
+                    Form::Float | Form::Unpacked => Grouped::loaded(self.quantization),
+                },
             },
             // The bias of a product that is summed over ranks is rank 0's, whole.
             (dims, by_columns) => {

@@ -5,6 +5,7 @@ use common::wire::message::{KvDtype, ModelSource, Quantization};
 use proptest::prelude::*;
 
 use super::*;
+use crate::registry::form::{Form, Grouped, Offset};
 use crate::registry::shape::Family;
 use crate::registry::tensors::{Slice, WeightTensor};
 use crate::registry::{Context, Shape};
@@ -45,10 +46,11 @@ fn llama(
             dims: dims.to_vec(),
             slice,
             by_columns,
+            form: Form::Float,
         });
     };
     add("embed", &[vocab, hidden], Slice::Vocabulary);
-    add("head", &[vocab, hidden], Slice::Vocabulary);
+    add("lm_head", &[vocab, hidden], Slice::Vocabulary);
     for _ in 0..layers {
         add("q", &[hidden, hidden], Slice::Heads);
         add("k", &[kv_heads * head_width, hidden], Slice::KvHeads);
@@ -173,6 +175,95 @@ fn quantised_weights_on_a_gpu_are_numbers_and_scales_and_their_ends_stay_bf16() 
     );
 }
 
+/// A model whose layers' matrices lie so in their files.
+fn llama_7b_in(form: Grouped) -> ModelFacts {
+    let mut facts = llama_7b(Quantization::None);
+    let matrices = facts
+        .tensors
+        .iter_mut()
+        .filter(|tensor| tensor.dims.len() == 2);
+    for tensor in matrices.filter(|tensor| tensor.slice != Slice::Vocabulary) {
+        tensor.form = Form::Grouped(form);
+    }
+    facts
+}
+
+fn weight_bytes(facts: &ModelFacts, kind: DeviceKind, ranks: u32) -> u64 {
+    need(facts, kind, ranks, 4).unwrap().weight_bytes
+}
+
+#[test]
+fn quantised_weights_on_a_cpu_have_scales_of_two_bytes_and_an_int8_head() {
+    let (table, head, norms) = (32_000 * 4096 * 2, 32_000 * (4096 + 32 * 2), 65 * 4096 * 4);
+    // A row of 4096 has 32 groups, one of 11,008 has 86.
+    let int8 = (4 * 4096 + 2 * 11_008) * (4096 + 32 * 2) + 4096 * (11_008 + 86 * 2);
+    let int4 = (4 * 4096 + 2 * 11_008) * (2048 + 32 * 2) + 4096 * (5504 + 86 * 2);
+    for (quantization, layer) in [(Quantization::Int8, int8), (Quantization::Int4, int4)] {
+        let facts = llama_7b(quantization);
+        assert_eq!(
+            weight_bytes(&facts, DeviceKind::Cpu, 1),
+            table + head + norms + 32 * layer
+        );
+    }
+    // Of four ranks each has 2752 columns of the MLP's middle: 21.5 groups.
+    let middle = 4096 * (2752 + 22 * 2);
+    let rows = (3 * 1024 + 2 * 2752) * (4096 + 32 * 2);
+    let out = 4096 * (1024 + 8 * 2);
+    assert_eq!(
+        weight_bytes(&llama_7b(Quantization::Int8), DeviceKind::Cpu, 4),
+        (table + head) / 4 + norms + 32 * (rows + out + middle)
+    );
+}
+
+#[test]
+fn ready_made_forms_are_planned_as_they_are_where_the_device_has_products_for_them() {
+    let form = |bits, group, offset| Grouped {
+        bits,
+        group,
+        offset,
+    };
+    let (ends, norms) = (2 * 32_000 * 4096 * 2, 65 * 4096 * 4);
+    let numbers = 4 * 4096 * 4096 + 3 * 11_008 * 4096;
+    let q4_1 = llama_7b_in(form(4, 32, Offset::Mins));
+    // 20 bytes for 32 numbers, as in the file.
+    assert_eq!(
+        weight_bytes(&q4_1, DeviceKind::Cpu, 1),
+        ends + norms + 32 * numbers / 32 * 20
+    );
+    // On a GPU it is bf16 again.
+    let bf16 = weight_bytes(&llama_7b(Quantization::None), DeviceKind::Cuda, 1);
+    assert_eq!(weight_bytes(&q4_1, DeviceKind::Cuda, 1), bf16);
+    let awq = llama_7b_in(form(4, 128, Offset::Zeros));
+    assert_eq!(
+        weight_bytes(&awq, DeviceKind::Cpu, 1),
+        ends + norms + 32 * numbers / 128 * (64 + 2 + 2)
+    );
+    assert_eq!(
+        weight_bytes(&awq, DeviceKind::Cuda, 1),
+        ends + norms + 32 * numbers / 128 * (64 + 4 + 1)
+    );
+}
+
+#[test]
+fn ready_made_weights_are_not_quantised_again() {
+    let mut facts = llama_7b_in(Grouped {
+        bits: 4,
+        group: 32,
+        offset: Offset::Middle,
+    });
+    facts.quantization = Quantization::Int8;
+    let message = need(&facts, DeviceKind::Cpu, 1, 4).unwrap_err().to_string();
+    assert!(
+        message.starts_with(
+            "the weights of m version 1 are in int4 already (q) and are not changed to int8"
+        ),
+        "{message}"
+    );
+    // Floats beside them, the head for one, become int4 too.
+    facts.quantization = Quantization::Int4;
+    assert!(need(&facts, DeviceKind::Cpu, 1, 4).is_ok());
+}
+
 #[test]
 fn a_gpu_counts_its_own_memory_alone() {
     let facts = llama_7b(Quantization::None);
@@ -199,10 +290,6 @@ fn a_gpu_counts_its_own_memory_alone() {
 #[test]
 fn what_a_kind_of_device_has_no_kernels_for_is_refused_before_a_worker_is_asked() {
     let refused = |facts: &ModelFacts, kind| need(facts, kind, 1, 4).unwrap_err().to_string();
-    assert_eq!(
-        refused(&llama_7b(Quantization::Int8), DeviceKind::Cpu),
-        "weights in int8 are served on GPUs alone; choose a workload type with device = \"cuda\""
-    );
     let mut facts = llama_7b(Quantization::None);
     facts.kv_dtype = KvDtype::F32;
     assert!(refused(&facts, DeviceKind::Cuda).contains("f32 are served on CPUs alone"));

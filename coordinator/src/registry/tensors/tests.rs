@@ -1,8 +1,10 @@
 //! Hostile and broken checkpoints: each is an error that names the file or the tensor.
 
+use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use super::safetensors::{INDEX, SINGLE};
 use super::*;
 use crate::registry::files::Folder;
 
@@ -44,8 +46,8 @@ impl Checkpoint {
 
     fn read(&self) -> Result<Vec<WeightTensor>, String> {
         let files = Folder::open(self.0.path()).unwrap();
-        let shape = Shape::read(&files, "config.json").unwrap();
-        let read = read(&files, "", &shape).map_err(|e| e.to_string())?;
+        let (shape, packing) = Shape::read(&files, "config.json").map_err(|e| e.to_string())?;
+        let read = read(&files, "", &shape, packing.as_ref()).map_err(|e| e.to_string())?;
         Ok(read.1)
     }
 
@@ -213,4 +215,131 @@ fn an_index_that_leads_elsewhere_is_refused() {
     }
     fs::write(checkpoint.0.path().join(INDEX), "{\"weight_map\": 7}").unwrap();
     assert!(checkpoint.message().contains("is not an index"));
+}
+
+/// A checkpoint of the tiny llama's sizes whose layers' matrices are packed as GPTQ does, in groups of `group`.
+struct Packed {
+    config: serde_json::Value,
+    tensors: BTreeMap<String, (&'static str, Vec<u64>)>,
+}
+
+impl Packed {
+    fn gptq(bits: u64, group: u64) -> Packed {
+        let checkpoint = Checkpoint::tiny_llama();
+        let mut tensors = BTreeMap::new();
+        for tensor in checkpoint.read().unwrap() {
+            let (name, dims) = (tensor.name, tensor.dims);
+            let packed = dims.len() == 2 && tensor.slice != Slice::Vocabulary;
+            let Some(base) = name.strip_suffix(".weight").filter(|_| packed) else {
+                tensors.insert(name, ("F16", dims));
+                continue;
+            };
+            let [n, k] = dims[..] else { panic!("a matrix") };
+            let groups = k.div_ceil(group);
+            for (part, dtype, dims) in [
+                ("qweight", "I32", vec![k * bits / 32, n]),
+                ("qzeros", "I32", vec![groups, n * bits / 32]),
+                ("scales", "F16", vec![groups, n]),
+                ("g_idx", "I32", vec![k]),
+            ] {
+                tensors.insert(format!("{base}.{part}"), (dtype, dims));
+            }
+        }
+        let config = fs::read(checkpoint.0.path().join("config.json")).unwrap();
+        let mut config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+        config["quantization_config"] = serde_json::json!(
+            {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": true, "desc_act": false}
+        );
+        Packed { config, tensors }
+    }
+
+    fn write(&self) -> Checkpoint {
+        let (mut header, mut end) = (serde_json::Map::new(), 0);
+        for (name, (dtype, dims)) in &self.tensors {
+            let width = if *dtype == "I32" { 4 } else { 2 };
+            let next = end + width * dims.iter().product::<u64>();
+            let value =
+                serde_json::json!({"dtype": dtype, "shape": dims, "data_offsets": [end, next]});
+            header.insert(name.clone(), value);
+            end = next;
+        }
+        let header = serde_json::Value::Object(header).to_string();
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.as_bytes());
+        bytes.resize(bytes.len() + end as usize, 0);
+        let checkpoint = Checkpoint::tiny_llama();
+        fs::write(checkpoint.file(), bytes).unwrap();
+        let config = self.config.to_string();
+        fs::write(checkpoint.0.path().join("config.json"), config).unwrap();
+        checkpoint
+    }
+}
+
+#[test]
+fn packed_matrices_have_the_form_of_their_config_and_the_ends_are_floats() {
+    for bits in [4, 8] {
+        let packed = Packed::gptq(bits, 64);
+        let tensors = packed.write().read().unwrap();
+        for tensor in &tensors {
+            let kept = match tensor.form {
+                Form::Grouped(form) => Some((form.bits, form.group)),
+                _ => None,
+            };
+            let layers = tensor.dims.len() == 2 && !tensor.is_end();
+            assert_eq!(kept, layers.then_some((bits, 64)), "{}", tensor.name);
+        }
+        // A config alone tells the same.
+        let checkpoint = packed.write();
+        let files = Folder::open(checkpoint.0.path()).unwrap();
+        let (shape, packing) = Shape::read(&files, "config.json").unwrap();
+        assert_eq!(of_shape(&shape, packing.as_ref()), tensors);
+    }
+}
+
+#[test]
+fn a_packed_matrix_whose_parts_do_not_fit_is_named() {
+    let name = "model.layers.1.mlp.down_proj";
+    let mut packed = Packed::gptq(4, 64);
+    packed.tensors.remove(&format!("{name}.scales"));
+    let message = packed.write().message();
+    assert!(
+        message.contains(&format!("has no tensor {name}.scales [")),
+        "{message}"
+    );
+    let mut packed = Packed::gptq(4, 64);
+    packed.config["quantization_config"]["group_size"] = 32.into();
+    let message = packed.write().message();
+    assert!(
+        message.contains(".qzeros is I32 [") && message.contains("config.json asks for"),
+        "{message}"
+    );
+    let mut packed = Packed::gptq(4, 64);
+    packed.config["quantization_config"]["quant_method"] = "quip".into();
+    let message = packed.write().message();
+    assert!(message.contains("'quip' is not supported"), "{message}");
+}
+
+#[test]
+fn matrices_that_were_left_out_of_packing_are_floats_with_what_they_are_stacked_with() {
+    let mut packed = Packed::gptq(4, 64);
+    let name = "model.layers.0.self_attn.v_proj";
+    for part in ["qweight", "qzeros", "scales", "g_idx"] {
+        packed.tensors.remove(&format!("{name}.{part}"));
+    }
+    packed
+        .tensors
+        .insert(format!("{name}.weight"), ("F16", vec![64, 128]));
+    let tensors = packed.write().read().unwrap();
+    let form = |end: &str| {
+        let of = |tensor: &&WeightTensor| tensor.name.ends_with(end);
+        tensors.iter().find(of).unwrap().form
+    };
+    for part in ["q", "k", "v"] {
+        let end = format!("layers.0.self_attn.{part}_proj.weight");
+        assert_eq!(form(&end), Form::Unpacked);
+    }
+    assert!(matches!(
+        form("layers.1.self_attn.v_proj.weight"),
+        Form::Grouped(_)
+    ));
 }
