@@ -66,7 +66,8 @@ pub fn facts(
     models.facts(&model).map(Arc::unwrap_or_clone)
 }
 
-/// The facts of a model that lies at a path: a folder, of which the weights may be missing, or a `config.json` alone.
+/// The facts of a model that lies at a path: a folder, of which the weights may be missing, a GGUF file, or a `config.json`
+/// alone.
 ///
 /// # Errors
 /// [`RegistryError::Broken`].
@@ -80,13 +81,19 @@ fn facts_at(path: &Path) -> Result<ModelFacts, RegistryError> {
     let plain = stem.replace(|c: char| !c.is_ascii_alphanumeric() && c != '-', "-");
     let model = ModelRef::new(&plain, "1")
         .map_err(|e| RegistryError::Broken(format!("{}: {e}", path.display())))?;
-    if path.is_file() {
+    let is_gguf = path
+        .extension()
+        .is_some_and(|extension| extension == "gguf");
+    if path.is_file() && !is_gguf {
         return registry::read_config_facts(&model, path);
     }
     let files = Folder::open(path)?;
     match registry::mlmodel::layout(&files) {
         // Weights may come later; their headers, when they are there, must be right.
-        Ok(layout) if !registry::tensors::has_weights(&files, &layout.weights) => {
+        Ok(layout)
+            if layout.gguf.is_none()
+                && !registry::tensors::has_weights(&files, &layout.weights) =>
+        {
             let file = path.join(layout.weights).join("config.json");
             registry::read_config_facts(&model, &file)
         }

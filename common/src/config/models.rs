@@ -101,7 +101,7 @@ fn origin(
         _ => {
             r.mistake(
                 &raw.path,
-                "needs one of path (a folder), hub (an id on the Hugging Face hub) and uri (runs:/RUN/model, \
+                "needs one of path (a folder or a .gguf file), hub (an id on the Hugging Face hub) and uri (runs:/RUN/model, \
                  models:/NAME@ALIAS, models:/m-ID of an MLflow registry)",
             );
             None

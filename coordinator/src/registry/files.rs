@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 
 use super::RegistryError;
 
+/// Most names of a folder that are looked at.
+const NAMES_MAX: usize = 10_000;
+
 /// Files by their paths in the model. Calls block.
 pub trait Files {
     /// A file's full name, for messages; that of the model for the empty path.
@@ -13,6 +16,9 @@ pub trait Files {
 
     /// Whether there is a file.
     fn has(&self, path: &str) -> bool;
+
+    /// The names of the files in a folder of the model, sorted; none of those in folders below it.
+    fn names(&self, folder: &str) -> Vec<String>;
 
     /// Opens a file.
     ///
@@ -60,41 +66,75 @@ pub fn within(folder: &str, file: &str) -> String {
     }
 }
 
-/// The files of a folder.
+/// What the name of a GGUF file ends with.
+pub const GGUF: &str = ".gguf";
+
+/// The files of a folder, or of all that are in it the one that is the model.
 #[derive(Debug, Clone)]
-pub struct Folder(PathBuf);
+pub struct Folder {
+    path: PathBuf,
+    only: Option<String>,
+}
 
 impl Folder {
-    /// The files of the model in a folder.
+    /// The files of the model in a folder, or of the model that is a GGUF file.
     ///
     /// # Errors
-    /// [`RegistryError::Broken`] when it is none.
+    /// [`RegistryError::Broken`] when it is neither.
     pub fn open(path: &Path) -> Result<Folder, RegistryError> {
-        match path.is_dir() {
-            true => Ok(Folder(path.to_owned())),
-            false => Err(RegistryError::Broken(format!(
-                "{}: is not a folder",
+        if path.is_dir() {
+            return Ok(Folder {
+                path: path.to_owned(),
+                only: None,
+            });
+        }
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        match path.parent() {
+            Some(parent) if path.is_file() && name.ends_with(GGUF) => Ok(Folder {
+                path: parent.to_owned(),
+                only: Some(name.into_owned()),
+            }),
+            _ => Err(RegistryError::Broken(format!(
+                "{}: is not a folder, nor a {GGUF} file",
                 path.display()
             ))),
         }
+    }
+
+    fn is_hidden(&self, path: &str) -> bool {
+        self.only.as_ref().is_some_and(|only| only != path)
     }
 }
 
 impl Files for Folder {
     fn name(&self, path: &str) -> String {
-        match path {
-            "" => self.0.display().to_string(),
-            path => self.0.join(path).display().to_string(),
+        match (path, &self.only) {
+            ("", None) => self.path.display().to_string(),
+            ("", Some(only)) => self.path.join(only).display().to_string(),
+            (path, _) => self.path.join(path).display().to_string(),
         }
     }
 
     fn has(&self, path: &str) -> bool {
-        self.0.join(path).is_file()
+        !self.is_hidden(path) && self.path.join(path).is_file()
+    }
+
+    fn names(&self, folder: &str) -> Vec<String> {
+        let entries = std::fs::read_dir(self.path.join(folder));
+        let mut names: Vec<String> = entries
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .filter(|name| self.has(&within(folder, name)))
+            .take(NAMES_MAX)
+            .collect();
+        names.sort_unstable();
+        names
     }
 
     fn open(&self, path: &str) -> Result<Opened, RegistryError> {
         let open = || {
-            let file = File::open(self.0.join(path))?;
+            let file = File::open(self.path.join(path))?;
             let bytes = file.metadata()?.len();
             Ok(Opened {
                 bytes: Some(bytes),
@@ -102,5 +142,30 @@ impl Files for Folder {
             })
         };
         open().map_err(|e: std::io::Error| self.broken(path, &e.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gguf_file_is_a_model_of_its_own_whatever_lies_beside_it() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["a.gguf", "b.gguf", "config.json"] {
+            std::fs::write(folder.path().join(name), "x").unwrap();
+        }
+        let whole = Folder::open(folder.path()).unwrap();
+        assert_eq!(whole.names(""), ["a.gguf", "b.gguf", "config.json"]);
+        let one = Folder::open(&folder.path().join("b.gguf")).unwrap();
+        assert_eq!(one.names(""), ["b.gguf"]);
+        assert!(one.has("b.gguf") && !one.has("config.json"));
+        assert!(one.name("").ends_with("/b.gguf"));
+        let other = Folder::open(&folder.path().join("config.json"));
+        let message = other.unwrap_err().to_string();
+        assert!(
+            message.ends_with("is not a folder, nor a .gguf file"),
+            "{message}"
+        );
     }
 }

@@ -1,11 +1,13 @@
-//! The layout of a model: a plain Hugging Face folder, or MLflow's transformers flavour with its `MLmodel` file.
+//! The layout of a model: a plain Hugging Face folder, MLflow's transformers flavour with its `MLmodel` file, or a GGUF file
+//! in place of the weights of either.
 //!
 //! Owns where the weights and the tokenizer are and which task is named. What is in them is read elsewhere.
 
 use serde::Deserialize;
 
 use super::RegistryError;
-use super::files::{Files, within};
+use super::files::{Files, GGUF, within};
+use super::tensors::has_weights;
 
 /// The file that makes a folder a model of MLflow.
 pub const MLMODEL: &str = "MLmodel";
@@ -19,8 +21,10 @@ pub const TASKS: [&str; 3] = ["llm/v1/completions", "llm/v1/chat", "llm/v1/embed
 /// Where a model's parts are: paths in the model, empty for the model itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
-    /// The folder with `config.json` and the safetensors.
+    /// The folder with `config.json` and the safetensors, or with the GGUF file.
     pub weights: String,
+    /// The GGUF file's name, where the model is one.
+    pub gguf: Option<String>,
     /// The folder with the tokenizer's files.
     pub tokenizer: String,
     /// `metadata.task`, else the flavour's `inference_task`. A plain folder names none.
@@ -60,14 +64,16 @@ struct Transformers {
 pub fn layout(files: &dyn Files) -> Result<Layout, RegistryError> {
     let broken = |reason: String| files.broken("", &reason);
     if !files.has(MLMODEL) {
-        return match files.has("config.json") {
+        return match is_model(files, "") {
             true => Ok(Layout {
                 weights: String::new(),
+                gguf: gguf(files, "").map_err(broken)?,
                 tokenizer: String::new(),
                 task: None,
             }),
             false => Err(broken(
-                "has neither a config.json (Hugging Face) nor an MLmodel (MLflow)".into(),
+                "has neither a config.json (Hugging Face) nor an MLmodel (MLflow) nor a .gguf file"
+                    .into(),
             )),
         };
     }
@@ -96,10 +102,50 @@ pub fn layout(files: &dyn Files) -> Result<Layout, RegistryError> {
         false => weights.clone(),
     };
     Ok(Layout {
+        gguf: gguf(files, &weights).map_err(broken)?,
         weights,
         tokenizer,
         task: Some(task),
     })
+}
+
+/// Whether a folder holds a model's weights, by what they are described with.
+fn is_model(files: &dyn Files, folder: &str) -> bool {
+    files.has(&within(folder, "config.json")) || !ggufs(files, folder).is_empty()
+}
+
+/// The GGUF file that the model in a folder consists of. Safetensors beside one come first.
+fn gguf(files: &dyn Files, folder: &str) -> Result<Option<String>, String> {
+    if has_weights(files, folder) {
+        return Ok(None);
+    }
+    let mut found = ggufs(files, folder);
+    if found.len() < 2 {
+        return Ok(found.pop());
+    }
+    let (count, first) = (found.len(), &found[0]);
+    Err(match first.contains("-00001-of-") {
+        true => format!(
+            "holds a model in parts ({first} and on); join them with llama-gguf-split --merge {first} OUT{GGUF}"
+        ),
+        false => format!(
+            "holds {count} {GGUF} files ({}); a model is one: leave one in the folder, or name it in path",
+            shown(&found)
+        ),
+    })
+}
+
+fn ggufs(files: &dyn Files, folder: &str) -> Vec<String> {
+    let mut names = files.names(folder);
+    names.retain(|name| name.ends_with(GGUF));
+    names
+}
+
+/// The first few of some names.
+fn shown(names: &[String]) -> String {
+    const SHOWN: usize = 4;
+    let more = if names.len() > SHOWN { ", ..." } else { "" };
+    format!("{}{more}", names[..names.len().min(SHOWN)].join(", "))
 }
 
 /// The task that a model was logged for, if it can be served.
@@ -118,9 +164,9 @@ fn task(named: Option<String>) -> Result<String, String> {
     }
 }
 
-/// `model_binary`; else `pipeline/`, where MLflow before 2.4.1 put them; else wherever a config.json is.
+/// `model_binary`; else `pipeline/`, where MLflow before 2.4.1 put them; else wherever a config.json or a GGUF file is.
 fn weights(files: &dyn Files, flavor: &Transformers) -> Result<String, String> {
-    let has_config = |folder: &str| files.has(&within(folder, "config.json"));
+    let has_config = |folder: &str| is_model(files, folder);
     if let Some(inside) = &flavor.model_binary {
         // A stranger's text: it must not lead out of the folder.
         let folder = inside.trim_start_matches("./").trim_end_matches('/');
@@ -132,7 +178,9 @@ fn weights(files: &dyn Files, flavor: &Transformers) -> Result<String, String> {
         }
         return match has_config(folder) {
             true => Ok(folder.to_owned()),
-            false => Err(format!("model_binary '{inside}' has no config.json")),
+            false => Err(format!(
+                "model_binary '{inside}' has neither a config.json nor a {GGUF} file"
+            )),
         };
     }
     let found = ["pipeline", "model", ""]
@@ -142,7 +190,9 @@ fn weights(files: &dyn Files, flavor: &Transformers) -> Result<String, String> {
         Some(name) => format!(
             "holds a reference to {name} instead of weights (save_pretrained=False); log the model with its weights"
         ),
-        None => "has no config.json in model/, pipeline/ or the folder itself".to_owned(),
+        None => format!(
+            "has no config.json and no {GGUF} file in model/, pipeline/ or the folder itself"
+        ),
     })
 }
 
@@ -175,6 +225,7 @@ mod tests {
     fn found(weights: &str, tokenizer: &str, task: Option<&str>) -> Result<Layout, String> {
         Ok(Layout {
             weights: weights.into(),
+            gguf: None,
             tokenizer: tokenizer.into(),
             task: task.map(str::to_owned),
         })
@@ -209,6 +260,46 @@ mod tests {
         assert_eq!(
             folder.layout(),
             found("model", "model", Some("llm/v1/chat"))
+        );
+    }
+
+    #[test]
+    fn a_gguf_file_takes_the_place_of_config_and_safetensors() {
+        let gguf = |layout: Result<Layout, String>| layout.map(|layout| layout.gguf);
+        let name = Some("m-Q4_0.gguf".to_owned());
+        let plain = Folder::with(&[
+            ("m-Q4_0.gguf", ""),
+            ("config.json", "{}"),
+            ("README.md", ""),
+        ]);
+        assert_eq!(gguf(plain.layout()), Ok(name.clone()));
+        let logged = format!("{OLD}    model_binary: model\n{TASK}");
+        let logged = Folder::with(&[("MLmodel", &logged), ("model/m-Q4_0.gguf", "")]);
+        assert_eq!(gguf(logged.layout()), Ok(name));
+        let both = Folder::with(&[
+            ("m.gguf", ""),
+            ("config.json", "{}"),
+            ("model.safetensors", ""),
+        ]);
+        assert_eq!(gguf(both.layout()), Ok(None));
+    }
+
+    #[test]
+    fn several_gguf_files_are_refused_with_what_would_do() {
+        let message = |names: &[&str]| {
+            let files: Vec<(&str, &str)> = names.iter().map(|name| (*name, "")).collect();
+            Folder::with(&files).layout().unwrap_err()
+        };
+        let several = message(&["a.gguf", "b.gguf"]);
+        assert!(
+            several.contains("holds 2 .gguf files (a.gguf, b.gguf)")
+                && several.contains("name it in path"),
+            "{several}"
+        );
+        let parts = message(&["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]);
+        assert!(
+            parts.contains("llama-gguf-split --merge m-00001-of-00002.gguf"),
+            "{parts}"
         );
     }
 

@@ -4,6 +4,7 @@
 //! * [`files`], [`remote`]: a model's files in a folder or in a registry.
 //! * [`mlmodel`]: the layout of a model, plain Hugging Face or MLflow.
 //! * [`shape`]: `config.json`, the numbers that decide memory.
+//! * [`gguf`]: both at once, of a GGUF file.
 //! * [`tensors`]: headers of weights' files; no weight is ever read here.
 //! * [`form`]: how matrices lie in them, and which forms workers keep.
 //! * [`needed`]: which files workers need.
@@ -12,6 +13,7 @@
 
 pub mod files;
 pub mod form;
+mod gguf;
 pub mod lookup;
 pub mod mlmodel;
 pub mod needed;
@@ -131,7 +133,7 @@ impl Context {
     }
 }
 
-/// Reads the facts of the model in `folder`. Blocks.
+/// Reads the facts of the model in `folder`, or of a GGUF file. Blocks.
 ///
 /// # Errors
 /// [`RegistryError::Broken`] names the file and what is wrong with it.
@@ -155,8 +157,19 @@ pub fn read_from(
         exact,
     } = context;
     let layout = mlmodel::layout(files)?;
-    let (shape, packing) = Shape::read(files, &files::within(&layout.weights, "config.json"))?;
-    let (weights, tensors) = tensors::read(files, &layout.weights, &shape, packing.as_ref())?;
+    let (shape, weights, tensors) = match &layout.gguf {
+        Some(name) => {
+            let (shape, tensors) = gguf::read(files, &files::within(&layout.weights, name))?;
+            (shape, vec![name.clone()], tensors)
+        }
+        None => {
+            let config = files::within(&layout.weights, "config.json");
+            let (shape, packing) = Shape::read(files, &config)?;
+            let (weights, tensors) =
+                tensors::read(files, &layout.weights, &shape, packing.as_ref())?;
+            (shape, weights, tensors)
+        }
+    };
     let own = shape.context_max;
     let context_max = match serving.context_max {
         Some(asked) if asked > own && *exact => {

@@ -18,7 +18,7 @@ const TOKENIZER_FILES: [&str; 9] = [
     "merges.txt",
 ];
 
-/// Their paths. `weights` are the safetensors and their index, in the weights' folder.
+/// Their paths. `weights` are the safetensors and their index, or the GGUF file, in the weights' folder.
 pub fn files(files: &dyn Files, layout: &Layout, weights: &[String]) -> Vec<String> {
     let mut needed = vec![MLMODEL.to_owned()];
     let beside = WEIGHTS_FILES.iter().copied();
@@ -55,6 +55,7 @@ mod tests {
         }
         let layout = Layout {
             weights: "model".into(),
+            gguf: None,
             tokenizer: "components/tokenizer".into(),
             task: None,
         };

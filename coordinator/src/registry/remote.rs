@@ -11,7 +11,7 @@ use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout_at};
 
 use super::RegistryError;
-use super::files::{Files, Opened};
+use super::files::{Files, Opened, within};
 
 /// All headers of a model are read within this time, or the registry counts as not answering.
 const HEADERS_MAX: Duration = Duration::from_secs(120);
@@ -65,6 +65,16 @@ impl Files for Remote {
 
     fn has(&self, path: &str) -> bool {
         self.listing.file(path).is_some()
+    }
+
+    fn names(&self, folder: &str) -> Vec<String> {
+        let folder = within(folder, "");
+        let paths = self.listing.files.iter().map(|file| file.path.as_str());
+        let inside = paths.filter_map(|path| path.strip_prefix(&folder));
+        inside
+            .filter(|name| !name.contains('/'))
+            .map(str::to_owned)
+            .collect()
     }
 
     fn open(&self, path: &str) -> Result<Opened, RegistryError> {

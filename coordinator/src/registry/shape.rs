@@ -93,10 +93,16 @@ impl Shape {
     fn parse(bytes: &[u8]) -> Result<(Shape, Option<Packing>), String> {
         let values: Map<String, Value> =
             serde_json::from_slice(bytes).map_err(|e| format!("is not a JSON object: {e}"))?;
-        let config = Config(&values);
-        let packing = config.get("quantization_config").map(Packing::parse);
+        let packing = Config(&values)
+            .get("quantization_config")
+            .map(Packing::parse);
         let packing = packing.transpose()?;
-        Ok((config.shape()?, packing))
+        Ok((Shape::of(&values)?, packing))
+    }
+
+    /// The sizes that the values of a `config.json` tell.
+    pub(super) fn of(values: &Map<String, Value>) -> Result<Shape, String> {
+        Config(values).shape()
     }
 }
 
