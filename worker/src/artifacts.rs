@@ -1,7 +1,8 @@
 //! A model's folder: where its weights and its tokenizer are, and its task.
 //!
-//! Reads two layouts: a plain Hugging Face folder, and MLflow's transformers flavour. Looks at names and at `MLmodel`
-//! alone; runs no code of the artifact and never leaves the folder. How the folder came to this machine is the
+//! Reads two layouts: a plain Hugging Face folder, and MLflow's transformers flavour; in both a GGUF file may stand for
+//! config, weights and tokenizer. Looks at names and at `MLmodel` alone; runs no code of the artifact and never leaves the
+//! folder. How the folder came to this machine is the
 //! [`library`]'s business.
 
 mod cache;
@@ -18,12 +19,17 @@ const MLMODEL_BYTES_MAX: u64 = 4 << 20;
 /// Where MLflow has put weights over time, the newest first.
 const WEIGHTS_FOLDERS: [&str; 3] = ["model", "pipeline", "."];
 
+/// What the name of a GGUF file ends with.
+const GGUF: &str = "gguf";
+/// What makes a folder one of safetensors, whatever else is in it.
+const SAFETENSORS: [&str; 2] = ["model.safetensors", "model.safetensors.index.json"];
+
 /// The parts of a model's folder.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelFolder {
-    /// `config.json` and weights.
+    /// The folder of `config.json` and weights, or a GGUF file.
     pub weights: PathBuf,
-    /// The tokenizer's files.
+    /// The folder of the tokenizer's files, or the GGUF file that has it.
     pub tokenizer: PathBuf,
     /// The task the model was logged for (`llm/v1/completions`, ...).
     pub task: Option<String>,
@@ -40,8 +46,12 @@ pub enum ArtifactError {
         /// Why not.
         source: std::io::Error,
     },
-    /// Neither layout.
-    #[error("{}: neither MLmodel nor config.json is there; give a Hugging Face folder or an MLflow model", .0.display())]
+    /// No layout that is known.
+    #[error(
+        "{}: neither MLmodel nor config.json nor a .gguf file is there; give a Hugging Face folder, an MLflow model or a \
+         GGUF file",
+        .0.display()
+    )]
     NoModel(PathBuf),
     /// `MLmodel` is not what it should be.
     #[error("{}/MLmodel: {reason}", folder.display())]
@@ -76,15 +86,47 @@ impl ModelFolder {
         if mlmodel.is_file() {
             return MlModel::read(&folder, &mlmodel)?.find();
         }
-        if folder.join("config.json").is_file() {
-            return Ok(ModelFolder {
-                weights: folder.clone(),
-                tokenizer: folder,
-                task: None,
-            });
-        }
-        Err(ArtifactError::NoModel(folder))
+        let Some(weights) = weights_in(&folder)? else {
+            return Err(ArtifactError::NoModel(folder));
+        };
+        Ok(ModelFolder {
+            tokenizer: weights.clone(),
+            weights,
+            task: None,
+        })
     }
+}
+
+/// A model's weights in a folder: the folder itself, or the GGUF file in it; a file stands for itself.
+fn weights_in(folder: &Path) -> Result<Option<PathBuf>, ArtifactError> {
+    if is_gguf(folder) {
+        return Ok(Some(folder.to_owned()));
+    }
+    if SAFETENSORS.iter().any(|name| folder.join(name).is_file()) {
+        return Ok(Some(folder.to_owned()));
+    }
+    let entries = fs::read_dir(folder).into_iter().flatten();
+    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    let mut found: Vec<PathBuf> = paths.filter(|path| is_gguf(path)).collect();
+    if found.len() > 1 {
+        return Err(ArtifactError::Unsupported {
+            folder: folder.to_owned(),
+            reason: format!(
+                "it holds {} .gguf files; leave one in the folder, or name it in the model's path",
+                found.len()
+            ),
+        });
+    }
+    Ok(found.pop().or_else(|| {
+        folder
+            .join("config.json")
+            .is_file()
+            .then(|| folder.to_owned())
+    }))
+}
+
+fn is_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == GGUF) && path.is_file()
 }
 
 /// A model logged by MLflow.
@@ -166,10 +208,10 @@ impl<'a> MlModel<'a> {
         let named = self.text("model_binary");
         let candidates = named.into_iter().chain(WEIGHTS_FOLDERS);
         for candidate in candidates {
-            if let Some(found) = self
-                .inside(candidate)?
-                .filter(|found| found.join("config.json").is_file())
-            {
+            let Some(folder) = self.inside(candidate)? else {
+                continue;
+            };
+            if let Some(found) = weights_in(&folder)? {
                 return Ok(found);
             }
         }
@@ -178,7 +220,10 @@ impl<'a> MlModel<'a> {
                 "its weights are not in the artifact (it was logged with save_pretrained=False and names {source}); \
                  log it with its weights"
             ))),
-            _ => Err(self.unsupported(&format!("no config.json in {}", WEIGHTS_FOLDERS.join(", ")))),
+            _ => Err(self.unsupported(&format!(
+                "no config.json and no .gguf file in {}",
+                WEIGHTS_FOLDERS.join(", ")
+            ))),
         }
     }
 
@@ -275,6 +320,32 @@ mod tests {
     }
 
     #[test]
+    fn a_gguf_file_is_weights_and_tokenizer_unless_the_log_has_one_of_its_own() {
+        let plain = folder(None, &["m.gguf", "config.json"]);
+        let file = || "m.gguf".to_owned();
+        assert_eq!(found(&plain), (file(), file(), None));
+        let alone = ModelFolder::find(&plain.path().join("m.gguf")).unwrap();
+        assert_eq!(alone, ModelFolder::find(plain.path()).unwrap());
+        let text = format!("{FLAVOUR}    model_binary: model\n    inference_task: llm/v1/chat\n");
+        let logged = folder(Some(&text), &["model/m.gguf"]);
+        let task = Some("llm/v1/chat".to_owned());
+        let inside = || "model/m.gguf".to_owned();
+        assert_eq!(found(&logged), (inside(), inside(), task.clone()));
+        let tokenizer = "components/tokenizer/tokenizer.json";
+        let logged = folder(Some(&text), &["model/m.gguf", tokenizer]);
+        let components = "components/tokenizer".to_owned();
+        assert_eq!(found(&logged), (inside(), components, task));
+    }
+
+    #[test]
+    fn safetensors_come_before_a_gguf_file_and_two_such_files_are_refused() {
+        let both = folder(None, &["config.json", "model.safetensors", "m.gguf"]);
+        assert_eq!(found(&both), (String::new(), String::new(), None));
+        let two = folder(None, &["a.gguf", "b.gguf"]);
+        assert!(refused(&two).contains("it holds 2 .gguf files"));
+    }
+
+    #[test]
     fn a_log_of_before_model_binary_has_its_weights_in_pipeline() {
         let text = format!("{FLAVOUR}    inference_task: llm/v1/chat\n");
         let model = folder(Some(&text), &["pipeline/config.json"]);
@@ -301,7 +372,7 @@ mod tests {
         );
         assert!(refused(&folder(Some("flavors: ["), &[])).contains("MLmodel: "));
         assert!(
-            refused(&folder(Some(FLAVOUR), &[])).contains("no config.json in model, pipeline, .")
+            refused(&folder(Some(FLAVOUR), &[])).contains("no .gguf file in model, pipeline, .")
         );
         assert!(refused(&folder(None, &["other.txt"])).contains("neither MLmodel nor config.json"));
         assert!(
