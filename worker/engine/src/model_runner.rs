@@ -32,6 +32,7 @@ use crate::plan::{Logits, StepPlan};
 use crate::runner::{
     Geometry, PoolRows, Runner, SampleRow, ScoreRows, StepError, StepOutput, Ticket,
 };
+use crate::weights::packed::{Origin, PackedCache, Packing};
 use footprint::{kv_shape, step_shape, workspace_sizes};
 use outputs::{Outputs, Pending};
 use std::collections::VecDeque;
@@ -79,10 +80,27 @@ impl<B: Backend, C: Collective<B::Buf>> ModelRunner<B, C> {
     pub fn load(
         checkpoint: &Checkpoint,
         options: &RunnerOptions,
-        mut backend: B,
+        backend: B,
         collective: C,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Self, LoadError> {
+        let (runner, _) =
+            Self::load_through(None, checkpoint, options, backend, collective, progress)?;
+        Ok(runner)
+    }
+
+    /// As [`ModelRunner::load`], but takes packed weights from a cache where it has them, and says where they came from.
+    ///
+    /// # Errors
+    /// As [`ModelRunner::load`]; none for the cache.
+    pub fn load_through(
+        cache: Option<&PackedCache>,
+        checkpoint: &Checkpoint,
+        options: &RunnerOptions,
+        mut backend: B,
+        collective: C,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<(Self, Origin), LoadError> {
         let spec = &checkpoint.spec;
         options.check()?;
         let (rank, ranks) = (collective.rank() as usize, collective.ranks() as usize);
@@ -91,16 +109,22 @@ impl<B: Backend, C: Collective<B::Buf>> ModelRunner<B, C> {
         let step = step_shape::<B>(spec, &partition, options);
         let bytes = footprint.bytes(options.blocks);
         reserve::patiently(reserve::WAIT_MAX, || backend.reserve(bytes, &step))?;
+        let dtype = options.weight_dtype;
+        let packing = cache.map_or(Packing::Apart, |cache| {
+            cache.packing(checkpoint, (rank, ranks), dtype, &backend, progress)
+        });
         let mut loader = Loader {
             backend: &mut backend,
             weights: &checkpoint.weights,
             spec,
             partition: &partition,
-            dtype: options.weight_dtype,
+            dtype,
+            packing,
             packed: 0,
             progress,
         };
         let decoder = Decoder::load(&mut loader, &checkpoint.names)?;
+        let origin = loader.packing.origin();
         let kv = backend.alloc_kv(kv_shape(spec, &partition, options))?;
         let position = Position::new(
             &mut backend,
@@ -121,7 +145,7 @@ impl<B: Backend, C: Collective<B::Buf>> ModelRunner<B, C> {
             rank: rank as u32,
             ranks: ranks as u32,
         };
-        Self::from_parts(parts, options, collective)
+        Ok((Self::from_parts(parts, options, collective)?, origin))
     }
 
     /// A rank of a new group with the weights of an old one.

@@ -6,11 +6,13 @@
 //! The files must not be cut short while they are mapped: reading past the new end would end the process, as with any
 //! mapping. Model folders are written once, to a new name.
 
+pub mod packed;
 pub mod quant;
 
 use crate::models::tensors::Expected;
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
+use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Read;
@@ -24,6 +26,8 @@ const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 /// Greatest `config.json` or index that is read: the largest published index is under 1 MB.
 const JSON_BYTES_MAX: u64 = 64 << 20;
+/// Bytes of each tensor that go into a digest of the weights.
+const SAMPLE_BYTES: usize = 4096;
 /// Tensors that old exporters wrote and no model needs: constants that can be computed, and the copy of a tied head.
 const IGNORED_SUFFIXES: [&str; 3] = ["rotary_emb.inv_freq", ".masked_bias", "lm_head.weight"];
 
@@ -60,6 +64,8 @@ pub struct FileMark {
     bytes: u64,
     /// In nanoseconds.
     modified: i128,
+    /// Likewise, and nobody sets it: of the last change of the file or of what is known about it.
+    changed: i128,
 }
 
 /// Why a checkpoint is refused. Every message names the file or the tensor.
@@ -229,6 +235,18 @@ impl Weights {
         }
     }
 
+    /// Adds to a digest every tensor's name, form and a page from its middle: two models of one architecture differ there,
+    /// whatever is said about their files.
+    pub(crate) fn sample(&self, digest: &mut Sha256) {
+        for (name, entry) in &self.tensors {
+            let bytes = self.files[entry.file].1.get(entry.bytes.clone());
+            let bytes = bytes.unwrap_or_default();
+            let sample = &bytes[bytes.len() / 2..];
+            digest.update(format!("{name} {:?} {:?}\n", entry.dtype, entry.shape));
+            digest.update(&sample[..sample.len().min(SAMPLE_BYTES)]);
+        }
+    }
+
     /// Maps a file and takes the tensors named, or all.
     fn open_file(&mut self, path: &Path, names: Option<&[String]>) -> Result<(), WeightsError> {
         let shown = path.display().to_string();
@@ -285,7 +303,22 @@ impl FileMark {
             inode: found.ino(),
             bytes: found.len(),
             modified: i128::from(found.mtime()) * 1_000_000_000 + i128::from(found.mtime_nsec()),
+            changed: i128::from(found.ctime()) * 1_000_000_000 + i128::from(found.ctime_nsec()),
         })
+    }
+
+    /// Adds to a digest what is the same for all who see the file, under whatever path and device number.
+    pub(crate) fn tell(&self, digest: &mut Sha256) {
+        let name = self.path.file_name().unwrap_or_default();
+        digest.update(format!(
+            "{name:?} {} {} {} {}\n",
+            self.inode, self.bytes, self.modified, self.changed
+        ));
+    }
+
+    /// Whether the file is still this one.
+    pub(crate) fn stands(&self) -> bool {
+        FileMark::of(&self.path).is_ok_and(|now| now == *self)
     }
 }
 

@@ -23,9 +23,11 @@ pub mod cuda;
 pub mod reference;
 
 mod batch;
+mod packed;
 mod shapes;
 
 pub use batch::{Batch, BatchSpan};
+pub use packed::{PackedBytes, PackedShape, WeakBytes};
 pub use shapes::{
     FloatDtype, Heads, KvDtype, KvShape, LinearShape, QuantBits, QuantOffset, QuantShape, Size,
     StepShape, WeightDtype,
@@ -119,6 +121,38 @@ pub trait Backend: Send + 'static {
     /// Bytes that [`Backend::pack_quantised`] takes for a matrix of this shape, bias excluded.
     fn quantised_bytes(shape: QuantShape) -> u64 {
         shape.bytes()
+    }
+
+    // Packed matrices outside the backend, where they can be used as they lie in a file.
+
+    /// Names how matrices are packed, if [`Backend::map`] takes the bytes of [`Backend::packed`]: those of one name mean the
+    /// same to every backend that gives it.
+    fn packed_layout(&self) -> Option<String> {
+        None
+    }
+
+    /// The bytes of a packed matrix, bias excluded.
+    fn packed(_matrix: &Self::Linear) -> Option<PackedBytes> {
+        None
+    }
+
+    /// A matrix of bytes that were packed before, as many as its shape takes, at an address that is a multiple of 64. They
+    /// are used where they lie.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`]; [`DeviceError::Unsupported`] where there is no [`Backend::packed_layout`].
+    fn map(
+        &mut self,
+        _shape: PackedShape,
+        _bytes: PackedBytes,
+        _bias: Option<&[f32]>,
+    ) -> Result<Self::Linear, DeviceError> {
+        Err(DeviceError::Unsupported("mapped weights".to_owned()))
+    }
+
+    /// Calls `body` once for each number below `items`, on the threads that compute.
+    fn in_parallel(&self, items: usize, body: &(dyn Fn(usize) + Sync)) {
+        (0..items).for_each(body);
     }
 
     /// Memory for the K and V of all blocks and layers. The content is not defined before it is written.

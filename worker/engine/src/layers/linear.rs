@@ -1,11 +1,12 @@
 //! Linear layers of one rank: some rows of a matrix (column-parallel) or some columns of it (row-parallel).
 //!
 //! Owns which part of the checkpoint a rank reads, and whether it is packed as floats or quantised. Rows go straight from
-//! the mapped file into the backend's packing.
+//! the mapped file into the backend's packing, unless they lie packed in the cache.
 
 use super::{LoadError, Loader};
-use crate::backend::{Backend, LinearShape, QuantRow, WeightDtype};
+use crate::backend::{Backend, LinearShape, PackedShape, QuantRow, WeightDtype};
 use crate::models::tensors::Stacked;
+use crate::weights::packed::MatrixName;
 use crate::weights::{Tensor, Weights, quant};
 use std::ops::Range;
 
@@ -21,9 +22,13 @@ pub(crate) struct Slice {
 impl Slice {
     /// Bytes of it as packed, bias excluded.
     pub fn bytes<B: Backend>(&self, dtype: WeightDtype) -> u64 {
+        self.packed_shape(dtype).bytes::<B>()
+    }
+
+    fn packed_shape(&self, dtype: WeightDtype) -> PackedShape {
         match dtype.quantised() {
-            None => B::linear_bytes(self.shape(dtype)),
-            Some(bits) => B::quantised_bytes(quant::shape(bits, self.rows, &self.columns)),
+            None => PackedShape::Float(self.shape(dtype)),
+            Some(bits) => PackedShape::Quantised(quant::shape(bits, self.rows, &self.columns)),
         }
     }
 
@@ -80,7 +85,8 @@ impl<B: Backend> Loader<'_, B> {
             pieces: pieces_of(self.weights, matrix, ranges, "weight")?,
             width: matrix.columns,
         };
-        self.pack(dtype, &slice, &rows, matrix.bias.then_some(&bias[..]))
+        let bias = matrix.bias.then_some(&bias[..]);
+        self.packed(dtype, matrix, &slice, &rows, bias)
     }
 
     /// Row-parallel: all rows of a layer's matrix, these columns. The results of all ranks are to be summed, so the bias is
@@ -109,7 +115,27 @@ impl<B: Backend> Loader<'_, B> {
             pieces: pieces_of(self.weights, matrix, &all, "weight")?,
             width: matrix.columns,
         };
-        self.pack(self.dtype, &slice, &rows, bias.as_deref())
+        self.packed(self.dtype, matrix, &slice, &rows, bias.as_deref())
+    }
+
+    /// The matrix as it lies in the cache, or packed.
+    fn packed(
+        &mut self,
+        dtype: WeightDtype,
+        matrix: &Stacked,
+        slice: &Slice,
+        rows: &Rows<'_>,
+        bias: Option<&[f32]>,
+    ) -> Result<B::Linear, LoadError> {
+        let shape = slice.packed_shape(dtype);
+        let names: Vec<&str> = matrix.parts.iter().map(|part| part.name.as_str()).collect();
+        let name = MatrixName::new(names.join("+"), shape);
+        if let Some(bytes) = self.packing.take(&name, shape.bytes::<B>()) {
+            return Ok(self.backend.map(shape, bytes, bias)?);
+        }
+        let packed = self.pack(dtype, slice, rows, bias)?;
+        self.packing.leave(name, B::packed(&packed));
+        Ok(packed)
     }
 
     fn pack(

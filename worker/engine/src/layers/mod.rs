@@ -19,6 +19,7 @@ use crate::models::checkpoint::LoadError;
 use crate::models::partition::Partition;
 use crate::models::spec::{ModelSpec, Positions};
 use crate::weights::Weights;
+use crate::weights::packed::Packing;
 use position::Position;
 
 /// What loading a layer needs.
@@ -33,6 +34,8 @@ pub(crate) struct Loader<'a, B> {
     pub partition: &'a Partition,
     /// How matrices are kept.
     pub dtype: WeightDtype,
+    /// Where matrices may lie packed already, or are left for the next load.
+    pub packing: Packing,
     /// Bytes of matrices packed so far.
     pub packed: u64,
     /// Told how many, after each matrix.
