@@ -122,7 +122,12 @@ async fn run(cluster: Cluster, name: String) -> Result<()> {
     let Some(secret) = secret(&cluster.auth.worker_secret_file, &shutdown).await? else {
         return Ok(());
     };
-    let library = Library::new(&cluster.registries, &cluster.cache, &registry::environment);
+    let library = Library::new(
+        &cluster.registries,
+        &cluster.cache,
+        cluster.packed.as_ref(),
+        &registry::environment,
+    );
     let worker = entry.worker.clone();
     let ready = format!("worker ready {worker}\n");
     let config = SessionConfig {

@@ -19,6 +19,7 @@ use engine::follower::{self, FollowerHandle};
 use engine::model_runner::{Footprint, Keeper, ModelRunner, Parts, RunnerOptions};
 use engine::models::checkpoint::{Checkpoint, LoadError};
 use engine::scheduler::Backlog;
+use engine::weights::packed::PackedCache;
 use tokio::sync::mpsc;
 
 use crate::answering::{self, Work};
@@ -34,6 +35,8 @@ use crate::text::TextModel;
 use crate::text::sandbox::Sandbox;
 use crate::text::trial::Trial;
 use crate::translate::Limits;
+
+mod packed;
 
 /// How long a load waits for memory that an earlier shard is giving back.
 const MEMORY_WAIT_MAX: Duration = Duration::from_secs(60);
@@ -268,6 +271,7 @@ where
     };
     let loading = Loading {
         spec: &spec,
+        packed: library.packed(),
         checkpoint: &checkpoint,
         options,
         place,
@@ -433,6 +437,7 @@ fn check_memory(footprint: &Footprint, options: &ShardOptions) -> Result<u64, Fa
 /// A shard whose rank has found its group.
 struct Loading<'a, B: Backend> {
     spec: &'a ShardSpec,
+    packed: Option<&'a PackedCache>,
     checkpoint: &'a Checkpoint,
     options: RunnerOptions,
     place: Place<B>,
@@ -455,6 +460,7 @@ impl<B: Backend> Loading<'_, B> {
     ) -> Result<(u64, Running, bool), Failure> {
         let Loading {
             spec,
+            packed,
             checkpoint,
             options,
             place,
@@ -476,19 +482,23 @@ impl<B: Backend> Loading<'_, B> {
             }
         };
         let begun = Instant::now();
-        let (runner, how) = match place {
+        let (mut runner, how) = match place {
             Place::New(backend) => {
                 progress(0);
-                let loaded =
-                    ModelRunner::load(checkpoint, &options, backend, collective, &mut progress);
-                (loaded, "read")
+                ModelRunner::load_through(
+                    packed,
+                    checkpoint,
+                    &options,
+                    backend,
+                    collective,
+                    &mut progress,
+                )
+                .map(|(runner, origin)| (runner, packed::settle(origin, log)))
             }
-            Place::Kept(parts) => (
-                ModelRunner::from_parts(*parts, &options, collective),
-                "kept, taken over",
-            ),
-        };
-        let mut runner = runner.map_err(load_failure)?;
+            Place::Kept(parts) => ModelRunner::from_parts(*parts, &options, collective)
+                .map(|runner| (runner, "kept, taken over")),
+        }
+        .map_err(load_failure)?;
         runner.keep(keeper);
         log.build(format!(
             "weights {how} in {}: {}",

@@ -12,7 +12,7 @@ use super::cluster::{
     WorkloadType,
 };
 use super::endpoints::{Known, endpoint};
-use super::models::{cache, hub_registry, model};
+use super::models::{cache, hub_registry, model, packed};
 use super::raw::{Raw, RawDevice, RawNode, RawWorkloadType};
 use super::reader::Reader;
 use super::registries::registry;
@@ -189,7 +189,8 @@ pub(super) fn check(raw: Raw, root: &Path, r: &mut Reader<'_>) -> Cluster {
         workload_types,
         models,
         registries,
-        cache: cache(worker, root, r),
+        cache: cache(&worker, root, r),
+        packed: packed(&worker, root),
         endpoints,
     }
 }

@@ -34,6 +34,8 @@ pub struct Cluster {
     pub registries: Vec<RegistryEntry>,
     /// The workers' cache of fetched models.
     pub cache: CacheConfig,
+    /// The workers' cache of packed weights; none where nothing is kept.
+    pub packed: Option<PackedConfig>,
     /// Endpoints that shall exist from the first start that names them.
     pub endpoints: Vec<EndpointEntry>,
 }
@@ -281,6 +283,15 @@ pub struct CacheConfig {
     pub folder: PathBuf,
     /// Versions not in use go, the longest unused first, when it would become larger. `None` keeps all.
     pub bytes_max: Option<u64>,
+}
+
+/// The workers' cache of packed weights.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PackedConfig {
+    /// Its folder; workers of one machine share it.
+    pub folder: PathBuf,
+    /// Weights not in use go, the longest unused first, when it would become larger.
+    pub bytes_max: u64,
 }
 
 /// An endpoint that shall exist.

@@ -1,10 +1,11 @@
-//! `[[models]]` and `[worker]` of cluster.toml: models registered here, and the cache of those that are fetched.
+//! `[[models]]` and `[worker]` of cluster.toml: models registered here, and the caches of fetched models and packed weights.
 
 use std::path::Path;
 
 use super::check::model_ref;
 use super::cluster::{
-    CacheConfig, ModelEntry, ModelOrigin, RegistryEntry, RegistryKind, ServingDefaults,
+    CacheConfig, ModelEntry, ModelOrigin, PackedConfig, RegistryEntry, RegistryKind,
+    ServingDefaults,
 };
 use super::raw::{RawModel, RawWorker};
 use super::reader::Reader;
@@ -15,6 +16,11 @@ use crate::wire::message::{KvDtype, Quantization};
 const HUB: &str = "huggingface";
 /// Where workers keep fetched models unless told.
 const CACHE_FOLDER_DEFAULT: &str = "var/cache/models";
+/// Where workers keep packed weights unless told.
+const PACKED_FOLDER_DEFAULT: &str = "var/cache/packed";
+/// How many bytes of them unless told: some models of 7B in bf16. What was fetched cannot be had again without the network
+/// and is kept without a limit; what was packed costs a minute to make again.
+const PACKED_BYTES_DEFAULT: u64 = 64 << 30;
 
 /// The Hugging Face hub with its defaults, when models need it and cluster.toml has no registry of that kind.
 pub(super) fn hub_registry(
@@ -213,7 +219,7 @@ pub(super) fn quantization(
     found
 }
 
-pub(super) fn cache(raw: RawWorker, root: &Path, r: &mut Reader<'_>) -> CacheConfig {
+pub(super) fn cache(raw: &RawWorker, root: &Path, r: &mut Reader<'_>) -> CacheConfig {
     if raw.cache_bytes_max == Some(0) {
         r.mistake(
             "worker.cache_bytes_max",
@@ -224,4 +230,13 @@ pub(super) fn cache(raw: RawWorker, root: &Path, r: &mut Reader<'_>) -> CacheCon
         folder: root.join(raw.cache_dir.as_deref().unwrap_or(CACHE_FOLDER_DEFAULT)),
         bytes_max: raw.cache_bytes_max,
     }
+}
+
+/// A limit of 0 is no cache.
+pub(super) fn packed(raw: &RawWorker, root: &Path) -> Option<PackedConfig> {
+    let bytes_max = raw.packed_bytes_max.unwrap_or(PACKED_BYTES_DEFAULT);
+    (bytes_max > 0).then(|| PackedConfig {
+        folder: root.join(raw.packed_dir.as_deref().unwrap_or(PACKED_FOLDER_DEFAULT)),
+        bytes_max,
+    })
 }

@@ -121,6 +121,8 @@ pub(super) struct RawRegistry {
 pub(super) struct RawWorker {
     pub cache_dir: Option<String>,
     pub cache_bytes_max: Option<u64>,
+    pub packed_dir: Option<String>,
+    pub packed_bytes_max: Option<u64>,
 }
 
 pub(super) struct RawEndpoint {
@@ -324,6 +326,8 @@ fn worker<'a>(mut t: Table<'a>, r: &mut Reader<'a>) -> RawWorker {
     let raw = RawWorker {
         cache_dir: t.text(r, "cache_dir"),
         cache_bytes_max: t.bytes(r, "cache_bytes_max"),
+        packed_dir: t.text(r, "packed_dir"),
+        packed_bytes_max: t.bytes(r, "packed_bytes_max"),
     };
     t.close(r);
     raw

@@ -494,7 +494,7 @@ context_max = 2048
 fn registries_keep_their_order_and_their_secrets_are_named_not_written() {
     let folder = Folder::with(&format!(
         "{SMALL}{MLFLOW}[[registries]]\nname = \"shelf\"\nkind = \"folder\"\npath = \"shelf\"\n\
-         [worker]\ncache_dir = \"/srv/cache\"\ncache_bytes_max = \"2GiB\"\n"
+         [worker]\ncache_dir = \"/srv/cache\"\ncache_bytes_max = \"2GiB\"\npacked_dir = \"packed\"\n"
     ));
     let cluster = load_with(&folder.file(), Default::default()).unwrap();
     let [tracking, shelf] = &cluster.registries[..] else {
@@ -513,6 +513,20 @@ fn registries_keep_their_order_and_their_secrets_are_named_not_written() {
     );
     assert_eq!(cluster.cache.folder, PathBuf::from("/srv/cache"));
     assert_eq!(cluster.cache.bytes_max, Some(2 << 30));
+    let packed = cluster.packed.expect("kept unless told otherwise");
+    assert_eq!(packed.folder, folder.0.path().join("packed"));
+    assert_eq!(packed.bytes_max, 64 << 30);
+}
+
+#[test]
+fn no_packed_weights_are_kept_where_they_may_take_nothing() {
+    let of = |worker: &str| {
+        let folder = Folder::with(&format!("{SMALL}[worker]\n{worker}\n"));
+        let cluster = load_with(&folder.file(), Default::default()).unwrap();
+        cluster.packed.map(|packed| packed.bytes_max)
+    };
+    assert_eq!(of("packed_bytes_max = 0"), None);
+    assert_eq!(of("packed_bytes_max = \"3GiB\""), Some(3 << 30));
 }
 
 #[test]

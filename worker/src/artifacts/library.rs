@@ -1,13 +1,15 @@
-//! Where a shard's files are on this machine: in a folder that is there, or fetched from a registry into the cache.
+//! Where a shard's files are on this machine: in a folder that is there, or fetched from a registry into the cache; and
+//! where its packed weights may be.
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use common::config::{CacheConfig, RegistryEntry};
+use common::config::{CacheConfig, PackedConfig, RegistryEntry};
 use common::request::{Failure, FailureKind};
 use common::wire::message::{ModelSource, RemoteModel};
+use engine::weights::packed::PackedCache;
 use registry::{Environment, Error, Registry};
 
 use super::cache::Cache;
@@ -20,6 +22,7 @@ pub type Told<'a> = &'a dyn Fn(&str, u64, u64);
 pub struct Library {
     registries: HashMap<String, Result<Arc<Registry>, Error>>,
     cache: Cache,
+    packed: Option<PackedCache>,
 }
 
 /// A model's folder. While it is held, nobody takes it out of the cache.
@@ -41,10 +44,11 @@ impl Held {
 }
 
 impl Library {
-    /// The registries and the cache of cluster.toml.
+    /// The registries and the caches of cluster.toml.
     pub fn new(
         registries: &[RegistryEntry],
         cache: &CacheConfig,
+        packed: Option<&PackedConfig>,
         environment: Environment<'_>,
     ) -> Library {
         let open = |entry: &RegistryEntry| {
@@ -54,7 +58,13 @@ impl Library {
         Library {
             registries: registries.iter().map(open).collect(),
             cache: Cache::new(cache),
+            packed: packed.map(|config| PackedCache::new(config.folder.clone(), config.bytes_max)),
         }
+    }
+
+    /// The cache of packed weights.
+    pub fn packed(&self) -> Option<&PackedCache> {
+        self.packed.as_ref()
     }
 
     /// The folder of a model, fetched first if need be. Blocks; gives up when it is not `wanted` any more.

@@ -100,7 +100,7 @@ mod cuda {
         };
         open(Opening {
             device: device.clone(),
-            library: Arc::new(Library::new(&[], &cache, &|_| None)),
+            library: Arc::new(Library::new(&[], &cache, None, &|_| None)),
             lease: Arc::new(device.memory.lease(&spec)),
             log: ShardLog::new(&spec, outbox.clone()),
             outbox,

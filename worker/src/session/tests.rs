@@ -233,7 +233,7 @@ fn library() -> Arc<Library> {
         folder: "/no/such/cache".into(),
         bytes_max: None,
     };
-    Arc::new(Library::new(&[], &cache, &|_| None))
+    Arc::new(Library::new(&[], &cache, None, &|_| None))
 }
 
 /// A worker's session, running until the token is cancelled.
