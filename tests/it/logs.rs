@@ -14,7 +14,7 @@ async fn read(cluster: &Cluster, endpoint: &str, entity: &str, which: &str) -> S
 }
 
 /// Waits until a log says all of these, in this order.
-async fn says(cluster: &Cluster, endpoint: &str, entity: &str, which: &str, parts: &[&str]) {
+pub async fn says(cluster: &Cluster, endpoint: &str, entity: &str, which: &str, parts: &[&str]) {
     until(
         &format!("the {which} of {entity} to say {parts:?}"),
         PATIENCE,
@@ -54,7 +54,7 @@ async fn a_build_log_tells_a_deployment_from_placement_to_ready_on_every_rank() 
             format!("{who}files checked in "),
             format!("{who}memory taken in "),
             format!("{who}shard group of 2 ranks formed in "),
-            format!("{who}weights read in "),
+            format!("{who}weights read and packed in "),
             format!("{who}ready in "),
         ];
         let parts: Vec<&str> = parts.iter().map(String::as_str).collect();

@@ -19,6 +19,7 @@ mod logs;
 mod memory;
 mod openai;
 mod openapi;
+mod packed;
 mod provisioned;
 mod recovery;
 mod registry;

@@ -10,7 +10,7 @@ use super::simd::Simd;
 use super::tile::{
     Element, PANEL, TILE_PANELS_MAX, TILE_ROWS_MAX, Tile, tile_bounds, tile_panels, tile_rows,
 };
-use crate::backend::{DeviceError, FloatDtype, LinearShape, RowSource};
+use crate::backend::{DeviceError, FloatDtype, LinearShape, PackedBytes, PackedShape, RowSource};
 
 #[cfg(test)]
 mod tests;
@@ -33,15 +33,10 @@ pub struct CpuLinear {
     pub(super) n: usize,
     /// Columns: inputs.
     pub(super) k: usize,
-    panels: Panels,
+    dtype: FloatDtype,
+    panels: PackedBytes,
     /// As long as the panels have rows.
     bias: Option<Memory<f32>>,
-}
-
-#[derive(Debug)]
-enum Panels {
-    F32(Memory<f32>),
-    Bf16(Memory<u16>),
 }
 
 impl CpuLinear {
@@ -53,12 +48,36 @@ impl CpuLinear {
         bias: Option<&[f32]>,
     ) -> Result<CpuLinear, DeviceError> {
         let LinearShape { n, k, dtype } = shape;
-        let panels = match dtype {
-            FloatDtype::F32 => Panels::F32(pack_panels(pool, n, k, rows)?),
-            FloatDtype::Bf16 => Panels::Bf16(pack_panels(pool, n, k, rows)?),
+        let mut panels = Memory::<u8>::new(CpuLinear::bytes(shape) as usize)?;
+        match dtype {
+            FloatDtype::F32 => pack_panels::<f32>(pool, n, k, rows, panels.as_mut()),
+            FloatDtype::Bf16 => pack_panels::<u16>(pool, n, k, rows, panels.as_mut()),
+        }
+        CpuLinear::map(PackedShape::Float(shape), PackedBytes::whole(panels), bias)
+    }
+
+    /// A matrix of bytes that were packed before, see [`crate::backend::Backend::map`].
+    pub(super) fn map(
+        shape: PackedShape,
+        panels: PackedBytes,
+        bias: Option<&[f32]>,
+    ) -> Result<CpuLinear, DeviceError> {
+        let PackedShape::Float(LinearShape { n, k, dtype }) = shape else {
+            return Err(DeviceError::Unsupported("quantised weights".to_owned()));
         };
         let bias = bias.map(|bias| padded(bias, n)).transpose()?;
-        Ok(CpuLinear { n, k, panels, bias })
+        Ok(CpuLinear {
+            n,
+            k,
+            dtype,
+            panels,
+            bias,
+        })
+    }
+
+    /// The bytes of the panels.
+    pub(super) fn packed(&self) -> PackedBytes {
+        self.panels.clone()
     }
 
     /// Bytes of the panels.
@@ -78,9 +97,10 @@ impl CpuLinear {
                 *out = panel[E::place(row % PANEL, i)].widen();
             }
         }
-        match &self.panels {
-            Panels::F32(panels) => copy(panels.as_ref(), self.k, row, out),
-            Panels::Bf16(panels) => copy(panels.as_ref(), self.k, row, out),
+        let panels = self.panels.as_ref();
+        match self.dtype {
+            FloatDtype::F32 => copy::<f32>(bytemuck::cast_slice(panels), self.k, row, out),
+            FloatDtype::Bf16 => copy::<u16>(bytemuck::cast_slice(panels), self.k, row, out),
         }
     }
 
@@ -105,12 +125,15 @@ impl CpuLinear {
             copy_blocked(pool, m, self.k, x, scratch)?;
         }
         let x = if blocked { scratch.as_ref() } else { x };
-        match &self.panels {
-            Panels::F32(panels) => {
-                self.multiply_panels(isa, pool, panels.as_ref(), m, (x, blocked), y)
+        let panels = self.panels.as_ref();
+        match self.dtype {
+            FloatDtype::F32 => {
+                let panels = bytemuck::cast_slice::<u8, f32>(panels);
+                self.multiply_panels(isa, pool, panels, m, (x, blocked), y)
             }
-            Panels::Bf16(panels) => {
-                self.multiply_panels(isa, pool, panels.as_ref(), m, (x, blocked), y)
+            FloatDtype::Bf16 => {
+                let panels = bytemuck::cast_slice::<u8, u16>(panels);
+                self.multiply_panels(isa, pool, panels, m, (x, blocked), y)
             }
         }
         Ok(())
@@ -157,22 +180,25 @@ fn pack_panels<E: Element>(
     n: usize,
     k: usize,
     rows: &RowSource<'_>,
-) -> Result<Memory<E>, DeviceError> {
+    panels: &mut [u8],
+) {
     let len = E::panel_len(k);
-    let mut panels = Memory::<E>::new(n.div_ceil(PANEL) * len)?;
     if k == 0 {
-        return Ok(panels);
+        return;
     }
-    pool.run_chunks(panels.as_mut(), len, &|index, panel, _| {
-        let mut values = vec![0.0; k];
-        for row in 0..PANEL.min(n - index * PANEL) {
-            rows(index * PANEL + row, &mut values);
-            for (i, value) in values.iter().enumerate() {
-                panel[E::place(row, i)] = E::round(*value);
+    pool.run_chunks(
+        bytemuck::cast_slice_mut::<u8, E>(panels),
+        len,
+        &|index, panel, _| {
+            let mut values = vec![0.0; k];
+            for row in 0..PANEL.min(n - index * PANEL) {
+                rows(index * PANEL + row, &mut values);
+                for (i, value) in values.iter().enumerate() {
+                    panel[E::place(row, i)] = E::round(*value);
+                }
             }
-        }
-    });
-    Ok(panels)
+        },
+    );
 }
 
 fn padded(values: &[f32], n: usize) -> Result<Memory<f32>, DeviceError> {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use super::{
     Attention, Backend, Batch, Columns, DeviceError, Heads, KvShape, LayerNorm, LinearShape,
-    QuantShape, QuantSource, RowSource, Size, StepShape,
+    PackedBytes, PackedShape, QuantShape, QuantSource, RowSource, Size, StepShape,
 };
 use attention::AttentionSpace;
 use ops::{Add, Clamp, Gelu, Scale};
@@ -52,6 +52,8 @@ pub use thread::{allowed_cores, bind_thread};
 
 /// Counts changes of the kernels that change any bit of a result.
 const KERNELS_VERSION: u32 = 1;
+/// Counts changes of the bytes that a matrix is packed to: those of another layout are never mapped.
+pub const LAYOUT_VERSION: u32 = 1;
 
 /// One engine's view of the processor: the instruction path, the shared threads, and scratch memory of its own.
 #[derive(Debug)]
@@ -145,6 +147,27 @@ impl Backend for CpuBackend {
             "{} weights: a CPU has products of bf16 and f32 ones",
             shape.bits.name()
         )))
+    }
+
+    fn packed_layout(&self) -> Option<String> {
+        Some(format!("cpu-{LAYOUT_VERSION}"))
+    }
+
+    fn packed(matrix: &CpuLinear) -> Option<PackedBytes> {
+        Some(matrix.packed())
+    }
+
+    fn map(
+        &mut self,
+        shape: PackedShape,
+        bytes: PackedBytes,
+        bias: Option<&[f32]>,
+    ) -> Result<CpuLinear, DeviceError> {
+        CpuLinear::map(shape, bytes, bias)
+    }
+
+    fn in_parallel(&self, items: usize, body: &(dyn Fn(usize) + Sync)) {
+        self.pool.run(items, &|item, _| body(item));
     }
 
     fn alloc_kv(&mut self, shape: KvShape) -> Result<CpuKv, DeviceError> {
