@@ -56,7 +56,8 @@ class Peer:
         sys.exit(f"{self.name} has no server of its own")
 
     def bench(self, asked):
-        sys.exit(f"{self.name} is measured by its server alone")
+        """Figures by name. None for a peer that its server alone shows."""
+        return {}
 
     def run(self):
         asked = arguments(self)
@@ -64,7 +65,7 @@ class Peer:
         if asked.verb == "setup":
             self.setup()
         elif asked.verb == "start":
-            self.start(asked)
+            print(*self.start(asked), flush=True)
         elif asked.verb == "stop":
             stop(self.folder)
         elif asked.verb == "bench":
@@ -74,6 +75,7 @@ class Peer:
             getattr(self, asked.verb)(asked)
 
     def start(self, asked):
+        """Starts the server, and gives its URL and process once it answers."""
         stop(self.folder)
         asked.port = asked.port or free_port()
         command, environment, ready = self.server(asked)
@@ -98,7 +100,7 @@ class Peer:
                 stop(self.folder)
                 sys.exit(f"{self.name} did not start: see {log_path}")
             time.sleep(LOOK_EVERY_S)
-        print(f"{url} {process.pid}", flush=True)
+        return url, process.pid
 
 
 def arguments(peer):

@@ -58,9 +58,9 @@ class Vllm(common.Peer):
         return command, environment, "/health"
 
     def bench(self, asked):
-        self.start(asked)
+        url, _ = self.start(asked)
         try:
-            return common.timed_over_http(f"http://127.0.0.1:{asked.port}", "model")
+            return common.timed_over_http(url, "model")
         finally:
             common.stop(self.folder)
 
