@@ -504,12 +504,6 @@ mod tests {
 
     #[test]
     fn the_reference_conforms_to_itself() {
-        check(
-            Promises {
-                quantised: true,
-                ..Promises::HOST
-            },
-            || ReferenceBackend,
-        );
+        check(Promises::HOST, || ReferenceBackend);
     }
 }

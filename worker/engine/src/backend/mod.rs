@@ -47,6 +47,9 @@ pub trait Backend: Send + 'static {
     /// Rows whose logits are computed together: what they take is set aside for good. With a vocabulary of 128k, 32 rows are
     /// 16 MB; a prompt whose every row is scored takes several rounds. Steps of more decodes than this are not recorded.
     const LOGITS_ROWS: usize = 32;
+    /// How the matrix that gives the logits is kept where the layers' are quantised, if not as floats: it is the one that
+    /// every step reads whole. A tied one is the embedding too.
+    const QUANTISED_HEAD: Option<QuantBits> = None;
     /// Whether the device's memory is the host's: then what the host keeps of a step counts as the device's.
     const ON_HOST: bool = true;
 

@@ -131,7 +131,8 @@ pub enum WeightDtype {
     F32,
     /// 2 bytes.
     Bf16,
-    /// The layers' matrices in one byte a number, quantised when loaded; embedding and head in bf16.
+    /// The layers' matrices in one byte a number, quantised when loaded; the embedding in bf16, and the head too unless
+    /// the backend quantises it.
     Int8,
     /// As int8, in half a byte a number.
     Int4,
@@ -166,12 +167,23 @@ impl WeightDtype {
         }
     }
 
-    /// How the embedding and the head are kept: never quantised, they are few bytes and every token meets them.
+    /// How the embedding is kept, and the head unless the backend quantises it: they are few bytes and every token meets
+    /// them.
     #[must_use]
     pub const fn of_ends(self) -> WeightDtype {
         match self {
             WeightDtype::F32 => WeightDtype::F32,
             WeightDtype::Bf16 | WeightDtype::Int8 | WeightDtype::Int4 => WeightDtype::Bf16,
+        }
+    }
+
+    /// How the matrix that gives the logits is kept, on a backend that quantises it to this.
+    #[must_use]
+    pub const fn of_head(self, quantised: Option<QuantBits>) -> WeightDtype {
+        match (self.quantised(), quantised) {
+            (Some(_), Some(QuantBits::Int8)) => WeightDtype::Int8,
+            (Some(_), Some(QuantBits::Int4)) => WeightDtype::Int4,
+            _ => self.of_ends(),
         }
     }
 

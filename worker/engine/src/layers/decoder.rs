@@ -109,7 +109,7 @@ pub(crate) fn weight_bytes<B: Backend>(
         + part(mlp::slices(spec, partition), spec.bias.mlp);
     let ends: u64 = embedding::slices(spec, partition)
         .iter()
-        .map(|slice| slice.bytes::<B>(dtype.of_ends()))
+        .map(|(end, slice)| slice.bytes::<B>(end.dtype::<B>(dtype)))
         .sum();
     let norm_vectors = match spec.norm {
         NormKind::Rms => 1,

@@ -1,6 +1,6 @@
 //! Embedding and head, both divided by rows of the vocabulary; one matrix where the head is tied.
 
-use super::linear::Slice;
+use super::linear::{End, Slice};
 use super::norm::Norm;
 use super::{LoadError, Loader, Step, Workspace};
 use crate::backend::{Backend, Size};
@@ -41,12 +41,19 @@ impl<B: Backend> Embedding<B> {
             hidden: spec.hidden,
             first: vocab.start as u32,
             vocab_widths: vocab_widths.clone(),
-            table: loader.end(&names.embedding, vocab.clone())?,
+            table: loader.end(
+                match names.head {
+                    Some(_) => End::Embedding,
+                    None => End::Head,
+                },
+                &names.embedding,
+                vocab.clone(),
+            )?,
             final_norm: Norm::load(loader, &names.final_norm)?,
             head: names
                 .head
                 .as_ref()
-                .map(|head| loader.end(head, vocab.clone()))
+                .map(|head| loader.end(End::Head, head, vocab.clone()))
                 .transpose()?,
             logit_scale: spec.logit_scale,
         })
@@ -128,11 +135,12 @@ impl<B: Backend> Embedding<B> {
     }
 }
 
-/// One rank's matrices here: the table, and the same of the head unless it is tied.
-pub(crate) fn slices(spec: &ModelSpec, partition: &Partition) -> Vec<Slice> {
-    let table = Slice {
+/// One rank's matrices here: the head, and the table unless they are one.
+pub(crate) fn slices(spec: &ModelSpec, partition: &Partition) -> Vec<(End, Slice)> {
+    let slice = Slice {
         rows: partition.vocab.len(),
         columns: 0..spec.hidden,
     };
-    vec![table; if spec.tied { 1 } else { 2 }]
+    let table = (!spec.tied).then(|| (End::Embedding, slice.clone()));
+    table.into_iter().chain([(End::Head, slice)]).collect()
 }

@@ -56,9 +56,14 @@ impl<B: Backend> Loader<'_, B> {
         self.rows_as(self.dtype, matrix, ranges)
     }
 
-    /// These rows of the embedding or the head, which are never quantised.
-    pub fn end(&mut self, matrix: &Stacked, rows: Range<usize>) -> Result<B::Linear, LoadError> {
-        self.rows_as(self.dtype.of_ends(), matrix, &[rows])
+    /// These rows of the embedding or the head.
+    pub fn end(
+        &mut self,
+        end: End,
+        matrix: &Stacked,
+        rows: Range<usize>,
+    ) -> Result<B::Linear, LoadError> {
+        self.rows_as(end.dtype::<B>(self.dtype), matrix, &[rows])
     }
 
     fn rows_as(
@@ -163,6 +168,25 @@ impl<B: Backend> Loader<'_, B> {
         self.packed += slice.bytes::<B>(dtype);
         (self.progress)(self.packed);
         Ok(packed)
+    }
+}
+
+/// A matrix at one end of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    /// It gives the rows of tokens and nothing else.
+    Embedding,
+    /// It gives the logits; a tied one is the embedding too.
+    Head,
+}
+
+impl End {
+    /// How it is kept in a model of `dtype`.
+    pub fn dtype<B: Backend>(self, dtype: WeightDtype) -> WeightDtype {
+        match self {
+            End::Embedding => dtype.of_ends(),
+            End::Head => dtype.of_head(B::QUANTISED_HEAD),
+        }
     }
 }
 

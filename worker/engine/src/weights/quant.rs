@@ -7,6 +7,7 @@
 //! numbers that one rank alone would have; its first and last group may be parts of whole ones.
 
 use crate::backend::{QuantBits, QuantOffset, QuantRow, QuantShape};
+use half::f16;
 use std::ops::Range;
 
 /// Columns of a group. Published int4 checkpoints mostly have 128: a scale and a zero point are a twelfth of the bytes of
@@ -14,7 +15,7 @@ use std::ops::Range;
 pub const GROUP: usize = 128;
 
 /// Counts changes of what [`quantise`] gives, for the numerics id.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// How many steps int4's number of the largest magnitude lies below the zero point. At 8 it is met exactly and little is
 /// cut off; above, it is cut off to 8, and all others lie closer to their steps. The least squared error decides: on normal
@@ -28,8 +29,10 @@ const ROUNDER: f32 = 12_582_912.0;
 /// Quantises one group: `q` gets as many numbers as `values` has. Gives the group's scale and zero point.
 ///
 /// int8: zero point 0, the largest magnitude is 127 steps. int4: zero point 8, the number of the largest magnitude lies
-/// below it, so that a group of which that is positive has a negative scale. A group with NaN or an infinity gets the
-/// scale NaN, so that a broken checkpoint shows; one of vanishing numbers (below 1e-36) gets 0.
+/// below it, so that a group of which that is positive has a negative scale. The scale is a number that f16 has, the next
+/// one away from zero, so that nothing is cut off for its sake. A group with NaN, an infinity or numbers that such a scale
+/// does not reach (some 500,000) gets the scale NaN, so that a broken checkpoint shows; one of vanishing numbers (below
+/// 1e-36) gets 0.
 ///
 /// # Panics
 /// When `q` is shorter than `values`.
@@ -49,25 +52,40 @@ pub fn quantise(bits: QuantBits, values: &[f32], q: &mut [i8]) -> (f32, u8) {
     }
     let nearest = |steps: f32| steps.clamp(least, most) + ROUNDER - ROUNDER;
     let scale = match bits {
-        QuantBits::Int8 => largest.abs() / 127.0,
+        QuantBits::Int8 => away_to_f16(largest.abs() / 127.0),
         QuantBits::Int4 => {
-            let [first, others @ ..] = INT4_REACH;
-            let error = |reach: f32| squares(values, -reach / largest, nearest) / (reach * reach);
+            let scales = INT4_REACH.map(|reach| away_to_f16(largest / -reach));
+            let error = |scale: f32| squares(values, 1.0 / scale, nearest) * (scale * scale);
+            let [first, others @ ..] = scales;
             let mut best = (error(first), first);
-            for reach in others {
-                let error = error(reach);
+            for scale in others {
+                let error = error(scale);
                 if error < best.0 {
-                    best = (error, reach);
+                    best = (error, scale);
                 }
             }
-            largest / -best.1
+            best.1
         }
     };
+    if !scale.is_finite() {
+        q.fill(zero);
+        return (f32::NAN, zero as u8);
+    }
     let inverse = 1.0 / scale;
     for (q, x) in q.iter_mut().zip(values) {
         *q = nearest(x * inverse) as i8 + zero;
     }
     (scale, zero as u8)
+}
+
+/// The nearest number that f16 has and that is not nearer to zero.
+fn away_to_f16(x: f32) -> f32 {
+    let near = f16::from_f32(x);
+    if near.to_f32().abs() < x.abs() {
+        f16::from_bits(near.to_bits() + 1).to_f32()
+    } else {
+        near.to_f32()
+    }
 }
 
 /// Sum of squares of what rounding takes from the numbers, in steps.

@@ -13,6 +13,8 @@ pub struct Promises {
     pub head_widths: &'static [usize],
     /// Whether it has products of quantised weights.
     pub quantised: bool,
+    /// Whether activations are rounded to 127 steps on their way into a product of quantised weights.
+    pub steps: bool,
     /// Whether what goes into a product is rounded to bf16, and so is what an op leaves for a product alone.
     pub rounds: bool,
     /// Whether a row of a product or of attention has the same bits whatever rows are computed with it.
@@ -25,7 +27,8 @@ impl Promises {
         weights: &[FloatDtype::Bf16, FloatDtype::F32],
         caches: &[KvDtype::F32, KvDtype::Bf16],
         head_widths: &[],
-        quantised: false,
+        quantised: true,
+        steps: true,
         rounds: false,
         rows_alone: true,
     };

@@ -3,6 +3,9 @@
 //! Owns detection and the step from a value to code compiled for it ([`Isa::run`]). The instructions themselves stand
 //! in [`super::simd`].
 
+use super::dots::Dots;
+#[cfg(target_arch = "x86_64")]
+use super::dots::Vnni;
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512};
 use super::simd::{Portable, Simd};
@@ -10,9 +13,11 @@ use super::simd::{Portable, Simd};
 /// An instruction path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Path {
+    /// As the next, and VNNI: 64 products of bytes per instruction.
+    Avx512Vnni,
     /// AVX-512 F, BW, VL and DQ: 16 numbers per instruction.
     Avx512,
-    /// AVX2 and FMA: 8 numbers per instruction.
+    /// AVX2, FMA and F16C: 8 numbers per instruction.
     Avx2,
     /// Whatever the compiler makes of plain loops on any processor.
     Portable,
@@ -20,12 +25,13 @@ pub enum Path {
 
 impl Path {
     /// All paths, the fastest first.
-    pub const ALL: [Path; 3] = [Path::Avx512, Path::Avx2, Path::Portable];
+    pub const ALL: [Path; 4] = [Path::Avx512Vnni, Path::Avx512, Path::Avx2, Path::Portable];
 
     /// Its name in logs and the numerics id.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
+            Path::Avx512Vnni => "avx512-vnni",
             Path::Avx512 => "avx512",
             Path::Avx2 => "avx2",
             Path::Portable => "portable",
@@ -35,6 +41,8 @@ impl Path {
     fn is_here(self) -> bool {
         match self {
             #[cfg(target_arch = "x86_64")]
+            Path::Avx512Vnni => is_x86_feature_detected!("avx512vnni") && Path::Avx512.is_here(),
+            #[cfg(target_arch = "x86_64")]
             Path::Avx512 => {
                 is_x86_feature_detected!("avx512f")
                     && is_x86_feature_detected!("avx512bw")
@@ -43,9 +51,13 @@ impl Path {
                     && Path::Avx2.is_here()
             }
             #[cfg(target_arch = "x86_64")]
-            Path::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Path::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
+            }
             #[cfg(not(target_arch = "x86_64"))]
-            Path::Avx512 | Path::Avx2 => false,
+            Path::Avx512Vnni | Path::Avx512 | Path::Avx2 => false,
             Path::Portable => true,
         }
     }
@@ -96,7 +108,7 @@ impl Isa {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: an `Isa` of this path exists, so the processor has its features.
-            Path::Avx512 => unsafe { avx512(kernel) },
+            Path::Avx512Vnni | Path::Avx512 => unsafe { avx512(kernel) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             Path::Avx2 => unsafe { avx2(kernel) },
@@ -104,6 +116,56 @@ impl Isa {
             _ => unsafe { kernel.run::<Portable>() },
         }
     }
+
+    /// Rows of activations that a float product of this path takes at a time.
+    pub(super) fn float_rows(self) -> usize {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx512Vnni | Path::Avx512 => <Avx512 as Simd>::ROWS,
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx2 => <Avx2 as Simd>::ROWS,
+            _ => <Portable as Simd>::ROWS,
+        }
+    }
+
+    /// Rows of activations that an integer product of this path takes at a time.
+    pub(super) fn dot_rows(self) -> usize {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx512Vnni => Vnni::ROWS,
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx512 => <Avx512 as Dots>::ROWS,
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx2 => <Avx2 as Dots>::ROWS,
+            _ => <Portable as Dots>::ROWS,
+        }
+    }
+
+    /// Runs an integer product with this path's instructions.
+    pub(super) fn run_dots<K: DotKernel>(self, kernel: K) {
+        // SAFETY: an `Isa` of this path exists, so the processor has its features.
+        unsafe {
+            match self.0 {
+                #[cfg(target_arch = "x86_64")]
+                Path::Avx512Vnni => kernel.run::<Vnni>(),
+                #[cfg(target_arch = "x86_64")]
+                Path::Avx512 => kernel.run::<Avx512>(),
+                #[cfg(target_arch = "x86_64")]
+                Path::Avx2 => kernel.run::<Avx2>(),
+                _ => kernel.run::<Portable>(),
+            }
+        }
+    }
+}
+
+/// An integer product with its arguments, written once for all paths: the loops around [`Dots::tile`], which is compiled
+/// for each.
+pub(super) trait DotKernel {
+    /// Computes.
+    ///
+    /// # Safety
+    /// The processor has the features of `D`.
+    unsafe fn run<D: Dots>(self);
 }
 
 /// A kernel with its arguments, written once for all paths.

@@ -11,7 +11,8 @@ use std::sync::Arc;
 
 use super::{
     Attention, Backend, Batch, Columns, DeviceError, Heads, KvShape, LayerNorm, LinearShape,
-    PackedBytes, PackedShape, QuantShape, QuantSource, RowSource, Size, StepShape,
+    PackedBytes, PackedShape, QuantBits, QuantOffset, QuantShape, QuantSource, RowSource, Size,
+    StepShape,
 };
 use attention::AttentionSpace;
 use ops::{Add, Clamp, Gelu, Scale};
@@ -19,6 +20,12 @@ use rows::{Combine, LayerNormRows, RmsNorm, Rope, SiluMulRows, for_rows};
 
 #[allow(unsafe_code)]
 mod attention;
+#[allow(unsafe_code)]
+mod dot_tile;
+#[allow(unsafe_code)]
+mod dots;
+#[allow(unsafe_code)]
+mod float_tile;
 #[allow(unsafe_code)]
 mod isa;
 mod kv;
@@ -51,9 +58,9 @@ pub use pool::Pool;
 pub use thread::{allowed_cores, bind_thread};
 
 /// Counts changes of the kernels that change any bit of a result.
-const KERNELS_VERSION: u32 = 1;
+const KERNELS_VERSION: u32 = 2;
 /// Counts changes of the bytes that a matrix is packed to: those of another layout are never mapped.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// One engine's view of the processor: the instruction path, the shared threads, and scratch memory of its own.
 #[derive(Debug)]
@@ -104,6 +111,8 @@ impl Backend for CpuBackend {
     type Linear = CpuLinear;
     type Kv = CpuKv;
 
+    const QUANTISED_HEAD: Option<QuantBits> = Some(QuantBits::Int8);
+
     fn numerics(&self) -> String {
         format!("cpu-{KERNELS_VERSION}-{}", self.isa.path().name())
     }
@@ -140,13 +149,29 @@ impl Backend for CpuBackend {
     fn pack_quantised(
         &mut self,
         shape: QuantShape,
-        _rows: &QuantSource<'_>,
-        _bias: Option<&[f32]>,
+        rows: &QuantSource<'_>,
+        bias: Option<&[f32]>,
     ) -> Result<CpuLinear, DeviceError> {
-        Err(DeviceError::Unsupported(format!(
-            "{} weights: a CPU has products of bf16 and f32 ones",
-            shape.bits.name()
-        )))
+        if !CpuBackend::takes_quantised(shape) {
+            return Err(DeviceError::Unsupported(format!(
+                "{} weights in groups of {} with {:?}",
+                shape.bits.name(),
+                shape.group,
+                shape.offset
+            )));
+        }
+        CpuLinear::pack_quantised(&self.pool, shape, rows, bias)
+    }
+
+    fn takes_quantised(shape: QuantShape) -> bool {
+        let has_mins = shape.offset == QuantOffset::Mins;
+        matches!(shape.group, 32 | 64 | 128)
+            && shape.lead < shape.group
+            && !(shape.bits == QuantBits::Int8 && has_mins)
+    }
+
+    fn quantised_bytes(shape: QuantShape) -> u64 {
+        CpuLinear::quantised_bytes(shape)
     }
 
     fn packed_layout(&self) -> Option<String> {

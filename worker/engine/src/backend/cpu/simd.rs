@@ -8,6 +8,7 @@
 // is read or written.
 #![allow(clippy::missing_safety_doc)]
 
+use super::float_tile::{FloatTile, Weight};
 use super::tile::{Element, Tile};
 
 #[cfg(target_arch = "x86_64")]
@@ -40,11 +41,16 @@ pub(super) trait Simd: Copy + 'static {
     type V: Copy;
     /// Rows of a tile of one panel: so many sums stay in registers beside what they are made of.
     const ROWS: usize;
+    /// Rows of activations up to which a tile takes all 32 rows of a panel at once, and not 16.
+    const WHOLE_ROWS: usize;
     /// Sums of a tile of several panels, which need more registers for weights.
     const SUMS: usize;
 
     /// [`Tile::compute`] for this path: the one large piece of code, called and not inlined.
     unsafe fn tile<E: Element>(tile: &Tile<E>, rows: usize, panels: usize);
+
+    /// [`FloatTile::compute`] for this path, called and not inlined.
+    unsafe fn float_tile<W: Weight>(tile: &FloatTile<W>, rows: usize);
 
     unsafe fn splat(x: f32) -> Self::V;
     /// One number in all lanes.
@@ -71,6 +77,8 @@ pub(super) trait Simd: Copy + 'static {
     unsafe fn shift_to_exponent(a: Self::V) -> Self::V;
     /// `|a|` with the sign of `sign`.
     unsafe fn copy_sign(a: Self::V, sign: Self::V) -> Self::V;
+    /// The lowest byte of each lane's bits: 16 bytes.
+    unsafe fn store_low_bytes(to: *mut u8, a: Self::V);
     /// Asks for the line of memory at `at`.
     unsafe fn prefetch(at: *const u8);
 

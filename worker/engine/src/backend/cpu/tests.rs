@@ -93,7 +93,7 @@ fn the_paths_are_told_apart_and_odd_ones_are_not_made() {
                 .numerics()
         })
         .collect();
-    assert!(names.contains(&"cpu-1-portable".to_owned()));
+    assert!(names.contains(&"cpu-2-portable".to_owned()));
     assert!(names.windows(2).all(|pair| pair[0] != pair[1]), "{names:?}");
     #[cfg(target_arch = "x86_64")]
     assert_eq!(

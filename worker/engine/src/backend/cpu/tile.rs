@@ -1,12 +1,12 @@
-//! The one inner loop of matrices and attention: a few rows of activations times a few panels of 16 rows of weights.
+//! The inner loop of attention: a few rows of queries or of scores times a few panels of 16 rows of keys or values.
 //!
 //! Owns the panel layout and the order of the sums. A panel holds 16 rows `w` of a matrix, `k` numbers each:
 //! * f32: `[k][16 rows]`;
 //! * bf16: `[k / 2][16 rows][2]`, so that a shift and a mask turn 16 pairs into two vectors. An odd `k` ends in a pair
 //!   whose second half is not read.
 //!
-//! Weights are such panels; so is a block of keys (16 tokens are the rows, the head's width is `k`) and a block of values
-//! (16 numbers of the head are the rows, the 16 tokens are `k`).
+//! A block of keys is such a panel (16 tokens are the rows, the head's width is `k`), and so is a block
+//! of values (16 numbers of the head are the rows, the 16 tokens are `k`).
 //!
 //! An element's sum starts at its initial value and takes the products of `k = 0, 1, 2, ...` one after another into
 //! one accumulator: the same bits whatever the tile's shape is, and also when the sum is continued by a later call.
@@ -17,8 +17,6 @@ use super::simd::{LANES, Simd};
 
 /// Rows of a panel.
 pub(super) const PANEL: usize = LANES;
-/// Most rows of activations of a tile, on any path.
-pub(super) const TILE_ROWS_MAX: usize = 12;
 /// Most panels of a tile, on any path.
 pub(super) const TILE_PANELS_MAX: usize = 4;
 
@@ -29,9 +27,6 @@ pub(super) trait Element: bytemuck::Pod + Send + Sync {
 
     /// Rounds to nearest, ties to even.
     fn round(value: f32) -> Self;
-
-    /// Exact.
-    fn widen(self) -> f32;
 
     /// Numbers in a panel of this `k`.
     fn panel_len(k: usize) -> usize {
@@ -61,11 +56,6 @@ impl Element for f32 {
     fn round(value: f32) -> f32 {
         value
     }
-
-    #[inline(always)]
-    fn widen(self) -> f32 {
-        self
-    }
 }
 
 /// bf16 as its bits.
@@ -75,11 +65,6 @@ impl Element for u16 {
     #[inline(always)]
     fn round(value: f32) -> u16 {
         bf16::from_f32(value).to_bits()
-    }
-
-    #[inline(always)]
-    fn widen(self) -> f32 {
-        f32::from_bits(u32::from(self) << 16)
     }
 }
 

@@ -26,6 +26,7 @@ const PROMISES: Promises = Promises {
     caches: &[KvDtype::Bf16],
     head_widths: &bytes::HEAD_WIDTHS,
     quantised: true,
+    steps: false,
     rounds: true,
     rows_alone: false,
 };

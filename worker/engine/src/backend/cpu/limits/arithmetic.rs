@@ -49,19 +49,16 @@ impl Kernel for Multiply {
 pub(super) fn multiply_int8(isa: Isa, rounds: usize) -> usize {
     match isa.path() {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: the processor has the path's features, and VNNI where it was just found.
-        Path::Avx512 => unsafe {
-            if is_x86_feature_detected!("avx512vnni") {
-                x86::vnni(rounds)
-            } else {
-                x86::avx512(rounds)
-            }
-        },
+        // SAFETY: the processor has the path's features.
+        Path::Avx512Vnni => unsafe { x86::vnni(rounds) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Path::Avx512 => unsafe { x86::avx512(rounds) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the processor has the path's features.
         Path::Avx2 => unsafe { x86::avx2(rounds) },
         #[cfg(not(target_arch = "x86_64"))]
-        Path::Avx512 | Path::Avx2 => portable_int8(rounds),
+        Path::Avx512Vnni | Path::Avx512 | Path::Avx2 => portable_int8(rounds),
         Path::Portable => portable_int8(rounds),
     }
 }

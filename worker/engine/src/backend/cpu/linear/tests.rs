@@ -1,5 +1,6 @@
 //! Products against plain loops, and the bits of rows in company.
 
+use super::super::float_tile::Weight;
 use super::super::isa::Path;
 use super::super::tests::numbers;
 use super::*;

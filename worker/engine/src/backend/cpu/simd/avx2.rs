@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Element, HIGH_HALVES, LANES, Simd, Tile};
+use super::{Element, FloatTile, HIGH_HALVES, LANES, Simd, Tile, Weight};
 
 /// AVX2 and FMA: a vector is two registers.
 #[derive(Clone, Copy)]
@@ -11,6 +11,7 @@ pub(in super::super) struct Avx2;
 impl Simd for Avx2 {
     type V = [__m256; 2];
     const ROWS: usize = 6;
+    const WHOLE_ROWS: usize = 2;
     const SUMS: usize = 5;
 
     #[inline(always)]
@@ -23,6 +24,18 @@ impl Simd for Avx2 {
         }
         // SAFETY: the trait's.
         unsafe { compiled(tile, rows, panels) }
+    }
+
+    #[inline(always)]
+    unsafe fn float_tile<W: Weight>(tile: &FloatTile<W>, rows: usize) {
+        #[target_feature(enable = "avx2,fma")]
+        #[inline(never)]
+        unsafe fn compiled<W: Weight>(tile: &FloatTile<W>, rows: usize) {
+            // SAFETY: this function has the path's features; the rest is the trait's.
+            unsafe { tile.compute::<Avx2>(rows) }
+        }
+        // SAFETY: the trait's.
+        unsafe { compiled(tile, rows) }
     }
 
     #[inline(always)]
@@ -141,6 +154,25 @@ impl Simd for Avx2 {
             let bit = _mm256_set1_ps(-0.0);
             let one = |a, sign| _mm256_or_ps(_mm256_andnot_ps(bit, a), _mm256_and_ps(bit, sign));
             [one(a[0], sign[0]), one(a[1], sign[1])]
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_low_bytes(to: *mut u8, a: Self::V) {
+        // SAFETY: the trait's.
+        unsafe {
+            // The bytes of each half of a register, side by side in its first four.
+            let places = _mm256_setr_epi8(
+                0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, //
+                0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+            );
+            let half = |a: __m256| {
+                let bytes = _mm256_shuffle_epi8(_mm256_castps_si256(a), places);
+                _mm_unpacklo_epi32(
+                    _mm256_castsi256_si128(bytes),
+                    _mm256_extracti128_si256::<1>(bytes),
+                )
+            };
+            _mm_storeu_si128(to.cast(), _mm_unpacklo_epi64(half(a[0]), half(a[1])));
         }
     }
     #[inline(always)]

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Element, HIGH_HALVES, Simd, Tile};
+use super::{Element, FloatTile, HIGH_HALVES, Simd, Tile, Weight};
 
 /// AVX-512: a vector is one register.
 #[derive(Clone, Copy)]
@@ -11,6 +11,7 @@ pub(in super::super) struct Avx512;
 impl Simd for Avx512 {
     type V = __m512;
     const ROWS: usize = 12;
+    const WHOLE_ROWS: usize = 12;
     const SUMS: usize = 24;
 
     #[inline(always)]
@@ -23,6 +24,18 @@ impl Simd for Avx512 {
         }
         // SAFETY: the trait's.
         unsafe { compiled(tile, rows, panels) }
+    }
+
+    #[inline(always)]
+    unsafe fn float_tile<W: Weight>(tile: &FloatTile<W>, rows: usize) {
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+        #[inline(never)]
+        unsafe fn compiled<W: Weight>(tile: &FloatTile<W>, rows: usize) {
+            // SAFETY: this function has the path's features; the rest is the trait's.
+            unsafe { tile.compute::<Avx512>(rows) }
+        }
+        // SAFETY: the trait's.
+        unsafe { compiled(tile, rows) }
     }
 
     #[inline(always)]
@@ -112,6 +125,11 @@ impl Simd for Avx512 {
             let bit = _mm512_set1_ps(-0.0);
             _mm512_or_ps(_mm512_andnot_ps(bit, a), _mm512_and_ps(bit, sign))
         }
+    }
+    #[inline(always)]
+    unsafe fn store_low_bytes(to: *mut u8, a: Self::V) {
+        // SAFETY: the trait's.
+        unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(_mm512_castps_si512(a))) }
     }
     #[inline(always)]
     unsafe fn prefetch(at: *const u8) {

@@ -1,6 +1,6 @@
 //! Plain loops, for the compiler to make of what it can.
 
-use super::{Element, HIGH_HALVES, LANES, Simd, Tile};
+use super::{Element, FloatTile, HIGH_HALVES, LANES, Simd, Tile, Weight};
 
 /// Plain loops over arrays.
 #[derive(Clone, Copy)]
@@ -15,12 +15,19 @@ fn each(f: impl FnMut(usize) -> f32) -> [f32; LANES] {
 impl Simd for Portable {
     type V = [f32; LANES];
     const ROWS: usize = 2;
+    const WHOLE_ROWS: usize = 0;
     const SUMS: usize = 1;
 
     #[inline(never)]
     unsafe fn tile<E: Element>(tile: &Tile<E>, rows: usize, panels: usize) {
         // SAFETY: the trait's.
         unsafe { tile.compute::<Self>(rows, panels) }
+    }
+
+    #[inline(never)]
+    unsafe fn float_tile<W: Weight>(tile: &FloatTile<W>, rows: usize) {
+        // SAFETY: the trait's.
+        unsafe { tile.compute::<Self>(rows) }
     }
 
     #[inline(always)]
@@ -98,6 +105,13 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn copy_sign(a: Self::V, sign: Self::V) -> Self::V {
         each(|i| a[i].copysign(sign[i]))
+    }
+    #[inline(always)]
+    unsafe fn store_low_bytes(to: *mut u8, a: Self::V) {
+        // SAFETY: the trait's.
+        unsafe {
+            to.cast::<[u8; LANES]>().write(a.map(|a| a.to_bits() as u8));
+        }
     }
     #[inline(always)]
     unsafe fn prefetch(_at: *const u8) {}

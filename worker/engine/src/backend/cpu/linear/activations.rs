@@ -1,0 +1,232 @@
+//! Activations on their way into a product: copied, and for integer products quantised, into blocks of as many rows as a
+//! tile takes, in the order in which the tile reads them.
+//!
+//! Owns the rule by which activations are quantised: one scale per row and group of the weights' columns, the largest
+//! magnitude of which is 127 steps; numbers are rounded to nearest, ties to even. A group with NaN or an infinity gets the
+//! scale NaN, one of vanishing numbers 0. A row's numbers depend on that row alone.
+
+use super::super::dot_tile::{QuantLayout, STEP};
+use super::super::dots::QUAD;
+use super::super::isa::{Isa, Kernel};
+use super::super::pool::{Base, Pool};
+use super::super::simd::{LANES, Simd};
+use crate::backend::QuantOffset;
+
+/// Numbers worth waking a helper for.
+const PARALLEL_MIN: usize = 16 << 10;
+/// Most columns of a group.
+const GROUP_MAX: usize = 128;
+/// Largest magnitude of a group that is nothing: smaller ones have no exact inverse.
+const VANISHING: f32 = 1e-30;
+/// Added to a number of magnitude below 2^22, it leaves the nearest integer in the lowest bits.
+const ROUNDER: f32 = 12_582_912.0;
+
+/// How `rows` rows are cut into blocks of at most `most`, as equal as can be.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Blocks {
+    rows: usize,
+    pub(super) count: usize,
+}
+
+impl Blocks {
+    pub(super) fn new(rows: usize, most: usize) -> Blocks {
+        Blocks {
+            rows,
+            count: rows.div_ceil(most),
+        }
+    }
+
+    /// The rows of block `i`.
+    pub(super) fn rows(&self, i: usize) -> std::ops::Range<usize> {
+        self.rows * i / self.count..self.rows * (i + 1) / self.count
+    }
+}
+
+/// Copies `x [m, k]` into blocks `[k][rows]`.
+pub(super) fn turn<'a>(
+    pool: &Pool,
+    (x, k): (&[f32], usize),
+    blocks: Blocks,
+    to: &'a mut [f32],
+) -> &'a [f32] {
+    /// Columns taken at a time: a line of each row, which goes into lines that are still near.
+    const COLUMNS: usize = 16;
+    let base = Base::new(to);
+    let block = |i: usize, _: usize| {
+        let rows = blocks.rows(i);
+        let count = rows.len();
+        // SAFETY: a block's own part, which is borrowed for as long as the region runs.
+        let to = unsafe { std::slice::from_raw_parts_mut(base.at(rows.start * k), count * k) };
+        let x = &x[rows.start * k..rows.end * k];
+        for (part, to) in to.chunks_mut(count * COLUMNS).enumerate() {
+            for i in 0..count {
+                let x = &x[i * k + part * COLUMNS..][..to.len() / count];
+                for (x, to) in x.iter().zip(to[i..].iter_mut().step_by(count)) {
+                    *to = *x;
+                }
+            }
+        }
+    };
+    if blocks.rows * k < PARALLEL_MIN {
+        (0..blocks.count).for_each(|i| block(i, 0));
+    } else {
+        pool.run(blocks.count, &block);
+    }
+    to
+}
+
+/// Quantised activations: for each block its scales `[groups][rows]`, offsets `[groups][rows]` and numbers.
+#[derive(Clone, Copy)]
+pub(super) struct Quantised<'a> {
+    pub(super) scales: &'a [f32],
+    pub(super) offsets: &'a [i32],
+    pub(super) numbers: &'a [i8],
+}
+
+/// How many words of 4 bytes `m` rows take.
+pub(super) fn words(layout: &QuantLayout, m: usize) -> usize {
+    m * (2 * layout.groups + layout.columns() / QUAD)
+}
+
+/// Quantises `x [m, k]` into [`words`] words.
+pub(super) fn quantise<'a>(
+    (isa, pool): (Isa, &Pool),
+    layout: &QuantLayout,
+    (x, k): (&[f32], usize),
+    blocks: Blocks,
+    to: &'a mut [u32],
+) -> Quantised<'a> {
+    let (groups, columns) = (layout.groups, layout.columns());
+    let (scales, rest) = to.split_at_mut(blocks.rows * groups);
+    let (offsets, numbers) = rest.split_at_mut(blocks.rows * groups);
+    {
+        let (scales, offsets) = (Base::new(scales), Base::new(offsets));
+        let numbers = Base::new(numbers);
+        let block = |i: usize, _: usize| {
+            let rows = blocks.rows(i);
+            let part = |base: &Base<u32>, of_row: usize| {
+                // SAFETY: a block's own part of each array, which is borrowed for as long as the region runs.
+                unsafe {
+                    std::slice::from_raw_parts_mut(
+                        base.at(rows.start * of_row),
+                        rows.len() * of_row,
+                    )
+                }
+            };
+            isa.run(Block {
+                layout,
+                x: &x[rows.start * k..rows.end * k],
+                rows: rows.len(),
+                scales: part(&scales, groups),
+                offsets: part(&offsets, groups),
+                numbers: part(&numbers, columns / QUAD),
+            });
+        };
+        if blocks.rows * k < PARALLEL_MIN {
+            (0..blocks.count).for_each(|i| block(i, 0));
+        } else {
+            pool.run(blocks.count, &block);
+        }
+    }
+    Quantised {
+        scales: bytemuck::cast_slice(scales),
+        offsets: bytemuck::cast_slice(offsets),
+        numbers: bytemuck::cast_slice(numbers),
+    }
+}
+
+/// Quantises one block.
+struct Block<'a> {
+    layout: &'a QuantLayout,
+    x: &'a [f32],
+    rows: usize,
+    scales: &'a mut [u32],
+    offsets: &'a mut [u32],
+    numbers: &'a mut [u32],
+}
+
+impl Kernel for Block<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let (rows, k) = (self.rows, self.x.len() / self.rows);
+        let mut quads = [0u32; GROUP_MAX / QUAD];
+        for (i, mut x) in self.x.chunks_exact(k.max(1)).enumerate() {
+            let mut to = i;
+            for group in 0..self.layout.groups {
+                let (values, rest) = x.split_at(self.layout.width(group));
+                x = rest;
+                // SAFETY: the features are the caller's promise.
+                let (scale, sum) = unsafe { quantise_group::<S>(values, &mut quads) };
+                self.scales[group * rows + i] = scale.to_bits();
+                self.offsets[group * rows + i] = offset(self.layout, scale, sum);
+                for quad in &quads[..values.len().next_multiple_of(STEP) / QUAD] {
+                    self.numbers[to] = *quad;
+                    to += rows;
+                }
+            }
+        }
+    }
+}
+
+/// What a group's sum of integers becomes, see [`DotTile`](super::super::dot_tile::DotTile).
+#[inline(always)]
+fn offset(layout: &QuantLayout, scale: f32, sum: i32) -> u32 {
+    match layout.offset {
+        QuantOffset::Middle => (-i32::from(layout.middle()) * sum).cast_unsigned(),
+        QuantOffset::Zeros => (-sum).cast_unsigned() & 0xffff,
+        QuantOffset::Mins => (scale * sum as f32).to_bits(),
+    }
+}
+
+/// Writes the integers, filled up with zeros; gives their scale and sum.
+#[inline(always)]
+unsafe fn quantise_group<S: Simd>(
+    values: &[f32],
+    quads: &mut [u32; GROUP_MAX / QUAD],
+) -> (f32, i32) {
+    let mut padded = [0.0; GROUP_MAX];
+    let vectors = values.len().div_ceil(LANES);
+    let from = if values.len().is_multiple_of(LANES) {
+        values.as_ptr()
+    } else {
+        padded[..values.len()].copy_from_slice(values);
+        padded.as_ptr()
+    };
+    // SAFETY: `from` is good for all vectors, `quads` has room for as many; the features are the caller's promise.
+    unsafe {
+        let one = S::splat(1.0);
+        let (mut largest, mut broken) = (S::zero(), S::zero());
+        for i in 0..vectors {
+            let x = S::load(from.wrapping_add(i * LANES));
+            largest = S::max(S::copy_sign(x, one), largest);
+            // NaN of NaN and of infinities, else 0.
+            broken = S::fma(x, S::zero(), broken);
+        }
+        let (largest, broken) = (S::largest(largest), S::sum(broken));
+        let inverse = if largest < VANISHING || broken.is_nan() {
+            0.0
+        } else {
+            127.0 / largest
+        };
+        let (factor, rounder) = (S::splat(inverse), S::splat(ROUNDER));
+        let mut sums = S::zero();
+        for i in 0..vectors {
+            let x = S::load(from.wrapping_add(i * LANES));
+            let rounded = S::add(S::mul(x, factor), rounder);
+            sums = S::add(sums, S::sub(rounded, rounder));
+            S::store_low_bytes(
+                quads.as_mut_ptr().wrapping_add(i * LANES / QUAD).cast(),
+                rounded,
+            );
+        }
+        let scale = if inverse == 0.0 {
+            broken
+        } else {
+            largest / 127.0
+        };
+        // Exact: integers far below 2^24.
+        (scale, S::sum(sums) as i32)
+    }
+}
