@@ -201,13 +201,15 @@ where
         folder.task.as_deref().unwrap_or("not said")
     ));
     let options = runner_options(&spec);
-    let footprint = Footprint::of::<P::Backend>(
-        &checkpoint.spec,
-        spec.rank as usize,
-        spec.members.len(),
-        &options,
-    )
-    .map_err(|e| bad(e.to_string()))?;
+    let (rank, ranks) = (spec.rank as usize, spec.members.len());
+    let footprint = Footprint::of_checkpoint::<P::Backend>(&checkpoint, rank, ranks, &options)
+        .map_err(|e| bad(e.to_string()))?;
+    for note in checkpoint
+        .notes::<P::Backend>(rank, ranks, options.weight_dtype)
+        .map_err(|e| bad(e.to_string()))?
+    {
+        log.build(note);
+    }
     let bytes = check_memory(&footprint, &spec.options)?;
     let asked = Instant::now();
     let kept = take_memory::<P::Backend>(&lease, bytes, |parts| {

@@ -45,7 +45,7 @@ fn main() -> Result<(), Failure> {
         limits.int8_gops
     );
     let runner_options = options.runner();
-    let footprint = Footprint::of::<CpuBackend>(&checkpoint.spec, 0, 1, &runner_options)?;
+    let footprint = Footprint::of_checkpoint::<CpuBackend>(&checkpoint, 0, 1, &runner_options)?;
     let begun = Instant::now();
     let backend = CpuBackend::new(pool)?;
     let runner = ModelRunner::load(

@@ -105,8 +105,8 @@ impl<B: Backend, C: Collective<B::Buf>> ModelRunner<B, C> {
         options.check()?;
         let (rank, ranks) = (collective.rank() as usize, collective.ranks() as usize);
         let partition = Partition::new(spec, rank, ranks)?;
-        let footprint = Footprint::of::<B>(spec, rank, ranks, options)?;
-        let step = step_shape::<B>(spec, &partition, options);
+        let footprint = Footprint::of_checkpoint::<B>(checkpoint, rank, ranks, options)?;
+        let step = step_shape::<B>(spec, &partition, &checkpoint.forms, options);
         let bytes = footprint.bytes(options.blocks);
         reserve::patiently(reserve::WAIT_MAX, || backend.reserve(bytes, &step))?;
         let dtype = options.weight_dtype;

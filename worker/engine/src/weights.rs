@@ -1,15 +1,26 @@
-//! The weights of a model folder: safetensors, in one file or in shards with an index, mapped and never copied whole.
+//! The weights of a model: safetensors, in one file or in shards with an index, or a GGUF file; mapped and never copied
+//! whole.
 //!
-//! Owns opening, the check against what the model needs, and reading ranges of numbers as f32. A file is believed only
-//! after its header agrees with its length. Knows no ranks and no backend.
+//! Owns opening and the check against what the model needs; how numbers are read is the [`tensor`]'s business. A file is
+//! believed only after its header agrees with its length. Knows no ranks and no backend.
 //!
 //! The files must not be cut short while they are mapped: reading past the new end would end the process, as with any
 //! mapping. Model folders are written once, to a new name.
 
+mod blocks;
+mod error;
+pub mod form;
+pub(crate) mod gguf;
 pub mod packed;
 pub mod quant;
+mod tensor;
+pub mod words;
+
+pub use error::WeightsError;
+pub use tensor::Tensor;
 
 use crate::models::tensors::Expected;
+use ::gguf::TensorType;
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use sha2::{Digest, Sha256};
@@ -26,7 +37,11 @@ const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 /// Greatest `config.json` or index that is read: the largest published index is under 1 MB.
 const JSON_BYTES_MAX: u64 = 64 << 20;
-/// Bytes of each tensor that go into a digest of the weights.
+/// Bytes at the head of a file that go into a digest of the weights: the names and shapes of tensors stand there.
+const HEAD_BYTES: usize = 64 << 10;
+/// Samples of a file that do: a large model has some hundred matrices.
+const SAMPLES: usize = 256;
+/// Bytes of a sample.
 const SAMPLE_BYTES: usize = 4096;
 /// Tensors that old exporters wrote and no model needs: constants that can be computed, and the copy of a tied head.
 const IGNORED_SUFFIXES: [&str; 3] = ["rotary_emb.inv_freq", ".masked_bias", "lm_head.weight"];
@@ -42,17 +57,28 @@ pub struct Weights {
 
 #[derive(Debug)]
 struct Entry {
-    file: usize,
-    dtype: Dtype,
     shape: Vec<usize>,
-    bytes: Range<usize>,
+    numbers: Numbers<Place>,
+    /// Width of the heads whose rows lie in the order of their rotary pairs, as GGUF files of Llamas have them.
+    rotary: Option<usize>,
 }
 
-/// A tensor in a mapped file.
+/// How a tensor's numbers lie, and where.
 #[derive(Debug, Clone, Copy)]
-pub struct Tensor<'a> {
-    dtype: Dtype,
-    bytes: &'a [u8],
+enum Numbers<P> {
+    /// One by one, in the order of the shape.
+    Plain(Dtype, P),
+    /// In ggml's blocks, row by row.
+    Blocks(TensorType, P),
+    /// Several in a word, with scales and zero points beside them.
+    Words(words::Words<P>),
+}
+
+/// Bytes of a file.
+#[derive(Debug, Clone)]
+struct Place {
+    file: usize,
+    bytes: Range<usize>,
 }
 
 /// What tells whether a file is the one that it was: one that was written again, or another in its place, differs.
@@ -66,75 +92,6 @@ pub struct FileMark {
     modified: i128,
     /// Likewise, and nobody sets it: of the last change of the file or of what is known about it.
     changed: i128,
-}
-
-/// Why a checkpoint is refused. Every message names the file or the tensor.
-#[derive(Debug, thiserror::Error)]
-pub enum WeightsError {
-    /// A file is missing or unreadable.
-    #[error("{path}: {reason}")]
-    File {
-        /// Which.
-        path: String,
-        /// The system's words.
-        reason: String,
-    },
-    /// The folder has no safetensors.
-    #[error(
-        "{dir} has neither {SINGLE} nor {INDEX}; other formats must be converted to safetensors first"
-    )]
-    NoWeights {
-        /// The folder.
-        dir: String,
-    },
-    /// A safetensors file is cut short, or its header is not what it claims.
-    #[error("{path} is corrupt or cut short: {reason}")]
-    Corrupt {
-        /// Which file.
-        path: String,
-        /// What is wrong.
-        reason: String,
-    },
-    /// The index of a sharded checkpoint is unusable.
-    #[error("{path}: {reason}")]
-    Index {
-        /// Which file.
-        path: String,
-        /// What is wrong.
-        reason: String,
-    },
-    /// The model needs a tensor that is not there.
-    #[error("the checkpoint has no tensor {name} {shape:?}")]
-    Missing {
-        /// Which.
-        name: String,
-        /// The shape it should have.
-        shape: Vec<usize>,
-    },
-    /// A tensor has another shape than the config says.
-    #[error("tensor {name} has the shape {found:?}; config.json asks for {expected:?}")]
-    Shape {
-        /// Which.
-        name: String,
-        /// In the file.
-        found: Vec<usize>,
-        /// By the config.
-        expected: Vec<usize>,
-    },
-    /// A tensor's number format is not supported.
-    #[error("tensor {name} has the dtype {found}; supported are BF16, F16 and F32")]
-    Dtype {
-        /// Which.
-        name: String,
-        /// In the file.
-        found: String,
-    },
-    /// A tensor that the model does not use: leaving it out would change what the model computes.
-    #[error("the checkpoint has a tensor {name} that config.json does not account for")]
-    Unexpected {
-        /// Which.
-        name: String,
-    },
 }
 
 impl Weights {
@@ -163,6 +120,11 @@ impl Weights {
         Ok(weights)
     }
 
+    /// Whether a folder has weights of this format.
+    pub(crate) fn has_safetensors(dir: &Path) -> bool {
+        dir.join(SINGLE).exists() || dir.join(INDEX).exists()
+    }
+
     /// Holds the checkpoint against the tensors that the model needs, all of them, before anything is loaded.
     ///
     /// # Errors
@@ -183,18 +145,14 @@ impl Weights {
                     expected: shape.clone(),
                 });
             }
-            if !matches!(entry.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32) {
-                return Err(WeightsError::Dtype {
-                    name: name.clone(),
-                    found: format!("{:?}", entry.dtype),
-                });
-            }
+            entry.check_dtype(name)?;
             unused.remove(name.as_str());
         }
-        match unused
-            .into_iter()
-            .find(|name| !IGNORED_SUFFIXES.iter().any(|suffix| name.ends_with(suffix)))
-        {
+        let ignored = |name: &str| {
+            let suffixes = IGNORED_SUFFIXES.iter();
+            suffixes.clone().any(|suffix| name.ends_with(suffix)) || self.is_empty_bias(name)
+        };
+        match unused.into_iter().find(|name| !ignored(name)) {
             Some(name) => Err(WeightsError::Unexpected {
                 name: name.to_owned(),
             }),
@@ -218,32 +176,39 @@ impl Weights {
             shape: Vec::new(),
         };
         let entry = self.tensors.get(name).ok_or_else(missing)?;
-        let bytes = self
-            .files
-            .get(entry.file)
-            .and_then(|(_, map)| map.get(entry.bytes.clone()))
-            .ok_or_else(missing)?;
-        match entry.dtype {
-            Dtype::BF16 | Dtype::F16 | Dtype::F32 => Ok(Tensor {
-                dtype: entry.dtype,
-                bytes,
-            }),
-            other => Err(WeightsError::Dtype {
-                name: name.to_owned(),
-                found: format!("{other:?}"),
-            }),
-        }
+        entry.check_dtype(name)?;
+        let bytes = |place: &Place| {
+            let (_, map) = self.files.get(place.file)?;
+            map.get(place.bytes.clone())
+        };
+        let numbers = entry.numbers.located(bytes).ok_or_else(missing)?;
+        Ok(Tensor::new(&entry.shape, numbers, entry.rotary))
     }
 
-    /// Adds to a digest every tensor's name, form and a page from its middle: two models of one architecture differ there,
+    /// Some quantisers give every matrix a bias, of zeros where the model has none.
+    fn is_empty_bias(&self, name: &str) -> bool {
+        let Some(stem) = name.strip_suffix(".bias") else {
+            return false;
+        };
+        let quantised = |entry: &Entry| matches!(entry.numbers, Numbers::Words(_));
+        self.tensors
+            .get(&format!("{stem}.weight"))
+            .is_some_and(quantised)
+            && self
+                .tensor(name)
+                .is_ok_and(|bias| bias.to_vec().iter().all(|x| *x == 0.0))
+    }
+
+    /// Adds to a digest the head of each file and some pages that are spread over it: two models of one shape differ there,
     /// whatever is said about their files.
     pub(crate) fn sample(&self, digest: &mut Sha256) {
-        for (name, entry) in &self.tensors {
-            let bytes = self.files[entry.file].1.get(entry.bytes.clone());
-            let bytes = bytes.unwrap_or_default();
-            let sample = &bytes[bytes.len() / 2..];
-            digest.update(format!("{name} {:?} {:?}\n", entry.dtype, entry.shape));
-            digest.update(&sample[..sample.len().min(SAMPLE_BYTES)]);
+        for (_, file) in &self.files {
+            digest.update(&file[..file.len().min(HEAD_BYTES)]);
+            for page in 0..SAMPLES {
+                let start = file.len() / SAMPLES * page;
+                let sample = &file[start..];
+                digest.update(&sample[..sample.len().min(SAMPLE_BYTES)]);
+            }
         }
     }
 
@@ -273,16 +238,44 @@ impl Weights {
                 ))
             })?;
             let bytes = data_start + info.data_offsets.0..data_start + info.data_offsets.1;
-            let entry = Entry {
+            let place = Place {
                 file: self.files.len(),
-                dtype: info.dtype,
-                shape: info.shape.clone(),
                 bytes,
+            };
+            let entry = Entry {
+                shape: info.shape.clone(),
+                numbers: Numbers::Plain(info.dtype, place),
+                rotary: None,
             };
             self.tensors.insert(name, entry);
         }
         self.files.push((path.to_owned(), map));
         Ok(())
+    }
+}
+
+impl Entry {
+    fn check_dtype(&self, name: &str) -> Result<(), WeightsError> {
+        match &self.numbers {
+            Numbers::Plain(dtype, _) if !matches!(dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32) => {
+                Err(WeightsError::Dtype {
+                    name: name.to_owned(),
+                    found: format!("{dtype:?}"),
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl<P> Numbers<P> {
+    /// The same with other words for where they lie.
+    fn located<'a, Q>(&'a self, at: impl Fn(&'a P) -> Option<Q>) -> Option<Numbers<Q>> {
+        Some(match self {
+            Numbers::Plain(dtype, place) => Numbers::Plain(*dtype, at(place)?),
+            Numbers::Blocks(tensor_type, place) => Numbers::Blocks(*tensor_type, at(place)?),
+            Numbers::Words(words) => Numbers::Words(words.located(at)?),
+        })
     }
 }
 
@@ -319,45 +312,6 @@ impl FileMark {
     /// Whether the file is still this one.
     pub(crate) fn stands(&self) -> bool {
         FileMark::of(&self.path).is_ok_and(|now| now == *self)
-    }
-}
-
-impl Tensor<'_> {
-    /// Widens `out.len()` numbers from the flat index `start` on.
-    ///
-    /// # Panics
-    /// Past the tensor's end; the shapes were checked by [`Weights::check`].
-    pub fn read(&self, start: usize, out: &mut [f32]) {
-        fn each<const N: usize>(
-            bytes: &[u8],
-            start: usize,
-            out: &mut [f32],
-            widen: impl Fn([u8; N]) -> f32,
-        ) {
-            let (numbers, _) = bytes.as_chunks::<N>();
-            let numbers = &numbers[start..][..out.len()];
-            for (out, number) in out.iter_mut().zip(numbers) {
-                *out = widen(*number);
-            }
-        }
-        match self.dtype {
-            Dtype::BF16 => each(self.bytes, start, out, |number| {
-                half::bf16::from_le_bytes(number).to_f32()
-            }),
-            Dtype::F16 => each(self.bytes, start, out, |number| {
-                half::f16::from_le_bytes(number).to_f32()
-            }),
-            // `Weights::tensor` gives no other.
-            _ => each(self.bytes, start, out, f32::from_le_bytes),
-        }
-    }
-
-    /// The whole tensor, widened.
-    #[must_use]
-    pub fn to_vec(&self) -> Vec<f32> {
-        let mut out = vec![0.0; self.bytes.len() * 8 / self.dtype.bitsize()];
-        self.read(0, &mut out);
-        out
     }
 }
 

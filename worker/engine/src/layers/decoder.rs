@@ -8,9 +8,11 @@ use super::norm::Norm;
 use super::{LoadError, Loader, Step, Workspace};
 use crate::backend::{Backend, WeightDtype};
 use crate::collective::{Collective, CollectiveError};
+use crate::models::forms::Forms;
 use crate::models::partition::Partition;
 use crate::models::spec::{ModelSpec, NormKind};
 use crate::models::tensors::{LayerTensors, TensorNames};
+use crate::weights::form::ReadyForm;
 
 /// A model on a device: one rank's weights.
 pub(crate) struct Decoder<B: Backend> {
@@ -88,10 +90,11 @@ impl<B: Backend> Layer<B> {
 pub(crate) fn weight_bytes<B: Backend>(
     spec: &ModelSpec,
     partition: &Partition,
+    forms: &Forms,
     dtype: WeightDtype,
 ) -> u64 {
     // The second matrix is summed over ranks: its bias is rank 0's.
-    let part = |slices: [Slice; 2], bias: bool| {
+    let part = |slices: [Slice; 2], forms: [Option<ReadyForm>; 2], bias: bool| {
         let biased = if bias {
             1 + usize::from(partition.rank == 0)
         } else {
@@ -99,17 +102,25 @@ pub(crate) fn weight_bytes<B: Backend>(
         };
         let biases = slices.iter().take(biased);
         let biases: u64 = biases.map(|slice| 4 * slice.rows as u64).sum();
-        slices
-            .iter()
-            .map(|slice| slice.bytes::<B>(dtype))
-            .sum::<u64>()
-            + biases
+        let matrices = slices.iter().zip(forms);
+        let matrices: u64 = matrices
+            .map(|(slice, form)| slice.bytes::<B>(dtype, form))
+            .sum();
+        matrices + biases
     };
-    let layer = part(attention::slices(spec, partition), spec.bias.attention)
-        + part(mlp::slices(spec, partition), spec.bias.mlp);
+    let layer = |i: usize| {
+        let (attention, mlp) = (
+            attention::slices(spec, partition),
+            mlp::slices(spec, partition),
+        );
+        let forms = forms.layer(i);
+        part(attention, forms.attention(), spec.bias.attention)
+            + part(mlp, forms.mlp(), spec.bias.mlp)
+    };
+    let layers: u64 = (0..spec.layers).map(layer).sum();
     let ends: u64 = embedding::slices(spec, partition)
         .iter()
-        .map(|(end, slice)| slice.bytes::<B>(end.dtype::<B>(dtype)))
+        .map(|(end, slice)| slice.bytes::<B>(end.dtype::<B>(dtype), None))
         .sum();
     let norm_vectors = match spec.norm {
         NormKind::Rms => 1,
@@ -117,15 +128,27 @@ pub(crate) fn weight_bytes<B: Backend>(
     };
     let norms =
         (2 * spec.layers + 1 + if spec.qk_norm { 2 * spec.layers } else { 0 }) * norm_vectors;
-    ends + layer * spec.layers as u64 + 4 * (norms * spec.hidden) as u64
+    ends + layers + 4 * (norms * spec.hidden) as u64
 }
 
 /// Numbers of one rank's largest quantised matrix; 0 without any.
-pub(crate) fn quantised_max(spec: &ModelSpec, partition: &Partition, dtype: WeightDtype) -> usize {
-    let layer = [
+pub(crate) fn quantised_max<B: Backend>(
+    spec: &ModelSpec,
+    partition: &Partition,
+    forms: &Forms,
+    dtype: WeightDtype,
+) -> usize {
+    let (attention, mlp) = (
         attention::slices(spec, partition),
         mlp::slices(spec, partition),
-    ];
-    let numbers = layer.as_flattened().iter().map(Slice::numbers).max();
-    dtype.quantised().and(numbers).unwrap_or(0)
+    );
+    let layer = |i: usize| {
+        let forms = forms.layer(i);
+        let matrices = attention.iter().zip(forms.attention());
+        let matrices = matrices.chain(mlp.iter().zip(forms.mlp()));
+        let quantised =
+            matrices.filter(|(slice, form)| slice.quantised::<B>(dtype, *form).is_some());
+        quantised.map(|(slice, _)| slice.numbers()).max()
+    };
+    (0..spec.layers).filter_map(layer).max().unwrap_or(0)
 }

@@ -3,9 +3,13 @@
 //! Owns which part of the checkpoint a rank reads, and whether it is packed as floats or quantised. Rows go straight from
 //! the mapped file into the backend's packing, unless they lie packed in the cache.
 
-use super::{LoadError, Loader};
-use crate::backend::{Backend, LinearShape, PackedShape, QuantRow, WeightDtype};
+use super::{LoadError, Loader, attention, mlp};
+use crate::backend::{Backend, LinearShape, PackedShape, QuantRow, QuantShape, WeightDtype};
+use crate::models::forms::{self, LayerForms};
+use crate::models::partition::Partition;
+use crate::models::spec::ModelSpec;
 use crate::models::tensors::Stacked;
+use crate::weights::form::ReadyForm;
 use crate::weights::packed::MatrixName;
 use crate::weights::{Tensor, Weights, quant};
 use std::ops::Range;
@@ -20,16 +24,37 @@ pub(crate) struct Slice {
 }
 
 impl Slice {
-    /// Bytes of it as packed, bias excluded.
-    pub fn bytes<B: Backend>(&self, dtype: WeightDtype) -> u64 {
-        self.packed_shape(dtype).bytes::<B>()
+    /// Bytes of it as packed, bias excluded; `ready` is its form in the checkpoint.
+    pub fn bytes<B: Backend>(&self, dtype: WeightDtype, ready: Option<ReadyForm>) -> u64 {
+        self.packed_shape::<B>(dtype, ready).bytes::<B>()
     }
 
-    fn packed_shape(&self, dtype: WeightDtype) -> PackedShape {
-        match dtype.quantised() {
+    fn packed_shape<B: Backend>(
+        &self,
+        dtype: WeightDtype,
+        ready: Option<ReadyForm>,
+    ) -> PackedShape {
+        match self.quantised::<B>(dtype, ready) {
             None => PackedShape::Float(self.shape(dtype)),
-            Some(bits) => PackedShape::Quantised(quant::shape(bits, self.rows, &self.columns)),
+            Some(shape) => PackedShape::Quantised(shape),
         }
+    }
+
+    /// Its shape if it is packed quantised: kept so, or made so while it is loaded.
+    pub fn quantised<B: Backend>(
+        &self,
+        dtype: WeightDtype,
+        ready: Option<ReadyForm>,
+    ) -> Option<QuantShape> {
+        let made = |bits| quant::shape(bits, self.rows, &self.columns);
+        self.kept::<B>(dtype, ready)
+            .or_else(|| dtype.quantised().map(made))
+    }
+
+    /// Its shape if it stays as the checkpoint has it. f32 is asked for where floats are wanted whatever the checkpoint has.
+    fn kept<B: Backend>(&self, dtype: WeightDtype, ready: Option<ReadyForm>) -> Option<QuantShape> {
+        let shape = ready?.shape(self.rows, &self.columns);
+        (dtype != WeightDtype::F32 && B::takes_quantised(shape)).then_some(shape)
     }
 
     /// Its numbers.
@@ -53,7 +78,8 @@ impl<B: Backend> Loader<'_, B> {
         matrix: &Stacked,
         ranges: &[Range<usize>],
     ) -> Result<B::Linear, LoadError> {
-        self.rows_as(self.dtype, matrix, ranges)
+        let ready = forms::form(matrix, self.weights);
+        self.rows_as(self.dtype, ready, matrix, ranges)
     }
 
     /// These rows of the embedding or the head.
@@ -63,12 +89,13 @@ impl<B: Backend> Loader<'_, B> {
         matrix: &Stacked,
         rows: Range<usize>,
     ) -> Result<B::Linear, LoadError> {
-        self.rows_as(end.dtype::<B>(self.dtype), matrix, &[rows])
+        self.rows_as(end.dtype::<B>(self.dtype), None, matrix, &[rows])
     }
 
     fn rows_as(
         &mut self,
         dtype: WeightDtype,
+        ready: Option<ReadyForm>,
         matrix: &Stacked,
         ranges: &[Range<usize>],
     ) -> Result<B::Linear, LoadError> {
@@ -91,7 +118,7 @@ impl<B: Backend> Loader<'_, B> {
             width: matrix.columns,
         };
         let bias = matrix.bias.then_some(&bias[..]);
-        self.packed(dtype, matrix, &slice, &rows, bias)
+        self.packed((dtype, ready), matrix, &slice, &rows, bias)
     }
 
     /// Row-parallel: all rows of a layer's matrix, these columns. The results of all ranks are to be summed, so the bias is
@@ -120,25 +147,26 @@ impl<B: Backend> Loader<'_, B> {
             pieces: pieces_of(self.weights, matrix, &all, "weight")?,
             width: matrix.columns,
         };
-        self.packed(self.dtype, matrix, &slice, &rows, bias.as_deref())
+        let ready = forms::form(matrix, self.weights);
+        self.packed((self.dtype, ready), matrix, &slice, &rows, bias.as_deref())
     }
 
     /// The matrix as it lies in the cache, or packed.
     fn packed(
         &mut self,
-        dtype: WeightDtype,
+        (dtype, ready): (WeightDtype, Option<ReadyForm>),
         matrix: &Stacked,
         slice: &Slice,
         rows: &Rows<'_>,
         bias: Option<&[f32]>,
     ) -> Result<B::Linear, LoadError> {
-        let shape = slice.packed_shape(dtype);
+        let shape = slice.packed_shape::<B>(dtype, ready);
         let names: Vec<&str> = matrix.parts.iter().map(|part| part.name.as_str()).collect();
         let name = MatrixName::new(names.join("+"), shape);
         if let Some(bytes) = self.packing.take(&name, shape.bytes::<B>()) {
             return Ok(self.backend.map(shape, bytes, bias)?);
         }
-        let packed = self.pack(dtype, slice, rows, bias)?;
+        let packed = self.pack(dtype, ready, slice, rows, bias)?;
         self.packing.leave(name, B::packed(&packed));
         Ok(packed)
     }
@@ -146,29 +174,52 @@ impl<B: Backend> Loader<'_, B> {
     fn pack(
         &mut self,
         dtype: WeightDtype,
+        ready: Option<ReadyForm>,
         slice: &Slice,
         rows: &Rows<'_>,
         bias: Option<&[f32]>,
     ) -> Result<B::Linear, LoadError> {
         let columns = &slice.columns;
-        let packed = match dtype.quantised() {
+        let kept = slice.kept::<B>(dtype, ready).is_some();
+        let packed = match slice.quantised::<B>(dtype, ready) {
             None => {
                 let row = |i: usize, out: &mut [f32]| rows.read(i, columns.start, out);
                 self.backend.pack(slice.shape(dtype), &row, bias)
             }
-            Some(bits) => {
-                let row = |i: usize, out: QuantRow<'_>| {
-                    let read = |first: usize, values: &mut [f32]| rows.read(i, first, values);
-                    quant::quantise_row(bits, rows.width, columns, read, out);
+            Some(shape) => {
+                let row = |i: usize, out: QuantRow<'_>| match kept {
+                    true => rows.read_quantised(i, columns, out),
+                    false => {
+                        let read = |first: usize, values: &mut [f32]| rows.read(i, first, values);
+                        quant::quantise_row(shape.bits, rows.width, columns, read, out);
+                    }
                 };
-                let shape = quant::shape(bits, slice.rows, columns);
                 self.backend.pack_quantised(shape, &row, bias)
             }
         }?;
-        self.packed += slice.bytes::<B>(dtype);
+        self.packed += slice.bytes::<B>(dtype, ready);
         (self.progress)(self.packed);
         Ok(packed)
     }
+}
+
+/// The forms of those of a layer's matrices that a rank keeps as the checkpoint has them, in the order of
+/// [`LayerTensors::matrices`](crate::models::tensors::LayerTensors::matrices).
+pub(crate) fn kept<B: Backend>(
+    spec: &ModelSpec,
+    partition: &Partition,
+    forms: LayerForms,
+    dtype: WeightDtype,
+) -> [Option<ReadyForm>; 4] {
+    let [qkv, attention_out] = attention::slices(spec, partition);
+    let [mlp_in, mlp_out] = mlp::slices(spec, partition);
+    let keep = |slice: &Slice, ready| slice.kept::<B>(dtype, ready).and(ready);
+    [
+        keep(&qkv, forms.qkv),
+        keep(&attention_out, forms.attention_out),
+        keep(&mlp_in, forms.mlp_in),
+        keep(&mlp_out, forms.mlp_out),
+    ]
 }
 
 /// A matrix at one end of a model.
@@ -199,13 +250,26 @@ struct Rows<'a> {
 
 impl Rows<'_> {
     /// Reads numbers of row `row` from column `first` on.
-    fn read(&self, mut row: usize, first: usize, out: &mut [f32]) {
+    fn read(&self, row: usize, first: usize, out: &mut [f32]) {
+        let (tensor, row) = self.place(row);
+        tensor.read(row * self.width + first, out);
+    }
+
+    /// Reads columns of row `row` as they are quantised.
+    fn read_quantised(&self, row: usize, columns: &Range<usize>, out: QuantRow<'_>) {
+        let (tensor, row) = self.place(row);
+        tensor.read_quantised(row, columns, out);
+    }
+
+    /// The tensor that has row `row`, and which one of its own it is.
+    fn place(&self, mut row: usize) -> (&Tensor<'_>, usize) {
         for (tensor, rows) in &self.pieces {
             if row < rows.len() {
-                return tensor.read((rows.start + row) * self.width + first, out);
+                return (tensor, rows.start + row);
             }
             row -= rows.len();
         }
+        panic!("a row past the last one was asked for");
     }
 }
 

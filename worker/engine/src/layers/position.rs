@@ -87,6 +87,42 @@ fn frequencies(head_width: usize, theta: f64, scaling: RopeScaling) -> Vec<f32> 
         .collect()
 }
 
+/// The scaling that divides the frequencies by these factors, one per pair of a head: none, or Llama 3's with its published
+/// limits. A GGUF file has the factors in place of the formula.
+///
+/// # Errors
+/// Factors of another formula.
+pub(crate) fn scaling_of(
+    factors: &[f32],
+    head_width: usize,
+    theta: f64,
+) -> Result<RopeScaling, String> {
+    const TOLERANCE: f64 = 1e-3;
+    let factor = f64::from(factors.iter().copied().fold(1.0, f32::max));
+    let scaling = match factor {
+        1.0 => RopeScaling::None,
+        _ => RopeScaling::Llama3 {
+            factor,
+            low: 1.0,
+            high: 4.0,
+            original_context: 8192.0,
+        },
+    };
+    let plain = frequencies(head_width, theta, RopeScaling::None);
+    let scaled = frequencies(head_width, theta, scaling);
+    let near = |((plain, scaled), factor): ((&f32, &f32), &f32)| {
+        (f64::from(plain / factor) / f64::from(*scaled) - 1.0).abs() < TOLERANCE
+    };
+    let mut pairs = plain.iter().zip(&scaled).zip(factors);
+    if factors.len() != plain.len() || !pairs.all(near) {
+        return Err(format!(
+            "the {} factors of its rotary frequencies are not those of Llama 3.1",
+            factors.len()
+        ));
+    }
+    Ok(scaling)
+}
+
 fn scale(frequency: f64, scaling: RopeScaling) -> f64 {
     match scaling {
         RopeScaling::None => frequency,
@@ -158,6 +194,24 @@ mod tests {
             "{}",
             scaled[31]
         );
+    }
+
+    #[test]
+    fn factors_in_a_file_are_known_by_the_formula_that_made_them() {
+        let scaling = RopeScaling::Llama3 {
+            factor: 32.0,
+            low: 1.0,
+            high: 4.0,
+            original_context: 8192.0,
+        };
+        let plain = frequencies(64, 500_000.0, RopeScaling::None);
+        let scaled = frequencies(64, 500_000.0, scaling);
+        let mut factors: Vec<f32> = plain.iter().zip(&scaled).map(|(a, b)| a / b).collect();
+        assert_eq!(scaling_of(&factors, 64, 500_000.0), Ok(scaling));
+        assert_eq!(scaling_of(&[1.0; 32], 64, 1e4), Ok(RopeScaling::None));
+        factors[15] *= 1.1;
+        assert!(scaling_of(&factors, 64, 500_000.0).is_err());
+        assert!(scaling_of(&factors[..31], 64, 500_000.0).is_err());
     }
 
     #[test]

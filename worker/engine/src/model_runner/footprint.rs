@@ -3,7 +3,8 @@
 use crate::backend::{Backend, KvDtype, KvShape, StepShape, WeightDtype};
 use crate::layers::WorkspaceSizes;
 use crate::layers::decoder::{quantised_max, weight_bytes};
-use crate::models::checkpoint::LoadError;
+use crate::models::checkpoint::{Checkpoint, LoadError};
+use crate::models::forms::Forms;
 use crate::models::partition::Partition;
 use crate::models::spec::{ModelSpec, SpecError};
 
@@ -37,7 +38,7 @@ pub struct Footprint {
 }
 
 impl Footprint {
-    /// What [`ModelRunner::load`](super::ModelRunner::load) would allocate on a rank.
+    /// What [`ModelRunner::load`](super::ModelRunner::load) would allocate on a rank for a model of floats.
     ///
     /// # Errors
     /// [`SpecError::Ranks`].
@@ -48,12 +49,39 @@ impl Footprint {
         options: &RunnerOptions,
     ) -> Result<Footprint, SpecError> {
         let partition = Partition::new(spec, rank, ranks)?;
-        Ok(Footprint {
-            weights: weight_bytes::<B>(spec, &partition, options.weight_dtype),
-            kv_block: B::kv_block_bytes(kv_shape(spec, &partition, options)),
-            workspace: workspace_sizes::<B>(spec, &partition, options).bytes::<B>()
-                + B::scratch_bytes(&step_shape::<B>(spec, &partition, options)),
-        })
+        let forms = Forms::default();
+        Ok(Footprint::of_part::<B>(spec, &partition, &forms, options))
+    }
+
+    /// What [`ModelRunner::load`](super::ModelRunner::load) would allocate on a rank for this checkpoint.
+    ///
+    /// # Errors
+    /// [`SpecError::Ranks`], and [`Checkpoint::check_option`]'s.
+    pub fn of_checkpoint<B: Backend>(
+        checkpoint: &Checkpoint,
+        rank: usize,
+        ranks: usize,
+        options: &RunnerOptions,
+    ) -> Result<Footprint, LoadError> {
+        let Checkpoint { spec, forms, .. } = checkpoint;
+        let partition = Partition::new(spec, rank, ranks)?;
+        checkpoint.check_option::<B>(&partition, options.weight_dtype)?;
+        Ok(Footprint::of_part::<B>(spec, &partition, forms, options))
+    }
+
+    fn of_part<B: Backend>(
+        spec: &ModelSpec,
+        partition: &Partition,
+        forms: &Forms,
+        options: &RunnerOptions,
+    ) -> Footprint {
+        let step = step_shape::<B>(spec, partition, forms, options);
+        Footprint {
+            weights: weight_bytes::<B>(spec, partition, forms, options.weight_dtype),
+            kv_block: B::kv_block_bytes(kv_shape(spec, partition, options)),
+            workspace: workspace_sizes::<B>(spec, partition, options).bytes::<B>()
+                + B::scratch_bytes(&step),
+        }
     }
 
     /// All of it, with a pool of `blocks` KV blocks.
@@ -120,6 +148,7 @@ pub(super) fn kv_shape(
 pub(super) fn step_shape<B: Backend>(
     spec: &ModelSpec,
     partition: &Partition,
+    forms: &Forms,
     options: &RunnerOptions,
 ) -> StepShape {
     StepShape {
@@ -127,7 +156,7 @@ pub(super) fn step_shape<B: Backend>(
         spans: options.spans_max as usize,
         logits_rows: options.logits_rows::<B>(),
         width: widest(spec, partition),
-        quantised: quantised_max(spec, partition, options.weight_dtype),
+        quantised: quantised_max::<B>(spec, partition, forms, options.weight_dtype),
         heads: partition.heads,
         vocab: spec.vocab,
         context_max: spec.context_max,

@@ -47,20 +47,6 @@ impl Config {
         }
     }
 
-    /// Refuses a checkpoint that says it is quantised: its tensors would be read as something else.
-    ///
-    /// # Errors
-    /// [`SpecError::Field`].
-    pub fn refuse_quantised(&self) -> Result<(), SpecError> {
-        self.get("quantization_config").map_or(Ok(()), |value| {
-            Err(self.odd(
-                "quantization_config",
-                value,
-                "no quantisation: weights in bf16, f16 or f32",
-            ))
-        })
-    }
-
     /// A whole number in a range; the default where the key is absent or null.
     ///
     /// # Errors

@@ -5,10 +5,12 @@
 
 pub mod checkpoint;
 pub mod config;
+pub mod forms;
 pub mod llama;
 pub mod mistral;
 pub mod mpt;
 pub mod partition;
+pub mod quantization;
 pub mod spec;
 pub mod tensors;
 
@@ -46,7 +48,7 @@ impl ModelSpec {
     /// [`SpecError`]: what was found and what is supported. Nothing is allocated for the model before this succeeds.
     pub fn from_config(json: &str) -> Result<ModelSpec, SpecError> {
         let config = config::Config::parse(json)?;
-        config.refuse_quantised()?;
+        quantization::format(&config)?;
         let spec = match config.architecture()? {
             "LlamaForCausalLM" => llama::spec(&config),
             "MistralForCausalLM" => mistral::spec(&config),

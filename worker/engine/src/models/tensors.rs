@@ -94,6 +94,13 @@ impl Stacked {
         0..self.parts.iter().map(|part| part.rows).sum()
     }
 
+    /// The names of its tensors, biases apart.
+    pub fn tensors(&self) -> impl Iterator<Item = String> {
+        self.parts
+            .iter()
+            .map(|part| format!("{}.weight", part.name))
+    }
+
     fn expect(&self, out: &mut Vec<Expected>) {
         for part in &self.parts {
             out.push(Expected {
@@ -122,6 +129,14 @@ impl NormTensor {
                 shape: vec![self.width],
             });
         }
+    }
+}
+
+impl LayerTensors {
+    /// Its matrices.
+    #[must_use]
+    pub fn matrices(&self) -> [&Stacked; 4] {
+        [&self.qkv, &self.attention_out, &self.mlp_in, &self.mlp_out]
     }
 }
 

@@ -218,6 +218,6 @@ fn a_folder_without_safetensors_says_what_is_needed() {
     let error = open(&[("pytorch_model.bin", b"x")]).expect_err("no safetensors");
     assert_eq!(
         error,
-        "DIR has neither model.safetensors nor model.safetensors.index.json; other formats must be converted to safetensors first"
+        "DIR has neither model.safetensors nor model.safetensors.index.json, and no .gguf file; other formats must be converted to safetensors first"
     );
 }

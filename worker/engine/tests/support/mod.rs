@@ -3,6 +3,7 @@
 
 pub mod groups;
 pub mod naive;
+pub mod ready;
 pub mod recorder;
 
 use engine::backend::cpu::{CpuBackend, Pool};

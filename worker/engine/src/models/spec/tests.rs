@@ -170,7 +170,7 @@ fn what_is_not_supported_is_refused_by_name() {
                 "quantization_config",
                 json!({"quant_method": "gptq"}),
             ),
-            "supported: no quantisation",
+            "config.json has no quantization_config.bits",
         ),
         (
             with(mpt(), "attn_config.alibi", json!(false)),
