@@ -4,12 +4,17 @@
 //! width its `k`) and the panels of values (16 numbers of the head are the rows, the 16 tokens the `k`). Widths that
 //! are no multiple of 16 are filled up in the values. Knows no sequence: which block is whose, the batch says.
 
+use super::attention::HEAD_WIDTH_MAX;
 use super::memory::Memory;
 use super::pool::Pool;
-use super::tile::{Element, PANEL};
+use super::simd::LANES;
+use half::bf16;
+
 use crate::backend::{Batch, DeviceError, Heads, KvDtype, KvShape};
 use crate::plan::BLOCK_TOKENS;
 
+/// Rows of a panel.
+pub(super) const PANEL: usize = LANES;
 // A block's tokens are the rows of one panel.
 const _: () = assert!(BLOCK_TOKENS == PANEL);
 
@@ -30,6 +35,61 @@ pub(super) enum KvValues {
     Bf16(Memory<u16>),
 }
 
+/// A number format of the cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Format {
+    F32,
+    Bf16,
+}
+
+/// A number of the cache. A panel has 16 rows of `k` numbers each:
+/// * f32: `[k][16 rows]`;
+/// * bf16: `[k / 2][16 rows][2]`, so that a shift and a mask turn 16 pairs into two vectors. An odd `k` ends in a pair
+///   whose second half is not read.
+pub(super) trait KvElement: bytemuck::Pod + Send + Sync {
+    /// What it is.
+    const FORMAT: Format;
+
+    /// Rounds to nearest, ties to even.
+    fn round(value: f32) -> Self;
+
+    /// Numbers in a panel of this `k`.
+    fn panel_len(k: usize) -> usize {
+        match Self::FORMAT {
+            Format::F32 => PANEL * k,
+            Format::Bf16 => PANEL * k.next_multiple_of(2),
+        }
+    }
+
+    /// Where in a panel the number `(row, k)` lies.
+    #[inline(always)]
+    fn place(row: usize, k: usize) -> usize {
+        match Self::FORMAT {
+            Format::F32 => k * PANEL + row,
+            Format::Bf16 => (k / 2 * PANEL + row) * 2 + k % 2,
+        }
+    }
+}
+
+impl KvElement for f32 {
+    const FORMAT: Format = Format::F32;
+
+    #[inline(always)]
+    fn round(value: f32) -> f32 {
+        value
+    }
+}
+
+/// bf16 as its bits.
+impl KvElement for u16 {
+    const FORMAT: Format = Format::Bf16;
+
+    #[inline(always)]
+    fn round(value: f32) -> u16 {
+        bf16::from_f32(value).to_bits()
+    }
+}
+
 /// One head's blocks of a layer.
 #[derive(Clone, Copy)]
 pub(super) struct HeadBlocks<'a, E> {
@@ -40,6 +100,12 @@ pub(super) struct HeadBlocks<'a, E> {
 impl CpuKv {
     /// Memory for the pool, see [`crate::backend::Backend::alloc_kv`].
     pub(super) fn new(shape: KvShape) -> Result<CpuKv, DeviceError> {
+        if shape.head_width > HEAD_WIDTH_MAX {
+            return Err(DeviceError::Unsupported(format!(
+                "heads of {} numbers: a CPU has attention for {HEAD_WIDTH_MAX} at most",
+                shape.head_width
+            )));
+        }
         let places = shape.layers * shape.heads * shape.blocks;
         let values = match shape.dtype {
             KvDtype::F32 => {
@@ -78,7 +144,7 @@ impl CpuKv {
 }
 
 /// The blocks of one head in one layer.
-pub(super) fn head_blocks<E: Element>(
+pub(super) fn head_blocks<E: KvElement>(
     shape: KvShape,
     values: &[E],
     layer: usize,
@@ -91,7 +157,7 @@ pub(super) fn head_blocks<E: Element>(
     }
 }
 
-impl<'a, E: Element> HeadBlocks<'a, E> {
+impl<'a, E: KvElement> HeadBlocks<'a, E> {
     /// The panel of a block's keys, then its panels of values.
     pub(super) fn block(self, block: u32) -> (&'a [E], &'a [E]) {
         let len = place_len::<E>(self.width);
@@ -114,11 +180,11 @@ pub(super) fn block_bytes(shape: KvShape) -> u64 {
 }
 
 /// Numbers of one block of one head.
-fn place_len<E: Element>(head_width: usize) -> usize {
+fn place_len<E: KvElement>(head_width: usize) -> usize {
     E::panel_len(head_width) + value_width(head_width) / PANEL * E::panel_len(BLOCK_TOKENS)
 }
 
-fn write<E: Element>(
+fn write<E: KvElement>(
     pool: &Pool,
     shape: KvShape,
     values: &mut [E],
