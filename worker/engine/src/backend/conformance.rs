@@ -359,6 +359,39 @@ fn elementwise<B: Backend>(twins: &mut Twins<B>) {
         twins.twin.add(size, &mut x.twin, &y.twin);
         twins.compare(&shown("add"), &x, len, POINTWISE);
 
+        let (mut sum, weight) = (twins.random(len, 3.0), twins.random(width, 2.0));
+        let mut y = twins.random(len, 3.0);
+        twins
+            .device
+            .add_rms_norm(size, &mut sum.device, &mut y.device, &weight.device, 1e-5);
+        twins
+            .twin
+            .add_rms_norm(size, &mut sum.twin, &mut y.twin, &weight.twin, 1e-5);
+        twins.compare(&shown("the sum of add_rms_norm"), &sum, len, POINTWISE);
+        let tolerance = twins.promises.left(SUMS);
+        twins.compare(&shown("add_rms_norm"), &y, len, tolerance);
+        for with_bias in [false, true] {
+            let mut y = twins.random(len, 3.0);
+            let norm = LayerNorm {
+                weight: &weight.device,
+                bias: with_bias.then_some(&weight.device),
+                eps: 1e-5,
+            };
+            twins
+                .device
+                .add_layer_norm(size, &mut sum.device, &mut y.device, norm);
+            let norm = LayerNorm {
+                weight: &weight.twin,
+                bias: with_bias.then_some(&weight.twin),
+                eps: 1e-5,
+            };
+            twins
+                .twin
+                .add_layer_norm(size, &mut sum.twin, &mut y.twin, norm);
+            twins.compare(&shown("the sum of add_layer_norm"), &sum, len, POINTWISE);
+            twins.compare(&shown("add_layer_norm"), &y, len, 10.0 * tolerance);
+        }
+
         twins.device.clamp(size, &mut x.device, 1.25);
         twins.twin.clamp(size, &mut x.twin, 1.25);
         twins.compare(&shown("clamp"), &x, len, 0.0);

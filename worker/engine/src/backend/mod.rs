@@ -23,6 +23,7 @@ pub mod cuda;
 pub mod reference;
 
 mod batch;
+mod kv_int8;
 mod packed;
 mod shapes;
 
@@ -33,6 +34,7 @@ pub use shapes::{
     StepShape, WeightDtype,
 };
 
+use kv_int8::quantise_kv;
 use std::ops::Range;
 
 /// A device, its memory and its kernels.
@@ -246,8 +248,8 @@ pub trait Backend: Send + 'static {
     /// given. With `c` and `s` the two halves of `cos_sin[r]` (`[rows, d]`), for each head `h` and `i < d/2`:
     /// `h[i], h[i + d/2] = h[i] * c[i] - h[i + d/2] * s[i], h[i + d/2] * c[i] + h[i] * s[i]`.
     ///
-    /// Then rounds the K and V columns to the cache's dtype (to nearest, ties to even) and writes them to the tokens'
-    /// places in `layer`: the token at position `p` of a span lies in block `blocks[p / 16]`, slot `p % 16`.
+    /// Then rounds the K and V columns to the cache's dtype (to nearest, ties to even; to int8 by each head's largest number)
+    /// and writes them to the tokens' places in `layer`: the token at position `p` of a span lies in block `blocks[p / 16]`, slot `p % 16`.
     fn write_kv(
         &mut self,
         batch: &Batch,
@@ -274,6 +276,32 @@ pub trait Backend: Send + 'static {
 
     /// `x += y` over `[rows, width]`.
     fn add(&mut self, size: Size, x: &mut Self::Buf, y: &Self::Buf);
+
+    /// [`Backend::add`], then [`Backend::rms_norm`] of `x` into `y`: the end of one block and the beginning of the next. A
+    /// backend may do both to a row while it is near, and gives the same bits.
+    fn add_rms_norm(
+        &mut self,
+        size: Size,
+        x: &mut Self::Buf,
+        y: &mut Self::Buf,
+        weight: &Self::Buf,
+        eps: f32,
+    ) {
+        self.add(size, x, y);
+        self.rms_norm(size, x, weight, eps, y);
+    }
+
+    /// [`Backend::add`], then [`Backend::layer_norm`] of `x` into `y`.
+    fn add_layer_norm(
+        &mut self,
+        size: Size,
+        x: &mut Self::Buf,
+        y: &mut Self::Buf,
+        norm: LayerNorm<'_, Self::Buf>,
+    ) {
+        self.add(size, x, y);
+        self.layer_norm(size, x, norm, y);
+    }
 
     /// `out[r][i] = silu(gate_up[r][i]) * gate_up[r][width + i]` with `silu(z) = z / (1 + exp(-z))`; `gate_up` is
     /// `[rows, 2 * width]`, `out` is `[rows, width]`.

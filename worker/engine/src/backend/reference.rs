@@ -5,7 +5,7 @@
 
 use super::{
     Attention, Backend, Batch, Columns, DeviceError, FloatDtype, Heads, KvDtype, KvShape,
-    LayerNorm, LinearShape, QuantRow, QuantShape, QuantSource, RowSource, Size,
+    LayerNorm, LinearShape, QuantRow, QuantShape, QuantSource, RowSource, Size, quantise_kv,
 };
 use crate::plan::BLOCK_TOKENS;
 use crate::weights::quant::dequantise_row;
@@ -213,10 +213,6 @@ impl Backend for ReferenceBackend {
         if let Some(cos_sin) = cos_sin {
             rotate(batch.len(), heads, qkv, cos_sin);
         }
-        let round = |value: f32| match kv.shape.dtype {
-            KvDtype::F32 => value,
-            KvDtype::Bf16 => round_bf16(value),
-        };
         for span in &batch.spans {
             let blocks = batch.blocks_of(span);
             for (i, row) in span.rows.clone().enumerate() {
@@ -229,9 +225,7 @@ impl Backend for ReferenceBackend {
                     &qkv[row * heads.qkv_width()..][..heads.qkv_width()][heads.q_width()..];
                 for (i, vector) in keys_and_values.chunks_exact(d).enumerate() {
                     let at = kv.at(layer, block, i / heads.kv, slot, i % heads.kv);
-                    for (to, from) in kv.values[at..at + d].iter_mut().zip(vector) {
-                        *to = round(*from);
-                    }
+                    round(kv.shape.dtype, vector, &mut kv.values[at..at + d]);
                 }
             }
         }
@@ -385,6 +379,25 @@ fn softmax(scores: &mut [f32]) {
         .for_each(|score| *score = (*score - largest).exp());
     let sum: f32 = scores.iter().sum();
     scores.iter_mut().for_each(|score| *score /= sum);
+}
+
+/// Writes one key or value as the cache's dtype has it.
+fn round(dtype: KvDtype, vector: &[f32], out: &mut [f32]) {
+    match dtype {
+        KvDtype::F32 => out.copy_from_slice(vector),
+        KvDtype::Bf16 => {
+            for (out, x) in out.iter_mut().zip(vector) {
+                *out = round_bf16(*x);
+            }
+        }
+        KvDtype::Int8 => {
+            let mut q = vec![0; vector.len()];
+            let scale = quantise_kv(vector, &mut q);
+            for (out, q) in out.iter_mut().zip(q) {
+                *out = f32::from(q) * scale;
+            }
+        }
+    }
 }
 
 /// Turns the query and key heads of each row by its angles.

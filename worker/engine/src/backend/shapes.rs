@@ -154,6 +154,8 @@ pub enum KvDtype {
     F32,
     /// 2 bytes.
     Bf16,
+    /// 1 byte, and 4 for the scale of each key and of each value.
+    Int8,
 }
 
 impl WeightDtype {
@@ -220,12 +222,13 @@ impl FloatDtype {
 }
 
 impl KvDtype {
-    /// Bytes of one number.
+    /// Bytes of one key or one value of so many numbers.
     #[must_use]
-    pub const fn bytes(self) -> usize {
+    pub const fn vector_bytes(self, head_width: usize) -> usize {
         match self {
-            KvDtype::F32 => 4,
-            KvDtype::Bf16 => 2,
+            KvDtype::F32 => 4 * head_width,
+            KvDtype::Bf16 => 2 * head_width,
+            KvDtype::Int8 => head_width + 4,
         }
     }
 
@@ -235,6 +238,7 @@ impl KvDtype {
         match self {
             KvDtype::F32 => "f32",
             KvDtype::Bf16 => "bf16",
+            KvDtype::Int8 => "int8",
         }
     }
 }
@@ -292,7 +296,6 @@ impl KvShape {
         2 * (self.layers
             * crate::plan::BLOCK_TOKENS
             * self.heads
-            * self.head_width
-            * self.dtype.bytes()) as u64
+            * self.dtype.vector_bytes(self.head_width)) as u64
     }
 }

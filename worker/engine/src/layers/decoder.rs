@@ -46,17 +46,18 @@ impl<B: Backend> Decoder<B> {
         let size = step.size(self.hidden);
         self.embedding.forward(step, work)?;
         for (i, layer) in self.layers.iter().enumerate() {
-            layer
-                .attention_norm
-                .forward(step.backend, size, &work.x, &mut work.y);
+            let norm = &layer.attention_norm;
+            match i {
+                0 => norm.forward(step.backend, size, &work.x, &mut work.y),
+                _ => norm.forward_sum(step.backend, size, &mut work.x, &mut work.y),
+            }
             layer.attention.forward(step, work, kv, i)?;
-            step.backend.add(size, &mut work.x, &work.y);
             layer
                 .mlp_norm
-                .forward(step.backend, size, &work.x, &mut work.y);
+                .forward_sum(step.backend, size, &mut work.x, &mut work.y);
             layer.mlp.forward(step, work)?;
-            step.backend.add(size, &mut work.x, &work.y);
         }
+        step.backend.add(size, &mut work.x, &work.y);
         Ok(())
     }
 

@@ -51,4 +51,19 @@ impl<B: Backend> Norm<B> {
             }
         }
     }
+
+    /// `x += y`, then `y = norm(x)`, row by row.
+    pub fn forward_sum(&self, backend: &mut B, size: Size, x: &mut B::Buf, y: &mut B::Buf) {
+        match self.kind {
+            NormKind::Rms => backend.add_rms_norm(size, x, y, &self.weight, self.eps),
+            NormKind::Layer => {
+                let norm = LayerNorm {
+                    weight: &self.weight,
+                    bias: self.bias.as_ref(),
+                    eps: self.eps,
+                };
+                backend.add_layer_norm(size, x, y, norm);
+            }
+        }
+    }
 }

@@ -25,7 +25,7 @@ impl Promises {
     /// Of backends on the host.
     pub const HOST: Promises = Promises {
         weights: &[FloatDtype::Bf16, FloatDtype::F32],
-        caches: &[KvDtype::F32, KvDtype::Bf16],
+        caches: &[KvDtype::F32, KvDtype::Bf16, KvDtype::Int8],
         head_widths: &[],
         quantised: true,
         steps: true,

@@ -17,6 +17,8 @@ use merge::{Merge, record_len};
 use vectors::{VectorSpace, Vectors};
 
 mod merge;
+#[cfg(test)]
+mod tests;
 mod tile;
 mod vectors;
 
@@ -31,8 +33,10 @@ pub(super) const HEAD_WIDTH_MAX: usize = PART;
 const ITEM_VECTORS: usize = 48;
 /// Products of one step's attention in one layer worth waking a helper for.
 const PARALLEL_MIN: usize = 64 << 10;
-/// With fewer items per thread, long contexts are divided too.
+/// With fewer items per thread, long contexts are divided too, as long as what is found in all parts takes no more
+/// numbers than the second.
 const ITEMS_PER_THREAD: usize = 4;
+const DIVIDED_MAX: usize = 2 << 20;
 
 /// What attention keeps between steps, so that a step allocates nothing.
 #[derive(Debug, Default)]
@@ -113,6 +117,9 @@ impl AttentionSpace {
             KvValues::Bf16(values) => self.run_items(pool, batch, call, &|head| {
                 head_blocks(kv.shape, values.as_ref(), layer, head)
             }),
+            KvValues::Int8(values) => self.run_items(pool, batch, call, &|head| {
+                head_blocks(kv.shape, values.as_ref(), layer, head)
+            }),
         }
     }
 
@@ -160,13 +167,14 @@ impl AttentionSpace {
             });
             return;
         }
-        if count >= ITEMS_PER_THREAD * pool.threads() || parts == items.len() {
+        let rows_most = items.iter().map(|item| item.rows.len()).max().unwrap_or(0);
+        let len = rows_most * call.shared_by() * record_len(call.heads.width);
+        let enough = count >= ITEMS_PER_THREAD * pool.threads();
+        if enough || parts == items.len() || parts * kv * len > DIVIDED_MAX {
             pool.run(count, &whole);
             return;
         }
         // Several threads take the parts of an item, which are merged in the same order.
-        let rows_most = items.iter().map(|item| item.rows.len()).max().unwrap_or(0);
-        let len = rows_most * call.shared_by() * record_len(call.heads.width);
         grow(&mut self.divided, parts * kv * len);
         pool.run_chunks(
             &mut self.divided[..parts * kv * len],

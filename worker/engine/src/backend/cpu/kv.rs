@@ -1,17 +1,21 @@
-//! The memory of K and V: blocks of 16 tokens, in panels that attention multiplies with like weights.
+//! The memory of K and V: blocks of 16 tokens, in panels that attention multiplies with.
 //!
 //! Owns the layout: `[layer][KV head][block]`, and in each place one panel of keys (16 tokens are its rows, the head's
-//! width its `k`) and the panels of values (16 numbers of the head are the rows, the 16 tokens the `k`). Widths that
-//! are no multiple of 16 are filled up in the values. Knows no sequence: which block is whose, the batch says.
+//! width its `k`), the panels of values (16 numbers of the head are the rows, the 16 tokens the `k`) and, where numbers
+//! are quantised, a scale per token for its key and one for its value. Widths that are no multiple of 16 are filled up
+//! in the values. Owns the step's writing too: each head's columns are rotated and written in one pass. Knows no
+//! sequence: which block is whose, the batch says.
 
 use super::attention::HEAD_WIDTH_MAX;
+use super::isa::{Isa, Kernel};
 use super::memory::Memory;
-use super::pool::Pool;
-use super::simd::LANES;
-use half::bf16;
-
+use super::pool::{Base, Pool};
+use super::simd::{LANES, Simd};
 use crate::backend::{Batch, DeviceError, Heads, KvDtype, KvShape};
 use crate::plan::BLOCK_TOKENS;
+pub(super) use element::{Format, KvElement};
+
+mod element;
 
 /// Rows of a panel.
 pub(super) const PANEL: usize = LANES;
@@ -19,7 +23,7 @@ pub(super) const PANEL: usize = LANES;
 const _: () = assert!(BLOCK_TOKENS == PANEL);
 
 /// Numbers written in one step worth waking a helper for.
-const PARALLEL_MIN: usize = 32 << 10;
+const PARALLEL_MIN: usize = 16 << 10;
 
 /// The K and V of all layers and blocks.
 #[derive(Debug)]
@@ -33,61 +37,7 @@ pub struct CpuKv {
 pub(super) enum KvValues {
     F32(Memory<f32>),
     Bf16(Memory<u16>),
-}
-
-/// A number format of the cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Format {
-    F32,
-    Bf16,
-}
-
-/// A number of the cache. A panel has 16 rows of `k` numbers each:
-/// * f32: `[k][16 rows]`;
-/// * bf16: `[k / 2][16 rows][2]`, so that a shift and a mask turn 16 pairs into two vectors. An odd `k` ends in a pair
-///   whose second half is not read.
-pub(super) trait KvElement: bytemuck::Pod + Send + Sync {
-    /// What it is.
-    const FORMAT: Format;
-
-    /// Rounds to nearest, ties to even.
-    fn round(value: f32) -> Self;
-
-    /// Numbers in a panel of this `k`.
-    fn panel_len(k: usize) -> usize {
-        match Self::FORMAT {
-            Format::F32 => PANEL * k,
-            Format::Bf16 => PANEL * k.next_multiple_of(2),
-        }
-    }
-
-    /// Where in a panel the number `(row, k)` lies.
-    #[inline(always)]
-    fn place(row: usize, k: usize) -> usize {
-        match Self::FORMAT {
-            Format::F32 => k * PANEL + row,
-            Format::Bf16 => (k / 2 * PANEL + row) * 2 + k % 2,
-        }
-    }
-}
-
-impl KvElement for f32 {
-    const FORMAT: Format = Format::F32;
-
-    #[inline(always)]
-    fn round(value: f32) -> f32 {
-        value
-    }
-}
-
-/// bf16 as its bits.
-impl KvElement for u16 {
-    const FORMAT: Format = Format::Bf16;
-
-    #[inline(always)]
-    fn round(value: f32) -> u16 {
-        bf16::from_f32(value).to_bits()
-    }
+    Int8(Memory<i8>),
 }
 
 /// One head's blocks of a layer.
@@ -95,6 +45,16 @@ impl KvElement for u16 {
 pub(super) struct HeadBlocks<'a, E> {
     values: &'a [E],
     width: usize,
+}
+
+/// One block of one head.
+pub(super) struct HeadBlock<'a, E> {
+    /// The panel of its keys.
+    pub(super) keys: &'a [E],
+    /// The panels of its values.
+    pub(super) values: &'a [E],
+    /// A scale per token for its key, then one for its value; empty where numbers are not quantised.
+    pub(super) scales: &'a [f32],
 }
 
 impl CpuKv {
@@ -114,31 +74,24 @@ impl CpuKv {
             KvDtype::Bf16 => {
                 KvValues::Bf16(Memory::new(places * place_len::<u16>(shape.head_width))?)
             }
+            KvDtype::Int8 => {
+                KvValues::Int8(Memory::new(places * place_len::<i8>(shape.head_width))?)
+            }
         };
         Ok(CpuKv { shape, values })
     }
 
     /// See [`crate::backend::Backend::write_kv`].
-    pub(super) fn write(
-        &mut self,
-        pool: &Pool,
-        batch: &Batch,
-        heads: Heads,
-        qkv: &[f32],
-        layer: usize,
-    ) {
+    pub(super) fn write(&mut self, (isa, pool): (Isa, &Pool), step: Rows<'_>, layer: usize) {
         assert!(
             layer < self.shape.layers
-                && heads.kv == self.shape.heads
-                && heads.width == self.shape.head_width
+                && step.heads.kv == self.shape.heads
+                && step.heads.width == self.shape.head_width
         );
         match &mut self.values {
-            KvValues::F32(values) => {
-                write(pool, self.shape, values.as_mut(), batch, heads, qkv, layer)
-            }
-            KvValues::Bf16(values) => {
-                write(pool, self.shape, values.as_mut(), batch, heads, qkv, layer)
-            }
+            KvValues::F32(values) => write(isa, pool, self.shape, values.as_mut(), step, layer),
+            KvValues::Bf16(values) => write(isa, pool, self.shape, values.as_mut(), step, layer),
+            KvValues::Int8(values) => write(isa, pool, self.shape, values.as_mut(), step, layer),
         }
     }
 }
@@ -158,10 +111,17 @@ pub(super) fn head_blocks<E: KvElement>(
 }
 
 impl<'a, E: KvElement> HeadBlocks<'a, E> {
-    /// The panel of a block's keys, then its panels of values.
-    pub(super) fn block(self, block: u32) -> (&'a [E], &'a [E]) {
+    /// What a block holds.
+    pub(super) fn block(self, block: u32) -> HeadBlock<'a, E> {
         let len = place_len::<E>(self.width);
-        self.values[block as usize * len..][..len].split_at(E::panel_len(self.width))
+        let place = &self.values[block as usize * len..][..len];
+        let (keys, rest) = place.split_at(E::panel_len(self.width));
+        let (values, scales) = rest.split_at(values_len::<E>(self.width));
+        HeadBlock {
+            keys,
+            values,
+            scales: bytemuck::cast_slice(scales),
+        }
     }
 }
 
@@ -172,61 +132,123 @@ pub(super) fn value_width(head_width: usize) -> usize {
 
 /// Bytes of one block over all layers, filled up to whole panels.
 pub(super) fn block_bytes(shape: KvShape) -> u64 {
-    let numbers = match shape.dtype {
-        KvDtype::F32 => place_len::<f32>(shape.head_width),
-        KvDtype::Bf16 => place_len::<u16>(shape.head_width),
+    let bytes = match shape.dtype {
+        KvDtype::F32 => 4 * place_len::<f32>(shape.head_width),
+        KvDtype::Bf16 => 2 * place_len::<u16>(shape.head_width),
+        KvDtype::Int8 => place_len::<i8>(shape.head_width),
     };
-    (shape.layers * shape.heads * numbers * shape.dtype.bytes()) as u64
+    (shape.layers * shape.heads * bytes) as u64
 }
 
 /// Numbers of one block of one head.
 fn place_len<E: KvElement>(head_width: usize) -> usize {
-    E::panel_len(head_width) + value_width(head_width) / PANEL * E::panel_len(BLOCK_TOKENS)
+    E::panel_len(head_width) + values_len::<E>(head_width) + E::SCALES_LEN
+}
+
+/// Numbers of one block's panels of values.
+fn values_len<E: KvElement>(head_width: usize) -> usize {
+    value_width(head_width) / PANEL * E::panel_len(BLOCK_TOKENS)
+}
+
+/// A step's rows, to be rotated and written.
+#[derive(Clone, Copy)]
+pub(super) struct Rows<'a> {
+    pub(super) batch: &'a Batch,
+    pub(super) heads: Heads,
+    /// `[tokens, (q + 2 kv) * d]`, and nobody else's while it is written.
+    pub(super) qkv: &'a Base<f32>,
+    /// `[tokens, d]`, if there is a rotation.
+    pub(super) cos_sin: Option<&'a [f32]>,
 }
 
 fn write<E: KvElement>(
+    isa: Isa,
     pool: &Pool,
     shape: KvShape,
     values: &mut [E],
-    batch: &Batch,
-    heads: Heads,
-    qkv: &[f32],
+    step: Rows<'_>,
     layer: usize,
 ) {
-    let (d, place_len) = (heads.width, place_len::<E>(heads.width));
-    let head_len = shape.blocks * place_len;
+    let head_len = shape.blocks * place_len::<E>(step.heads.width);
     let layer = &mut values[layer * shape.heads * head_len..][..shape.heads * head_len];
-    let write_head = |head: usize, values: &mut [E], _: usize| {
+    let heads = if step.batch.len() * step.heads.qkv_width() < PARALLEL_MIN {
+        shape.heads
+    } else {
+        1
+    };
+    pool.run_chunks(layer, heads * head_len, &|index, values, _| {
+        for (i, values) in values.chunks_exact_mut(head_len).enumerate() {
+            let head = index * heads + i;
+            isa.run(WriteHead { step, head, values });
+        }
+    });
+}
+
+/// Rotates the columns of one KV head and the query heads that share it, and writes the head's K and V.
+struct WriteHead<'a, E> {
+    step: Rows<'a>,
+    head: usize,
+    /// The head's blocks.
+    values: &'a mut [E],
+}
+
+impl<E: KvElement> Kernel for WriteHead<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Rows {
+            batch,
+            heads,
+            qkv,
+            cos_sin,
+        } = self.step;
+        let (d, shared_by) = (heads.width, heads.q / heads.kv);
+        let place_len = place_len::<E>(d);
+        // SAFETY: the columns of a head and of the queries that share it lie inside each row of the batch, and are this
+        // call's alone: each head is written once.
+        let columns = |row: usize, first: usize, len: usize| unsafe {
+            std::slice::from_raw_parts_mut(qkv.at(row * heads.qkv_width() + first), len)
+        };
         for span in &batch.spans {
             let blocks = batch.blocks_of(span);
             for (i, row) in span.rows.clone().enumerate() {
-                let position = span.position + i;
-                let slot = position % BLOCK_TOKENS;
-                let block = blocks[position / BLOCK_TOKENS] as usize;
-                let row = &qkv[row * heads.qkv_width()..][..heads.qkv_width()];
-                let key = &row[heads.q_width() + head * d..][..d];
-                let value = &row[heads.q_width() + heads.kv_width() + head * d..][..d];
-                let (keys, values) =
-                    values[block * place_len..][..place_len].split_at_mut(E::panel_len(d));
-                for (i, x) in key.iter().enumerate() {
-                    keys[E::place(slot, i)] = E::round(*x);
-                }
-                for (panel, x) in values
-                    .chunks_exact_mut(E::panel_len(BLOCK_TOKENS))
-                    .zip(value.chunks(PANEL))
-                {
-                    for (i, x) in x.iter().enumerate() {
-                        panel[E::place(i, slot)] = E::round(*x);
+                let queries = columns(row, self.head * shared_by * d, shared_by * d);
+                let key = columns(row, heads.q_width() + self.head * d, d);
+                let value = columns(row, heads.q_width() + heads.kv_width() + self.head * d, d);
+                if let Some(cos_sin) = cos_sin {
+                    let angles = &cos_sin[row * d..][..d];
+                    for head in queries.chunks_exact_mut(d) {
+                        rotate(head, angles);
                     }
+                    rotate(key, angles);
+                }
+                let position = span.position + i;
+                let block = blocks[position / BLOCK_TOKENS] as usize;
+                let place = &mut self.values[block * place_len..][..place_len];
+                let (keys, rest) = place.split_at_mut(E::panel_len(d));
+                let (values, scales) = rest.split_at_mut(values_len::<E>(d));
+                let slot = position % BLOCK_TOKENS;
+                let found = [
+                    E::write_key(keys, slot, key),
+                    E::write_value(values, slot, value),
+                ];
+                if E::SCALES_LEN > 0 {
+                    let scales: &mut [f32] = bytemuck::cast_slice_mut(scales);
+                    [scales[slot], scales[BLOCK_TOKENS + slot]] = found;
                 }
             }
         }
-    };
-    if batch.len() * heads.kv_width() < PARALLEL_MIN {
-        for (head, values) in layer.chunks_exact_mut(head_len).enumerate() {
-            write_head(head, values, 0);
-        }
-    } else {
-        pool.run_chunks(layer, head_len, &write_head);
+    }
+}
+
+/// The rotation of [`crate::backend::Backend::write_kv`].
+#[inline(always)]
+fn rotate(head: &mut [f32], angles: &[f32]) {
+    let half = head.len() / 2;
+    let (low, high) = head.split_at_mut(half);
+    let pairs = low.iter_mut().zip(high);
+    for ((a, b), (cos, sin)) in pairs.zip(angles[..half].iter().zip(&angles[half..])) {
+        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
     }
 }

@@ -5,7 +5,7 @@
 //! have the same bits whatever the batch, the chunks and the threads are, and the same on all machines of one path.
 //!
 //! Read in this order: `simd`, `isa`, `tile` (the one inner loop), `linear`, `kv`, `attention`, `rows`, `ops`,
-//! `pool`. Unsafe code stands in these (but for `kv`), in `thread` and in `limits`, nowhere else.
+//! `pool`. Unsafe code stands in these, in `thread` and in `limits`, nowhere else.
 
 use std::sync::Arc;
 
@@ -15,8 +15,10 @@ use super::{
     StepShape,
 };
 use attention::AttentionSpace;
+use kv::Rows;
 use ops::{Add, Clamp, Gelu, Scale};
-use rows::{Combine, LayerNormRows, RmsNorm, Rope, SiluMulRows, for_rows};
+use pool::Base;
+use rows::{Combine, LayerNormRows, RmsNorm, SiluMulRows, for_row_pairs, for_rows};
 
 #[allow(unsafe_code)]
 mod attention;
@@ -28,6 +30,7 @@ mod dots;
 mod float_tile;
 #[allow(unsafe_code)]
 mod isa;
+#[allow(unsafe_code)]
 mod kv;
 #[allow(unsafe_code)]
 pub mod limits;
@@ -318,26 +321,14 @@ impl Backend for CpuBackend {
         kv: &mut CpuKv,
         layer: usize,
     ) {
-        if let Some(cos_sin) = cos_sin {
-            let (isa, width, d) = (self.isa, heads.qkv_width(), heads.width);
-            let (size, cos_sin) = (
-                Size {
-                    rows: batch.len(),
-                    width,
-                },
-                cos_sin.as_ref(),
-            );
-            for_rows(&self.pool, size, qkv.as_mut(), &|row, x| {
-                isa.run(Rope {
-                    x,
-                    width,
-                    heads: heads.q + heads.kv,
-                    head_width: d,
-                    cos_sin: &cos_sin[row * d..],
-                });
-            });
-        }
-        kv.write(&self.pool, batch, heads, qkv.as_ref(), layer);
+        let qkv = Base::new(&mut qkv.as_mut()[..batch.len() * heads.qkv_width()]);
+        let rows = Rows {
+            batch,
+            heads,
+            qkv: &qkv,
+            cos_sin: cos_sin.map(AsRef::as_ref),
+        };
+        kv.write((self.isa, &self.pool), rows, layer);
     }
 
     fn attention(
@@ -367,6 +358,58 @@ impl Backend for CpuBackend {
                 x,
                 y,
                 z: y,
+            });
+        });
+    }
+
+    fn add_rms_norm(
+        &mut self,
+        size: Size,
+        x: &mut CpuBuf,
+        y: &mut CpuBuf,
+        weight: &CpuBuf,
+        eps: f32,
+    ) {
+        let (isa, weight) = (self.isa, &weight.as_ref()[..size.width]);
+        for_row_pairs(&self.pool, size, x.as_mut(), y.as_mut(), &|x, y| {
+            isa.run(Combine {
+                op: Add,
+                x: &mut *x,
+                y: &*y,
+                z: &*y,
+            });
+            isa.run(RmsNorm {
+                x,
+                weight,
+                eps,
+                out: y,
+            });
+        });
+    }
+
+    fn add_layer_norm(
+        &mut self,
+        size: Size,
+        x: &mut CpuBuf,
+        y: &mut CpuBuf,
+        norm: LayerNorm<'_, CpuBuf>,
+    ) {
+        let (isa, eps) = (self.isa, norm.eps);
+        let weight = &norm.weight.as_ref()[..size.width];
+        let bias = norm.bias.map(|bias| &bias.as_ref()[..size.width]);
+        for_row_pairs(&self.pool, size, x.as_mut(), y.as_mut(), &|x, y| {
+            isa.run(Combine {
+                op: Add,
+                x: &mut *x,
+                y: &*y,
+                z: &*y,
+            });
+            isa.run(LayerNormRows {
+                x,
+                weight,
+                bias,
+                eps,
+                out: y,
             });
         });
     }

@@ -1,10 +1,10 @@
-//! The ops that take a step's rows one by one: norms, rotations, activations.
+//! The ops that take a step's rows one by one: norms, activations.
 //!
 //! Owns their kernels, each on some rows of one width, and the cut of many rows into parts for the threads.
 
 use super::isa::{Isa, Kernel};
 use super::ops::{Add, Normalize, Op, Scale, SiluMul, SquareFrom};
-use super::pool::Pool;
+use super::pool::{Base, Pool};
 use super::simd::{LANES, Simd};
 use crate::backend::Size;
 
@@ -27,6 +27,27 @@ pub(super) fn for_rows(
         rows * size.width,
         &|index, part, _| body(index * rows, part),
     );
+}
+
+/// Runs `body(row of x, row of y)` over all rows of two operands `[rows, width]`, one after another: the second half of a
+/// body finds its row in the nearest cache.
+pub(super) fn for_row_pairs(
+    pool: &Pool,
+    size: Size,
+    x: &mut [f32],
+    y: &mut [f32],
+    body: &(dyn Fn(&mut [f32], &mut [f32]) + Sync),
+) {
+    let y = Base::new(&mut y[..size.rows * size.width]);
+    for_rows(pool, size, x, &|first, x| {
+        for (i, x) in x.chunks_exact_mut(size.width).enumerate() {
+            // SAFETY: inside the second operand; a row's body runs once, and no other has this row.
+            let y = unsafe {
+                std::slice::from_raw_parts_mut(y.at((first + i) * size.width), size.width)
+            };
+            body(x, y);
+        }
+    });
 }
 
 /// Adds up `op(x)`: four vectors side by side, then the rest. One order for a given width.
@@ -247,39 +268,6 @@ impl Kernel for SiluMulRows<'_> {
                 }
                 .run::<S>()
             };
-        }
-    }
-}
-
-/// The rotation of [`crate::backend::Backend::write_kv`].
-pub(super) struct Rope<'a> {
-    pub(super) x: &'a mut [f32],
-    pub(super) width: usize,
-    pub(super) heads: usize,
-    pub(super) head_width: usize,
-    pub(super) cos_sin: &'a [f32],
-}
-
-impl Kernel for Rope<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        let half = self.head_width / 2;
-        for (row, angles) in self
-            .x
-            .chunks_exact_mut(self.width)
-            .zip(self.cos_sin.chunks_exact(self.head_width))
-        {
-            let (cos, sin) = (&angles[..half], &angles[half..2 * half]);
-            for head in row.chunks_exact_mut(self.head_width).take(self.heads) {
-                let (low, high) = head.split_at_mut(half);
-                for i in 0..half {
-                    let (a, b) = (low[i], high[i]);
-                    low[i] = a * cos[i] - b * sin[i];
-                    high[i] = b * cos[i] + a * sin[i];
-                }
-            }
         }
     }
 }

@@ -63,6 +63,8 @@ pub(super) trait Simd: Copy + 'static {
     unsafe fn load_even(from: *const u16) -> Self::V;
     /// The odd ones of 32 bf16 at a multiple of 64, widened.
     unsafe fn load_odd(from: *const u16) -> Self::V;
+    /// 16 int8, as f32.
+    unsafe fn load_i8(from: *const i8) -> Self::V;
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;

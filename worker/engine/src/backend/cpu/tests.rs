@@ -1,7 +1,7 @@
 //! The backend as a whole: every instruction path of this processor against the reference, alone and on several threads.
 
 use super::*;
-use crate::backend::conformance;
+use crate::backend::{KvDtype, conformance};
 
 /// Numbers between -0.5 and 0.5, the same for the same seed.
 pub(super) fn numbers(len: usize, seed: u32) -> Vec<f32> {
@@ -52,7 +52,7 @@ fn stale_numbers_in_a_block_do_not_reach_its_next_owner() {
         }],
         blocks: vec![1],
     };
-    for dtype in [crate::backend::KvDtype::F32, crate::backend::KvDtype::Bf16] {
+    for dtype in [KvDtype::F32, KvDtype::Bf16, KvDtype::Int8] {
         let mut backend = CpuBackend::new(Pool::new(1, &[]).unwrap()).unwrap();
         let mut kv = backend.alloc_kv(shape(dtype)).unwrap();
         let mut qkv = backend.alloc(16 * heads.qkv_width()).unwrap();

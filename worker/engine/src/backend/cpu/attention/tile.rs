@@ -46,10 +46,13 @@ pub(super) const fn tile_rows<S: Simd>() -> usize {
     S::ROWS
 }
 
-/// How many panels a tile of so many vectors takes at once, of those left: as many as there are registers for.
+/// How many panels a tile of so many vectors takes at once, of those left: as many as there are registers for, beside
+/// one number of each panel.
 pub(super) const fn panels_of<S: Simd>(rows: usize, left: usize) -> usize {
     let mut panels = 8;
-    while panels > 1 && (panels * rows > S::SUMS || panels > left) {
+    while panels > 1
+        && (panels * rows > S::SUMS || panels * (rows + 1) > S::SUMS + 2 || panels > left)
+    {
         panels /= 2;
     }
     panels
@@ -76,10 +79,10 @@ impl<E: KvElement> Kernel for Tile<'_, E> {
         by_shape!(
             1: 1, 2, 4, 8;
             2: 1, 2, 4, 8;
-            3: 1, 2, 4, 8;
+            3: 1, 2, 4;
             4: 1, 2, 4;
             5: 1, 2, 4;
-            6: 1, 2, 4;
+            6: 1, 2;
             7: 1, 2;
             8: 1, 2;
             9: 1, 2;
@@ -145,6 +148,21 @@ impl<E: KvElement> Tile<'_, E> {
                         for p in 0..P {
                             S::prefetch(next[p].wrapping_add(at).cast());
                             weights[p] = S::load_aligned(w[p].wrapping_add(at));
+                        }
+                        add_products::<S, P, M>(sums, weights, x.wrapping_add(k));
+                    }
+                }
+                Format::Int8 => {
+                    let w = w.map(<*const E>::cast::<i8>);
+                    for k in 0..k {
+                        let at = k.wrapping_mul(PANEL);
+                        let mut weights = [S::zero(); P];
+                        for p in 0..P {
+                            // Four of these are a line.
+                            if k % 4 == 0 {
+                                S::prefetch(next[p].wrapping_add(at).cast());
+                            }
+                            weights[p] = S::load_i8(w[p].wrapping_add(at));
                         }
                         add_products::<S, P, M>(sums, weights, x.wrapping_add(k));
                     }

@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use super::super::isa::Kernel;
-use super::super::kv::{HeadBlocks, KvElement, PANEL, value_width};
+use super::super::kv::{Format, HeadBlock, HeadBlocks, KvElement, PANEL, value_width};
 use super::super::simd::{LANES, Simd};
 use super::merge::{Divide, LARGEST, SUM, record_len};
 use super::tile::{Over, ROWS_MAX, Tile, panels_of, tile_rows};
@@ -29,6 +29,9 @@ pub(super) struct VectorSpace {
     queries: Vec<f32>,
     /// `[ROWS_MAX][STRIDE]`: scores of one tile, then weights.
     scores: Vec<f32>,
+    /// `[PART]`: scales of a tile's keys and of its values, where they are quantised.
+    key_scales: Vec<f32>,
+    value_scales: Vec<f32>,
 }
 
 /// The queries of some neighbouring tokens that share one KV head.
@@ -48,6 +51,8 @@ impl VectorSpace {
     pub(super) fn make_room(&mut self, vectors: usize) {
         grow(&mut self.queries, vectors * STRIDE);
         grow(&mut self.scores, ROWS_MAX * STRIDE);
+        grow(&mut self.key_scales, PART);
+        grow(&mut self.value_scales, PART);
     }
 }
 
@@ -113,7 +118,12 @@ impl<E: KvElement> Kernel for Find<'_, '_, E> {
         let count = self.vectors.len();
         let record_len = record_len(self.vectors.call.heads.width);
         let tiles = count.div_ceil(tile_rows::<S>());
-        let VectorSpace { queries, scores } = self.space;
+        let VectorSpace {
+            queries,
+            scores,
+            key_scales,
+            value_scales,
+        } = self.space;
         for tile in 0..tiles {
             let vectors = count * tile / tiles..count * (tile + 1) / tiles;
             let records = &mut self.records[vectors.start * record_len..vectors.end * record_len];
@@ -124,6 +134,7 @@ impl<E: KvElement> Kernel for Find<'_, '_, E> {
                 }
                 continue;
             };
+            scene.take_scales(key_scales, value_scales);
             // SAFETY: the features are the caller's promise.
             unsafe {
                 scene.scores::<S>(queries, scores);
@@ -131,8 +142,8 @@ impl<E: KvElement> Kernel for Find<'_, '_, E> {
                 for (i, (scores, record)) in
                     rows.zip(records.chunks_exact_mut(record_len)).enumerate()
                 {
-                    let tail = &mut record[record_len - LANES..];
-                    scene.softmax::<S>(i, scores, tail);
+                    let record = &mut record[record_len - LANES..];
+                    scene.softmax::<S>(i, scores, (key_scales, value_scales), record);
                 }
                 scene.outputs::<S>(scores, records);
             }
@@ -181,15 +192,32 @@ impl<'a, 'b, E: KvElement> Scene<'a, 'b, E> {
             value_blocks: [std::ptr::null(); _],
         };
         for block in 0..blocks {
-            let (keys, values) = at(block);
+            let HeadBlock { keys, values, .. } = at(block);
             scene.key_blocks[block] = keys.as_ptr();
             scene.value_blocks[block] = values.as_ptr();
         }
         for ahead in 0..AHEAD {
             scene.key_blocks[blocks + ahead] = scene.value_blocks[ahead.min(blocks - 1)];
-            scene.value_blocks[blocks + ahead] = at(blocks + ahead).0.as_ptr();
+            scene.value_blocks[blocks + ahead] = at(blocks + ahead).keys.as_ptr();
         }
         Some(scene)
+    }
+
+    /// Copies the scales of the keys and values of all blocks, where they have them.
+    #[inline(always)]
+    fn take_scales(&self, key_scales: &mut [f32], value_scales: &mut [f32]) {
+        if E::FORMAT != Format::Int8 {
+            return;
+        }
+        let blocks = &self.all.table[self.first / BLOCK_TOKENS..][..self.blocks];
+        let into = key_scales
+            .chunks_exact_mut(BLOCK_TOKENS)
+            .zip(value_scales.chunks_exact_mut(BLOCK_TOKENS));
+        for (block, (key_scales, value_scales)) in blocks.iter().zip(into) {
+            let (of_keys, of_values) = self.all.blocks.block(*block).scales.split_at(BLOCK_TOKENS);
+            key_scales.copy_from_slice(of_keys);
+            value_scales.copy_from_slice(of_values);
+        }
     }
 
     /// The product of all queries with the keys of all blocks.
@@ -215,7 +243,13 @@ impl<'a, 'b, E: KvElement> Scene<'a, 'b, E> {
     /// Turns a vector's scores into weights, zero for keys that its token does not see, and notes the largest score and
     /// the sum of the weights.
     #[inline(always)]
-    unsafe fn softmax<S: Simd>(&self, i: usize, scores: &mut [f32], record: &mut [f32]) {
+    unsafe fn softmax<S: Simd>(
+        &self,
+        i: usize,
+        scores: &mut [f32],
+        (key_scales, value_scales): (&[f32], &[f32]),
+        record: &mut [f32],
+    ) {
         const COUNT: [f32; LANES] = [
             0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.,
         ];
@@ -224,6 +258,7 @@ impl<'a, 'b, E: KvElement> Scene<'a, 'b, E> {
         let query_head = self.all.head * call.shared_by() + vector % call.shared_by();
         let slope = call.slopes.map_or(0.0, |slopes| slopes[query_head]);
         let seen = self.keys.start.max(call.first_key(position))..self.keys.end.min(position + 1);
+        let quantised = E::FORMAT == Format::Int8;
         let scores = &mut scores[..self.blocks * BLOCK_TOKENS];
         if seen.is_empty() {
             scores.fill(0.0);
@@ -235,6 +270,14 @@ impl<'a, 'b, E: KvElement> Scene<'a, 'b, E> {
         let (scores, after) = rest.split_at_mut(own.len());
         before.fill(0.0);
         after.fill(0.0);
+        let key_scales = key_scales[own.start - self.first..].chunks_exact(LANES);
+        let value_scales = value_scales[own.start - self.first..].chunks_exact(LANES);
+        if quantised {
+            // What lies behind the sequence's end may be any number, and so may its scale.
+            for (score, scale) in scores.iter_mut().zip(key_scales.clone().flatten()) {
+                *score *= scale;
+            }
+        }
         scores[..seen.start - own.start].fill(f32::NEG_INFINITY);
         scores[seen.end - own.start..].fill(f32::NEG_INFINITY);
         // SAFETY: the scores are whole blocks, a block is the lanes of a vector; the features are the caller's promise.
@@ -256,10 +299,15 @@ impl<'a, 'b, E: KvElement> Scene<'a, 'b, E> {
             let largest = S::largest(largest);
             let offset = S::splat(largest);
             let mut sum = S::zero();
-            for block in scores.chunks_exact_mut(LANES) {
+            for (block, scales) in scores.chunks_exact_mut(LANES).zip(value_scales) {
                 let weight = S::exp(S::sub(S::load(block.as_ptr()), offset));
-                S::store(block.as_mut_ptr(), weight);
                 sum = S::add(sum, weight);
+                let weight = if quantised {
+                    S::mul(weight, S::load(scales.as_ptr()))
+                } else {
+                    weight
+                };
+                S::store(block.as_mut_ptr(), weight);
             }
             record[LANES - LARGEST] = largest;
             record[LANES - SUM] = S::sum(sum);

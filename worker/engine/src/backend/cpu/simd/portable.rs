@@ -70,6 +70,12 @@ impl Simd for Portable {
         each(|i| f32::from_bits(pairs[i] & HIGH_HALVES))
     }
     #[inline(always)]
+    unsafe fn load_i8(from: *const i8) -> Self::V {
+        // SAFETY: the trait's.
+        let numbers = unsafe { from.cast::<[i8; LANES]>().read_unaligned() };
+        each(|i| f32::from(numbers[i]))
+    }
+    #[inline(always)]
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
         each(|i| a[i] + b[i])
     }
