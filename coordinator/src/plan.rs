@@ -10,7 +10,7 @@ use std::sync::Arc;
 use anyhow::{Result, bail};
 use common::config::{Cluster, ServingDefaults, WorkloadType};
 use common::model_ref::ModelRef;
-use common::wire::message::{DeviceKind, KvDtype, Quantization};
+use common::wire::message::{DeviceKind, Quantization};
 
 use crate::check::{Models, places};
 use crate::policy::bytes_text;
@@ -179,10 +179,7 @@ fn head(facts: &ModelFacts, text: &mut String) -> Result<()> {
         shape.kv_heads,
         shape.head_width,
         facts.context_max,
-        match facts.kv_dtype {
-            KvDtype::Bf16 => "bf16",
-            KvDtype::F32 => "f32",
-        }
+        facts.kv_dtype.name()
     )?;
     Ok(())
 }

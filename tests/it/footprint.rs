@@ -21,7 +21,7 @@ struct Form {
     kv: KvDtype,
 }
 
-const CPU: [Form; 2] = [cpu(KvDtype::Bf16), cpu(KvDtype::F32)];
+const CPU: [Form; 3] = [cpu(KvDtype::Bf16), cpu(KvDtype::F32), cpu(KvDtype::Int8)];
 const CUDA: [Form; 3] = [
     cuda(Quantization::None),
     cuda(Quantization::Int8),
@@ -76,6 +76,7 @@ fn of_rank(spec: &ModelSpec, rank: u32, need: &RankNeed, form: Form) -> Footprin
         kv_dtype: match form.kv {
             KvDtype::Bf16 => backend::KvDtype::Bf16,
             KvDtype::F32 => backend::KvDtype::F32,
+            KvDtype::Int8 => backend::KvDtype::Int8,
         },
         blocks: 2,
         step_tokens_max: need.step_tokens_max,

@@ -402,6 +402,7 @@ fn runner_options(spec: &ShardSpec) -> RunnerOptions {
         kv_dtype: match spec.options.kv_dtype {
             KvDtype::Bf16 => backend::KvDtype::Bf16,
             KvDtype::F32 => backend::KvDtype::F32,
+            KvDtype::Int8 => backend::KvDtype::Int8,
         },
         blocks: spec.options.kv_blocks,
         step_tokens_max: spec.options.step_tokens_max,

@@ -175,10 +175,11 @@ pub(super) fn serving(said: Said<'_>, path: &str, r: &mut Reader<'_>) -> Serving
     let kv_dtype = match kv_dtype {
         None | Some("bf16") => KvDtype::Bf16,
         Some("f32") => KvDtype::F32,
+        Some("int8") => KvDtype::Int8,
         Some(other) => {
             r.mistake(
                 &format!("{path}.kv_dtype"),
-                format!("must be \"bf16\" or \"f32\", got \"{other}\""),
+                format!("must be \"bf16\", \"int8\" or \"f32\", got \"{other}\""),
             );
             KvDtype::Bf16
         }

@@ -270,7 +270,7 @@ fn a_bad_name_hides_nothing_of_what_it_names() {
         "cluster.toml:15: workload_types[0].name: must be 1 to 63 letters",
         "cluster.toml:16: workload_types[0].shards: must be between 1 and 64, got 65",
         "cluster.toml:19: models[0].name: model name 'a.b' must have one level or three",
-        "cluster.toml:20: models[0].kv_dtype: must be \"bf16\" or \"f32\", got \"f8\"",
+        "cluster.toml:20: models[0].kv_dtype: must be \"bf16\", \"int8\" or \"f32\", got \"f8\"",
         "cluster.toml:21: models[0].context_max: must be a number of tokens above 0, got 0",
         "cluster.toml:22: models[0].version: model version '0' must be",
         "cluster.toml:25: endpoints[0].name: must be 1 to 63 letters",

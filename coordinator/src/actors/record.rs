@@ -165,8 +165,9 @@ impl StoredSource {
 /// [`ShardOptions`] in the store's own words: wire types never change their bytes, records may.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoredOptions {
-    /// The cache is f32, not bf16.
-    pub kv_f32: bool,
+    /// Type of K and V in the cache.
+    #[serde(default)]
+    pub kv_dtype: KvDtype,
     /// How weights are kept.
     #[serde(default)]
     pub quantization: Quantization,
@@ -189,7 +190,7 @@ impl StoredOptions {
     /// What a plan asks of each rank.
     pub fn of(plan: &MemoryPlan, facts: &ModelFacts) -> Self {
         StoredOptions {
-            kv_f32: facts.kv_dtype == KvDtype::F32,
+            kv_dtype: facts.kv_dtype,
             quantization: facts.quantization,
             kv_blocks: plan.kv_blocks,
             step_tokens_max: plan.need.step_tokens_max,
@@ -229,11 +230,7 @@ impl StoredOptions {
     /// As the wire says it.
     pub fn wire(self) -> ShardOptions {
         ShardOptions {
-            kv_dtype: if self.kv_f32 {
-                KvDtype::F32
-            } else {
-                KvDtype::Bf16
-            },
+            kv_dtype: self.kv_dtype,
             quantization: self.quantization,
             kv_blocks: self.kv_blocks,
             step_tokens_max: self.step_tokens_max,

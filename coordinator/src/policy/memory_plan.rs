@@ -154,10 +154,10 @@ fn check_kernels(facts: &ModelFacts, kind: DeviceKind) -> Result<(), NoPlan> {
         ));
     }
     match kind {
-        DeviceKind::Cuda if facts.kv_dtype == KvDtype::F32 => unserved(
-            "keys and values in f32 are served on CPUs alone; leave kv_dtype out for bf16"
-                .to_owned(),
-        ),
+        DeviceKind::Cuda if facts.kv_dtype != KvDtype::Bf16 => unserved(format!(
+            "keys and values in {} are served on CPUs alone; leave kv_dtype out for bf16",
+            facts.kv_dtype.name()
+        )),
         DeviceKind::Cuda if !cuda::HEAD_WIDTHS.contains(&facts.shape.head_width) => {
             unserved(format!(
                 "heads of {} numbers are not served on GPUs, which have kernels for {}",

@@ -46,7 +46,7 @@ mod tests {
                 WeightDtype::Int8,
                 WeightDtype::Int4,
             ] {
-                for kv in [KvDtype::F32, KvDtype::Bf16] {
+                for kv in [KvDtype::F32, KvDtype::Bf16, KvDtype::Int8] {
                     for ranks in [1, 2, 4] {
                         let id = numerics_id(kernels, weights, kv, ranks);
                         assert_eq!(id, numerics_id(kernels, weights, kv, ranks));
@@ -56,6 +56,6 @@ mod tests {
                 }
             }
         }
-        assert_eq!(ids.len(), 3 * 4 * 2 * 3);
+        assert_eq!(ids.len(), 3 * 4 * 3 * 3);
     }
 }

@@ -500,3 +500,13 @@ fn mpt_on_two_ranks_gives_the_same_bits_however_it_is_run() {
 fn llama_with_an_f32_cache_gives_the_same_bits_however_it_is_run() {
     check("tiny-llama", 1, KvDtype::F32);
 }
+
+#[test]
+fn llama_with_an_int8_cache_gives_the_same_bits_however_it_is_run() {
+    check("tiny-llama", 1, KvDtype::Int8);
+}
+
+#[test]
+fn mistral_with_an_int8_cache_on_two_ranks_gives_the_same_bits_however_it_is_run() {
+    check("tiny-mistral", 2, KvDtype::Int8);
+}

@@ -77,6 +77,15 @@ const KV_BF16: Tolerance = Tolerance {
     perplexity: 5e-3,
 };
 
+/// As bf16, but for the perplexity, which is the promise.
+const KV_INT8: Tolerance = Tolerance {
+    logit: 0.4,
+    logit_f16: 0.4,
+    logprob: 0.4,
+    margin: 0.5,
+    perplexity: 1e-2,
+};
+
 /// Runs one model and compares everything that is recorded of it.
 fn compare<B: Backend>(model: &str, setup: Setup, backend: impl Fn() -> B + Sync)
 where
@@ -114,6 +123,7 @@ where
     let tolerance = match setup.kv {
         KvDtype::F32 => KV_F32,
         KvDtype::Bf16 => KV_BF16,
+        KvDtype::Int8 => KV_INT8,
     };
     let what = format!("{model}, {} ranks, kv {:?}", setup.ranks, setup.kv);
     compare_logits(&what, model, &golden, prompts, &tolerance);
@@ -287,6 +297,10 @@ goldens! {
     llama_with_bf16_cache_is_near_transformers: "tiny-llama", 1, Bf16, cpu;
     llama_with_bf16_cache_on_2_ranks_is_near_transformers: "tiny-llama", 2, Bf16, cpu;
     llama_with_bf16_cache_on_4_ranks_is_near_transformers: "tiny-llama", 4, Bf16, cpu;
+    llama_with_int8_cache_is_near_transformers: "tiny-llama", 1, Int8, cpu;
+    llama_with_int8_cache_on_4_ranks_is_near_transformers: "tiny-llama", 4, Int8, cpu;
+    mistral_with_int8_cache_is_near_transformers: "tiny-mistral", 1, Int8, cpu;
+    mpt_with_int8_cache_is_near_transformers: "tiny-mpt", 1, Int8, cpu;
     mistral_equals_transformers: "tiny-mistral", 1, F32, cpu;
     mistral_on_2_ranks_equals_transformers: "tiny-mistral", 2, F32, cpu;
     mistral_on_4_ranks_equals_transformers: "tiny-mistral", 4, F32, cpu;

@@ -217,8 +217,10 @@ impl Platform for Gpu {
         if options.kv_dtype == KvDtype::Bf16 {
             return Ok(());
         }
-        let message =
-            "kv_dtype = \"f32\" is for CPUs, and this device is a GPU: leave kv_dtype out";
+        let message = format!(
+            "kv_dtype = \"{}\" is for CPUs, and this device is a GPU: leave kv_dtype out",
+            options.kv_dtype.name()
+        );
         Err(Failure::new(FailureKind::BadRequest, message))
     }
 

@@ -21,7 +21,7 @@ fn member(name: &str) -> (Member, mpsc::Receiver<Command>) {
 
 fn pair(members: &[Member], now: Instant) -> Replica {
     let options = StoredOptions {
-        kv_f32: false,
+        kv_dtype: common::wire::message::KvDtype::Bf16,
         quantization: common::wire::message::Quantization::None,
         kv_blocks: 100,
         step_tokens_max: 64,

@@ -10,7 +10,11 @@ const TABLES_BYTES: u64 = 32 << 20;
 /// The process that renders a model's chat template; rank 0 starts it with the first conversation.
 const CHAT_HELPER_BYTES: u64 = 12 << 20;
 /// Query vectors that a thread attends with at a time, or as many as share a KV head.
-const ATTENTION_VECTORS: u64 = 24;
+const ATTENTION_VECTORS: u64 = 48;
+/// Numbers of a vector's scores in one part of its context.
+const ATTENTION_PART: u64 = 512;
+/// Numbers that threads find in the parts of contexts that they divide among them, at most.
+const ATTENTION_DIVIDED: u64 = 2 << 20;
 /// Threads that attend at a time: more are rare, and take what the tables leave.
 const ATTENTION_THREADS: u64 = 16;
 /// Rows of a weight matrix, and numbers of a head's values, are padded to whole panels of so many.
@@ -50,12 +54,15 @@ pub(super) fn fill(need: &mut RankNeed, facts: &ModelFacts, part: &Part<'_>) {
     need.workspace_bytes = F32 * (tokens * per_token + LOGITS_ROWS * per_row + part.slopes());
     // A product of many rows copies its input.
     need.scratch_bytes = F32 * tokens * part.widest();
-    // One row of scores per query vector and thread.
+    // A row of scores and two of outputs per query vector and thread, each a line longer.
     let vectors = ATTENTION_VECTORS.max(shape.heads / shape.kv_heads);
-    let scores = F32 * ATTENTION_THREADS * vectors * u64::from(facts.context_max);
-    need.overhead_bytes = TABLES_BYTES + CHAT_HELPER_BYTES + scores;
-    let head = shape.head_width.next_multiple_of(2) + shape.head_width.next_multiple_of(PANEL);
-    need.block_bytes = BLOCK_TOKENS * shape.layers * part.kv_heads * head * facts.kv_dtype.bytes();
+    let values = shape.head_width.next_multiple_of(PANEL);
+    let rows = vectors * (ATTENTION_PART + 2 * values + 3 * PANEL);
+    let attention = F32 * (ATTENTION_THREADS * rows + ATTENTION_DIVIDED);
+    need.overhead_bytes = TABLES_BYTES + CHAT_HELPER_BYTES + attention;
+    let numbers = shape.head_width.next_multiple_of(2) + values;
+    let token = numbers * facts.kv_dtype.bytes() + 2 * facts.kv_dtype.scale_bytes();
+    need.block_bytes = BLOCK_TOKENS * shape.layers * part.kv_heads * token;
 }
 
 fn bytes(piece: &Piece) -> u64 {

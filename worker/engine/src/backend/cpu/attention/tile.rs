@@ -11,6 +11,9 @@ use super::STRIDE;
 /// Most vectors of a tile, on any path.
 pub(super) const ROWS_MAX: usize = 12;
 
+/// How many blocks of values ahead of the sums lines are asked for: a block is done in less time than memory answers.
+pub(super) const AHEAD: usize = 4;
+
 /// `y[i][16 p + r] = sum_s sum_k x[i][16 s + k] * w[s][p][r][k]`.
 ///
 /// For scores there is one step and panel `p` is block `p` of keys; for outputs step `s` is a block of values and `p` its
@@ -114,7 +117,7 @@ impl<E: KvElement> Tile<'_, E> {
                         let of = |block: *const E| {
                             std::array::from_fn(|p| block.wrapping_add(first + p * panel_len))
                         };
-                        let (w, next) = (of(self.blocks[step]), of(self.blocks[step + 1]));
+                        let (w, next) = (of(self.blocks[step]), of(self.blocks[step + AHEAD]));
                         let x = self.x.wrapping_add(token);
                         Self::add::<S, P, M>(&mut sums, w, next, x, PANEL.min(count - token));
                     }

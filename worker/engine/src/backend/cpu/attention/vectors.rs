@@ -11,7 +11,7 @@ use super::super::isa::Kernel;
 use super::super::kv::{Format, HeadBlock, HeadBlocks, KvElement, PANEL, value_width};
 use super::super::simd::{LANES, Simd};
 use super::merge::{Divide, LARGEST, SUM, record_len};
-use super::tile::{Over, ROWS_MAX, Tile, panels_of, tile_rows};
+use super::tile::{AHEAD, Over, ROWS_MAX, Tile, panels_of, tile_rows};
 use super::{Call, PART, STRIDE, grow};
 use crate::backend::Heads;
 use crate::plan::BLOCK_TOKENS;
@@ -19,8 +19,6 @@ use crate::plan::BLOCK_TOKENS;
 const BLOCKS: usize = PART / BLOCK_TOKENS;
 /// Panels of keys that a tile takes at most: their lines lie in the same places of the L1 cache, and so do the next ones'.
 const KEY_PANELS: usize = 2;
-/// Blocks listed behind those of a part: what a tile asks for ahead.
-const AHEAD: usize = 2;
 
 /// One thread's numbers for some vectors.
 #[derive(Debug, Default)]
@@ -138,6 +136,7 @@ impl<E: KvElement> Kernel for Find<'_, '_, E> {
             // SAFETY: the features are the caller's promise.
             unsafe {
                 scene.scores::<S>(queries, scores);
+                scene.ask_for_values::<S>();
                 let rows = scores.chunks_exact_mut(STRIDE);
                 for (i, (scores, record)) in
                     rows.zip(records.chunks_exact_mut(record_len)).enumerate()
@@ -237,6 +236,18 @@ impl<'a, 'b, E: KvElement> Scene<'a, 'b, E> {
                 y_stride: STRIDE,
             });
             block += panels;
+        }
+    }
+
+    /// Asks for the first blocks of values, so that they come while scores become weights.
+    #[inline(always)]
+    unsafe fn ask_for_values<S: Simd>(&self) {
+        for block in &self.value_blocks[..AHEAD.min(self.blocks)] {
+            let numbers = value_width(self.all.call.heads.width) * BLOCK_TOKENS;
+            for line in (0..numbers).step_by(64 / size_of::<E>()) {
+                // SAFETY: prefetches may go anywhere; the features are the caller's promise.
+                unsafe { S::prefetch(block.wrapping_add(line).cast()) };
+            }
         }
     }
 
