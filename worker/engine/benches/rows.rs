@@ -102,13 +102,7 @@ fn writes(criterion: &mut Criterion, pool: &Arc<Pool>, rows: usize, dtype: KvDty
     });
 }
 
-fn measure(
-    criterion: &mut Criterion,
-    name: &str,
-    rows: usize,
-    numbers: usize,
-    body: impl FnMut(),
-) {
+fn measure(criterion: &mut Criterion, name: &str, rows: usize, numbers: usize, body: impl FnMut()) {
     let bytes = 4 * numbers as u64;
     let row = format!("{rows} rows");
     let seconds = time(criterion, name, &row, Throughput::Bytes(bytes), body);

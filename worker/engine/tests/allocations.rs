@@ -113,12 +113,18 @@ fn decode(weight_dtype: WeightDtype, kv_dtype: KvDtype) -> [usize; 2] {
 
 #[test]
 fn a_step_of_decodes_allocates_the_list_of_its_tokens_and_nothing_else() {
-    for kv in [KvDtype::Bf16, KvDtype::Int8] {
-        let [sampled, silent] = decode(WeightDtype::Bf16, kv);
-        assert_eq!(silent, 0, "kv {kv:?}: {COUNTED} steps without samples");
+    for (weights, kv) in [
+        (WeightDtype::Bf16, KvDtype::Bf16),
+        (WeightDtype::Bf16, KvDtype::Int8),
+        (WeightDtype::Int8, KvDtype::Bf16),
+        (WeightDtype::Int4, KvDtype::Bf16),
+    ] {
+        let [sampled, silent] = decode(weights, kv);
+        let what = format!("weights {weights:?}, kv {kv:?}");
+        assert_eq!(silent, 0, "{what}: {COUNTED} steps without samples");
         assert!(
             sampled <= COUNTED as usize,
-            "kv {kv:?}: {sampled} allocations in {COUNTED} steps"
+            "{what}: {sampled} allocations in {COUNTED} steps"
         );
     }
 }

@@ -6,16 +6,17 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, Throughput};
 use engine::backend::Backend;
 use engine::backend::cpu::limits::Limits;
-use engine::backend::cpu::{CpuBackend, CpuBuf, Isa, Pool};
+use engine::backend::cpu::{CpuBackend, CpuBuf, Isa, Pool, allowed_cores};
 
 /// Starts the threads, measures the limits and says them.
 pub fn begin() -> (Arc<Pool>, Limits, Criterion) {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let cores = allowed_cores();
     let threads = std::env::var("TANDEM_BENCH_THREADS")
         .ok()
         .and_then(|threads| threads.parse().ok())
-        .unwrap_or(cores);
-    let pool = Pool::new(threads, &[]).expect("threads start");
+        .unwrap_or(cores.len());
+    let pool = Pool::new(threads, &cores).expect("threads start");
+    pool.pin_caller();
     let limits = Limits::measure(Isa::detect(), &pool).expect("memory");
     println!(
         "{} on {threads} threads: {:.1} GFLOP/s, {:.1} GB/s read",
