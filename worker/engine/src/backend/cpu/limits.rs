@@ -1,7 +1,7 @@
 //! What this machine could do at best, measured: the yardstick of the kernels' benchmarks.
 //!
-//! Owns the measuring. Others use the machine as well, so that each limit is what short bursts reach: all threads
-//! at once for a fraction of a millisecond, again and again. What bursts consist of stands in `arithmetic` and `reading`.
+//! Owns the measuring. Others use the machine as well, so that each limit is what the best of many short bursts
+//! reaches: all threads at once, for a millisecond or less. What bursts consist of stands in `arithmetic` and `reading`.
 
 use std::path::Path as File;
 use std::time::{Duration, Instant};
@@ -22,11 +22,11 @@ const READ_BYTES: usize = 256 << 20;
 const READ_BYTES_MAX: usize = 1 << 30;
 /// Bytes that one thread reads in one piece.
 const PIECE_BYTES: usize = 1 << 20;
-/// Pieces of each thread in one burst.
-const PIECES: usize = 4;
-/// How often all bytes are read in each way.
-const PASSES: usize = 4;
-/// Bursts of arithmetic go on for so long.
+/// Bytes that all threads read in one burst: shorter ones find too many of them in caches.
+const BURST_BYTES: usize = 64 << 20;
+/// Each way of reading is tried for so long.
+const READ_TIME: Duration = Duration::from_millis(120);
+/// Each kind of arithmetic is tried for so long.
 const ARITHMETIC_TIME: Duration = Duration::from_millis(120);
 /// Rounds of arithmetic in a burst of one thread.
 const ROUNDS: usize = 50_000;
@@ -43,7 +43,7 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Measures for about half a second, with 256 MiB of memory or more where caches are large. Threads that are not pinned
+    /// Measures for most of a second, with 256 MiB of memory or more where caches are large. Threads that are not pinned
     /// may share a core for all that time and then show half of what there is.
     ///
     /// # Errors
@@ -107,8 +107,7 @@ fn arithmetic_rate(pool: &Pool, burst: &(dyn Fn() -> usize + Sync)) -> f64 {
     operations / best / 1e9
 }
 
-/// As [`Limits::read_gb_per_s`]: the best way to read counts, and of its bursts the best twentieth, for single ones find
-/// parts of their bytes in caches.
+/// As [`Limits::read_gb_per_s`]: the best burst of the best way to read.
 fn read_gb_per_s(isa: Isa, pool: &Pool) -> Result<f64, DeviceError> {
     let bytes = cache_bytes().map_or(READ_BYTES, |cache| {
         (4 * cache).clamp(READ_BYTES, READ_BYTES_MAX)
@@ -116,28 +115,21 @@ fn read_gb_per_s(isa: Isa, pool: &Pool) -> Result<f64, DeviceError> {
     let mut memory = Memory::<f32>::new(bytes / size_of::<f32>())?;
     memory.as_mut().fill(1.0);
     let pieces: Vec<&[f32]> = memory.as_ref().chunks_exact(PIECE_BYTES / 4).collect();
-    let bursts = PASSES * pieces.len() / (PIECES * pool.threads());
-    let mut best = 0.0f64;
+    let mut best = f64::MAX;
     for way in Read::WAYS {
-        let mut bursts: Vec<f64> = pieces
-            .chunks_exact(PIECES * pool.threads())
-            .cycle()
-            .take(bursts)
-            .map(|pieces| {
-                seconds(|| {
-                    pool.run(pieces.len(), &|item, _| {
-                        std::hint::black_box(isa.run(way(pieces[item])));
-                    });
-                })
-            })
-            .collect();
-        bursts.sort_by(f64::total_cmp);
-        let Some(burst) = bursts.get(bursts.len() / 20) else {
-            continue;
-        };
-        best = best.max((PIECE_BYTES * PIECES * pool.threads()) as f64 / burst / 1e9);
+        let began = Instant::now();
+        for pieces in pieces.chunks_exact(BURST_BYTES / PIECE_BYTES).cycle() {
+            best = best.min(seconds(|| {
+                pool.run(pieces.len(), &|item, _| {
+                    std::hint::black_box(isa.run(way(pieces[item])));
+                });
+            }));
+            if began.elapsed() > READ_TIME {
+                break;
+            }
+        }
     }
-    Ok(best)
+    Ok(BURST_BYTES as f64 / best / 1e9)
 }
 
 fn seconds(body: impl FnOnce()) -> f64 {
