@@ -116,6 +116,7 @@ impl<B: Backend, C: Collective<B::Buf>> ModelRunner<B, C> {
         let mut loader = Loader {
             backend: &mut backend,
             weights: &checkpoint.weights,
+            forms: &checkpoint.forms,
             spec,
             partition: &partition,
             dtype,

@@ -121,7 +121,7 @@ pub(crate) fn weight_bytes<B: Backend>(
     let layers: u64 = (0..spec.layers).map(layer).sum();
     let ends: u64 = embedding::slices(spec, partition)
         .iter()
-        .map(|(end, slice)| slice.bytes::<B>(end.dtype::<B>(dtype), None))
+        .map(|(end, slice)| slice.bytes::<B>(end.dtype::<B>(dtype, forms), None))
         .sum();
     let norm_vectors = match spec.norm {
         NormKind::Rms => 1,

@@ -5,7 +5,7 @@
 
 use super::{LoadError, Loader, attention, mlp};
 use crate::backend::{Backend, LinearShape, PackedShape, QuantRow, QuantShape, WeightDtype};
-use crate::models::forms::{self, LayerForms};
+use crate::models::forms::{self, Forms, LayerForms};
 use crate::models::partition::Partition;
 use crate::models::spec::ModelSpec;
 use crate::models::tensors::Stacked;
@@ -89,7 +89,8 @@ impl<B: Backend> Loader<'_, B> {
         matrix: &Stacked,
         rows: Range<usize>,
     ) -> Result<B::Linear, LoadError> {
-        self.rows_as(end.dtype::<B>(self.dtype), None, matrix, &[rows])
+        let dtype = end.dtype::<B>(self.dtype, self.forms);
+        self.rows_as(dtype, None, matrix, &[rows])
     }
 
     fn rows_as(
@@ -203,6 +204,29 @@ impl<B: Backend> Loader<'_, B> {
     }
 }
 
+/// A matrix at one end of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    /// It gives the rows of tokens and nothing else.
+    Embedding,
+    /// It gives the logits; a tied one is the embedding too.
+    Head,
+}
+
+impl End {
+    /// How it is kept in a model of `dtype`: a head that the checkpoint has quantised is so too where the layers are not made
+    /// so, in the backend's own form.
+    pub fn dtype<B: Backend>(self, dtype: WeightDtype, forms: &Forms) -> WeightDtype {
+        match (self, dtype) {
+            (End::Embedding, _) => dtype.of_ends(),
+            (End::Head, WeightDtype::Bf16) if forms.head_quantised => {
+                WeightDtype::Int8.of_head(B::QUANTISED_HEAD)
+            }
+            (End::Head, _) => dtype.of_head(B::QUANTISED_HEAD),
+        }
+    }
+}
+
 /// The forms of those of a layer's matrices that a rank keeps as the checkpoint has them, in the order of
 /// [`LayerTensors::matrices`](crate::models::tensors::LayerTensors::matrices).
 pub(crate) fn kept<B: Backend>(
@@ -220,25 +244,6 @@ pub(crate) fn kept<B: Backend>(
         keep(&mlp_in, forms.mlp_in),
         keep(&mlp_out, forms.mlp_out),
     ]
-}
-
-/// A matrix at one end of a model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum End {
-    /// It gives the rows of tokens and nothing else.
-    Embedding,
-    /// It gives the logits; a tied one is the embedding too.
-    Head,
-}
-
-impl End {
-    /// How it is kept in a model of `dtype`.
-    pub fn dtype<B: Backend>(self, dtype: WeightDtype) -> WeightDtype {
-        match self {
-            End::Embedding => dtype.of_ends(),
-            End::Head => dtype.of_head(B::QUANTISED_HEAD),
-        }
-    }
 }
 
 /// The rows that a rank takes of a matrix, where they lie in the file.

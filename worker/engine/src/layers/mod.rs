@@ -16,6 +16,7 @@ pub mod position;
 
 use crate::backend::{Backend, Batch, DeviceError, Size, WeightDtype};
 use crate::models::checkpoint::LoadError;
+use crate::models::forms::Forms;
 use crate::models::partition::Partition;
 use crate::models::spec::{ModelSpec, Positions};
 use crate::weights::Weights;
@@ -28,6 +29,8 @@ pub(crate) struct Loader<'a, B> {
     pub backend: &'a mut B,
     /// The checkpoint, checked against the spec.
     pub weights: &'a Weights,
+    /// In which forms it has its matrices.
+    pub forms: &'a Forms,
     /// The model.
     pub spec: &'a ModelSpec,
     /// This rank's part of it.

@@ -84,7 +84,11 @@ pub(crate) fn form(matrix: &Stacked, weights: &Weights) -> Option<ReadyForm> {
 pub(crate) fn counts(names: &TensorNames, weights: &Weights) -> BTreeMap<String, usize> {
     let (mut counts, mut quantised) = (BTreeMap::new(), false);
     for matrix in names.layers.iter().flat_map(LayerTensors::matrices) {
-        let tensors = || matrix.tensors().filter_map(|name| weights.tensor(&name).ok());
+        let tensors = || {
+            matrix
+                .tensors()
+                .filter_map(|name| weights.tensor(&name).ok())
+        };
         quantised |= tensors().any(|tensor| tensor.is_quantised());
         let mut forms: Vec<String> = tensors().map(|tensor| tensor.form_name()).collect();
         forms.dedup();
