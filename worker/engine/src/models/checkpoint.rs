@@ -111,8 +111,8 @@ impl Checkpoint {
         })
     }
 
-    /// Hex digits that no other model has, and not this one once its files were changed. Reads a page of each tensor: a
-    /// digest of all bytes would cost what reading the whole model costs.
+    /// Hex digits that no other model has, and not this one once its files were changed. Reads samples of the files: a digest
+    /// of all bytes would cost what reading the whole model costs.
     pub(crate) fn digest(&self) -> String {
         let mut digest = Sha256::new();
         digest.update(format!("{:?}\n", self.spec));
