@@ -39,13 +39,6 @@ const SHAPES: [(usize, usize); 5] = [
     (2048, 5632),
     (32000, 2048),
 ];
-/// Goals at 4096 columns on all threads: of the read bandwidth for one row, of the peak of the form's arithmetic for more.
-const GOALS: [(Form, &str, [(usize, f64); 3]); 3] = [
-    (Form::Bf16, "bf16", [(1, 0.85), (32, 0.75), (128, 0.75)]),
-    (Form::Int8, "int8", [(1, 0.85), (32, 0.65), (128, 0.75)]),
-    (Form::Int4, "int4", [(1, 0.85), (32, 0.65), (128, 0.65)]),
-];
-
 fn main() {
     let (pool, limits, mut criterion) = support::begin();
     if std::env::var_os("TANDEM_BENCH_FIGURES").is_some() {
@@ -60,6 +53,26 @@ fn main() {
 }
 
 impl Form {
+    /// Its name in figures.
+    fn name(self) -> &'static str {
+        match self {
+            Form::Bf16 => "bf16",
+            Form::Int8 => "int8",
+            Form::Int4 => "int4",
+            Form::Int4Mins => "int4-mins",
+        }
+    }
+
+    /// Goals by rows, at 4096 columns on all threads: of the read bandwidth for one row, of the peak of the form's
+    /// arithmetic for more.
+    fn goals(self) -> [(usize, f64); 3] {
+        match self {
+            Form::Bf16 => [(1, 0.85), (32, 0.75), (128, 0.75)],
+            Form::Int8 => [(1, 0.85), (32, 0.65), (128, 0.75)],
+            Form::Int4 | Form::Int4Mins => [(1, 0.85), (32, 0.65), (128, 0.65)],
+        }
+    }
+
     fn shape(self, n: usize, k: usize) -> PackedShape {
         let quantised = |bits, group, offset| {
             PackedShape::Quantised(QuantShape {
@@ -192,10 +205,10 @@ fn best(mut body: impl FnMut()) -> f64 {
 fn figures(pool: &Arc<Pool>, limits: Limits) {
     let mut backend = CpuBackend::new(Arc::clone(pool)).expect("memory");
     let (n, k) = SHAPES[0];
-    for (form, name, goals) in GOALS {
+    for form in [Form::Bf16, Form::Int8, Form::Int4] {
         let shape = form.shape(n, k);
         let mut matrices = Matrices::new(&mut backend, shape);
-        for (m, goal) in goals {
+        for (m, goal) in form.goals() {
             let x = filled(&mut backend, m * k);
             let mut y = backend.alloc(m * n).expect("memory");
             let seconds = best(|| {
@@ -208,7 +221,10 @@ fn figures(pool: &Arc<Pool>, limits: Limits) {
                 2.0 * (m * n * k) as f64 / seconds / 1e9 / peak(shape, limits)
             };
             let verdict = if share >= goal { "pass" } else { "short" };
-            println!("FIGURE kernel.{name}.m{m} {share:.3} {goal} {verdict}");
+            println!(
+                "FIGURE kernel.{}.m{m} {share:.3} {goal} {verdict}",
+                form.name()
+            );
         }
     }
 }

@@ -215,7 +215,13 @@ fn the_largest_numbers_do_not_saturate() {
                 QuantBits::Int8 => (-128, 127),
                 QuantBits::Int4 => (0, 15),
             };
-            let q = |i: usize| if i / 512 % 2 == 0 { least } else { most };
+            let q = |i: usize| {
+                if (i / 512).is_multiple_of(2) {
+                    least
+                } else {
+                    most
+                }
+            };
             matrix.q = (0..shape.n * shape.k).map(q).collect();
             let (linear, x) = (matrix.pack(&pool), vec![sign; shape.k]);
             for isa in isas().filter(|isa| isa.path() != Path::Portable) {
