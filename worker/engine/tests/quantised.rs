@@ -87,9 +87,10 @@ fn ranks_have_the_very_weights_of_one_rank_alone() {
 #[test]
 fn a_cpu_stays_near_the_very_same_weights() {
     for name in NAMES {
-        for (weights, bound) in [(WeightDtype::Int8, 0.02), (WeightDtype::Int4, 0.05)] {
+        // What is left is the rounding of activations to 127 steps.
+        for weights in [WeightDtype::Int8, WeightDtype::Int4] {
             let off = distance(&on(name, weights, 1, cpu), &logits(name, weights, 1));
-            assert!(off < bound, "{name}, {weights:?}: {off} of the spread");
+            assert!(off < 0.05, "{name}, {weights:?}: {off} of the spread");
         }
     }
 }
