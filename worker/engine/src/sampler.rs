@@ -17,18 +17,22 @@
 //!
 //! Reads no clock and keeps no state between calls but scratch memory.
 
+mod nucleus;
 pub mod random;
+mod rank;
 mod softmax;
 
 #[cfg(test)]
 mod tests;
 
+use crate::backend::cpu::Isa;
 use crate::backend::{Draw, NOT_FINITE};
 use crate::request::{Sampling, SequenceError, TokenLogprob};
 use crate::runner::{SampleRow, Sampled};
-use softmax::{exp, ln, sum_exp};
+use nucleus::Kept;
+use rank::argmax;
+use softmax::{Softmax, ln};
 use std::cell::RefCell;
-use std::cmp::Ordering;
 
 /// Chooses the next token from `logits`, the full vocabulary's row, which is left changed by biases and penalties.
 ///
@@ -41,7 +45,7 @@ pub fn sample(logits: &mut [f32], row: &SampleRow<'_>) -> Result<Sampled, Sequen
         let raw = row
             .sampling
             .logprobs
-            .map(|top| RawRow::of(logits, top, &mut scratch.ranked));
+            .map(|top| RawRow::of(logits, top, &mut scratch.kept));
         if let Some(mask) = row.mask {
             mask.restrict(logits)?;
         }
@@ -89,14 +93,14 @@ pub fn score(logits: &[f32], target: u32, top: u32) -> Result<TokenLogprob, Sequ
             logits.len()
         )));
     }
-    let raw = SCRATCH.with_borrow_mut(|scratch| RawRow::of(logits, top, &mut scratch.ranked));
+    let raw = SCRATCH.with_borrow_mut(|scratch| RawRow::of(logits, top, &mut scratch.kept));
     Ok(raw.of_token(target, logits[target as usize]))
 }
 
 /// Memory kept between calls, so that a token costs no allocation.
 #[derive(Default)]
 struct Scratch {
-    ranked: Vec<(f32, u32)>,
+    kept: Kept,
     sums: Vec<f64>,
     /// Tokens changed by biases and penalties, with their raw logits.
     raw: Vec<(u32, f32)>,
@@ -111,21 +115,16 @@ thread_local! {
 /// The bit of a count that says that the prompt holds the token.
 const IN_PROMPT: u32 = 1 << 31;
 
-/// Up to this many best tokens are found by insertion in one pass; more by selection and sorting.
-const INSERTION_MAX: usize = 64;
-
-/// Probabilities are summed in runs of this many tokens before one is looked into.
-const RUN: usize = 256;
-
 fn check(logits: &[f32]) -> Result<(), SequenceError> {
     const EXPONENT: u32 = f32::INFINITY.to_bits();
     if logits.is_empty() {
         return Err(SequenceError::Invalid("the row of logits is empty".into()));
     }
     // No early return: so it is vector code.
-    let bad = logits
-        .iter()
-        .fold(false, |bad, x| bad | (x.to_bits() & EXPONENT == EXPONENT));
+    let bad = Isa::detect().vectorise(|| {
+        let is_bad = |x: &f32| u32::from(x.to_bits() & EXPONENT == EXPONENT);
+        logits.iter().fold(0, |bad, x| bad | is_bad(x)) != 0
+    });
     if bad {
         Err(SequenceError::NotFinite)
     } else {
@@ -141,16 +140,16 @@ struct RawRow {
 }
 
 impl RawRow {
-    fn of(logits: &[f32], top: u32, ranked: &mut Vec<(f32, u32)>) -> Self {
+    fn of(logits: &[f32], top: u32, kept: &mut Kept) -> Self {
         let max = logits[argmax(logits)];
         let mut row = RawRow {
             max,
-            ln_sum: ln(sum_exp(logits, max, 1.0)),
+            ln_sum: ln(Softmax { max, scale: 1.0 }.sum(logits)),
             top: Vec::new(),
         };
         if top > 0 {
-            rank(logits, top as usize, ranked);
-            row.top = ranked.iter().map(|&(x, id)| (id, row.logprob(x))).collect();
+            let best = kept.rank(logits, top as usize);
+            row.top = best.map(|(id, x)| (id, row.logprob(x))).collect();
         }
         row
     }
@@ -272,163 +271,9 @@ fn pick(logits: &[f32], draw: &Draw, scratch: &mut Scratch) -> u32 {
     let id = if top_k == 0 && top_p >= 1.0 && min_p <= 0.0 {
         softmax.draw_from_row(logits, u, &mut scratch.sums)
     } else {
-        let ranked = &mut scratch.ranked;
-        softmax.keep(logits, draw, ranked);
-        softmax.draw_from(
-            ranked.iter().map(|&(x, id)| (id, x)),
-            u * softmax.sum(ranked),
-        )
+        scratch.kept.keep(&softmax, logits, draw);
+        scratch.kept.draw(u)
     };
     // Rounding may leave the running sum short of the last draw.
     id.unwrap_or(best as u32)
-}
-
-/// Weights relative to the most probable token's.
-struct Softmax {
-    max: f32,
-    scale: f32,
-}
-
-impl Softmax {
-    fn weight(&self, x: f32) -> f32 {
-        exp((x - self.max) * self.scale)
-    }
-
-    fn sum(&self, ranked: &[(f32, u32)]) -> f64 {
-        ranked.iter().map(|&(x, _)| f64::from(self.weight(x))).sum()
-    }
-
-    /// The least logit that can have this weight, with some room for rounding.
-    fn least(&self, weight: f64) -> f32 {
-        (f64::from(self.max) + (ln(weight) - 0.01) / f64::from(self.scale)) as f32
-    }
-
-    /// Fills `ranked` with the tokens that pass `top_k`, `top_p` and `min_p`.
-    fn keep(&self, logits: &[f32], draw: &Draw, ranked: &mut Vec<(f32, u32)>) {
-        let Draw {
-            top_k,
-            top_p,
-            min_p,
-            ..
-        } = *draw;
-        let top_p = f64::from(top_p);
-        if top_k > 0 {
-            rank(logits, top_k as usize, ranked);
-            if top_p < 1.0 {
-                self.cut(ranked, top_p * self.sum(ranked));
-            }
-        } else if top_p < 1.0 {
-            // Tokens that each hold less than an equal part of what may be cut off are cut off all together.
-            let sum = sum_exp(logits, self.max, self.scale);
-            collect(
-                logits,
-                self.least(sum * (1.0 - top_p) / logits.len() as f64),
-                ranked,
-            );
-            ranked.sort_unstable_by(falling);
-            self.cut(ranked, top_p * sum);
-        } else {
-            collect(logits, self.least(f64::from(min_p)), ranked);
-        }
-        if min_p > 0.0 {
-            ranked.retain(|&(x, _)| self.weight(x) >= min_p);
-        }
-    }
-
-    /// Cuts ranked tokens after the first at which their sum reaches `share`.
-    fn cut(&self, ranked: &mut Vec<(f32, u32)>, share: f64) {
-        let mut sum = 0.0;
-        let reached = ranked.iter().position(|&(x, _)| {
-            sum += f64::from(self.weight(x));
-            sum >= share
-        });
-        if let Some(at) = reached {
-            ranked.truncate(at + 1);
-        }
-    }
-
-    /// The token of the whole row at which the running sum exceeds the share `u` of all.
-    fn draw_from_row(&self, logits: &[f32], u: f64, sums: &mut Vec<f64>) -> Option<u32> {
-        sums.clear();
-        sums.extend(
-            logits
-                .chunks(RUN)
-                .map(|run| sum_exp(run, self.max, self.scale)),
-        );
-        let mut left = u * sums.iter().sum::<f64>();
-        for (at, sum) in sums.iter().enumerate() {
-            if left < *sum {
-                let run = (at * RUN..logits.len()).zip(&logits[at * RUN..]).take(RUN);
-                return self.draw_from(run.map(|(id, &x)| (id as u32, x)), left);
-            }
-            left -= sum;
-        }
-        None
-    }
-
-    fn draw_from(&self, tokens: impl Iterator<Item = (u32, f32)>, mut left: f64) -> Option<u32> {
-        for (id, x) in tokens {
-            let weight = f64::from(self.weight(x));
-            if left < weight {
-                return Some(id);
-            }
-            left -= weight;
-        }
-        None
-    }
-}
-
-/// Index of the largest logit, the first of equals.
-fn argmax(logits: &[f32]) -> usize {
-    let larger = |a: f32, b: f32| if b > a { b } else { a };
-    let (chunks, rest) = logits.as_chunks::<8>();
-    let mut lanes = [f32::NEG_INFINITY; 8];
-    for chunk in chunks {
-        for (lane, &x) in lanes.iter_mut().zip(chunk) {
-            *lane = larger(*lane, x);
-        }
-    }
-    let max = lanes
-        .iter()
-        .chain(rest)
-        .copied()
-        .fold(f32::NEG_INFINITY, larger);
-    logits.iter().position(|&x| x == max).unwrap_or(0)
-}
-
-/// Larger logits first; of equals, lower ids.
-fn falling(a: &(f32, u32), b: &(f32, u32)) -> Ordering {
-    b.0.partial_cmp(&a.0)
-        .unwrap_or(Ordering::Equal)
-        .then(a.1.cmp(&b.1))
-}
-
-/// Fills `ranked` with the logits of at least `least`, by id.
-fn collect(logits: &[f32], least: f32, ranked: &mut Vec<(f32, u32)>) {
-    ranked.clear();
-    ranked.extend(logits.iter().copied().zip(0..).filter(|&(x, _)| x >= least));
-}
-
-/// Fills `ranked` with the `count` first in falling order, or all when there are fewer.
-fn rank(logits: &[f32], count: usize, ranked: &mut Vec<(f32, u32)>) {
-    if count > INSERTION_MAX {
-        collect(logits, f32::NEG_INFINITY, ranked);
-        if count < ranked.len() {
-            ranked.select_nth_unstable_by(count, falling);
-            ranked.truncate(count);
-        }
-        ranked.sort_unstable_by(falling);
-        return;
-    }
-    ranked.clear();
-    for (&x, id) in logits.iter().zip(0..) {
-        if ranked.len() == count {
-            if ranked.last().is_none_or(|&(least, _)| x <= least) {
-                continue;
-            }
-            ranked.pop();
-        }
-        let at = ranked.partition_point(|&(other, _)| other >= x);
-        ranked.insert(at, (x, id));
-    }
 }

@@ -2,6 +2,8 @@
 //!
 //! The C library's `exp` and `log` differ between versions and processors; these are plain arithmetic in one order.
 
+use crate::backend::cpu::Isa;
+
 /// `e^x` for `x <= 0` (0 below -87), to about one unit in the last place. Written without branches, so that loops over
 /// it become vector code.
 #[inline(always)]
@@ -46,29 +48,81 @@ pub fn ln(x: f64) -> f64 {
     2.0 * s * series + exponent as f64 * std::f64::consts::LN_2
 }
 
+/// Probabilities are summed in runs of this many tokens before one is looked into.
+const RUN: usize = 256;
+
 /// Weights computed at a time: a plain loop over memory is what becomes vector code.
 const BLOCK: usize = 64;
 
 /// Sums that run side by side.
 const LANES: usize = 8;
 
-/// Sum of `e^((x - max) * scale)` over `row`, in f64: number `i` goes to sum `i % 8`, and those are added in order.
-pub fn sum_exp(row: &[f32], max: f32, scale: f32) -> f64 {
-    let mut lanes = [0.0f64; LANES];
-    let mut weights = [0.0f32; BLOCK];
-    for block in row.chunks(BLOCK) {
-        for (weight, &x) in weights.iter_mut().zip(block) {
-            *weight = exp((x - max) * scale);
+/// Weights relative to the most probable token's.
+pub struct Softmax {
+    /// The largest logit.
+    pub max: f32,
+    /// One over the temperature.
+    pub scale: f32,
+}
+
+impl Softmax {
+    /// `e^((x - max) * scale)`.
+    #[inline(always)]
+    pub fn weight(&self, x: f32) -> f32 {
+        exp((x - self.max) * self.scale)
+    }
+
+    /// Sum of a row's weights, in f64: number `i` goes to sum `i % 8`, and those are added in order.
+    pub fn sum(&self, row: &[f32]) -> f64 {
+        Isa::detect().vectorise(|| self.sum_run(row))
+    }
+
+    #[inline(always)]
+    fn sum_run(&self, row: &[f32]) -> f64 {
+        let mut lanes = [0.0f64; LANES];
+        let (blocks, rest) = row.as_chunks::<BLOCK>();
+        for block in blocks {
+            add(&block.map(|x| self.weight(x)), &mut lanes);
         }
-        weights[block.len()..].fill(0.0);
-        let (groups, _) = weights.as_chunks::<LANES>();
-        for group in groups {
-            for (lane, &weight) in lanes.iter_mut().zip(group) {
-                *lane += f64::from(weight);
+        let mut weights = [0.0; BLOCK];
+        for (weight, &x) in weights.iter_mut().zip(rest) {
+            *weight = self.weight(x);
+        }
+        add(&weights, &mut lanes);
+        lanes.into_iter().sum()
+    }
+
+    /// The token of the whole row at which the running sum exceeds the share `u` of all. `sums` is scratch memory.
+    pub fn draw_from_row(&self, logits: &[f32], u: f64, sums: &mut Vec<f64>) -> Option<u32> {
+        sums.clear();
+        Isa::detect().vectorise(|| sums.extend(logits.chunks(RUN).map(|run| self.sum_run(run))));
+        let mut left = u * sums.iter().sum::<f64>();
+        for (at, sum) in sums.iter().enumerate() {
+            if left < *sum {
+                for (id, &x) in (at * RUN..).zip(&logits[at * RUN..]).take(RUN) {
+                    let weight = f64::from(self.weight(x));
+                    if left < weight {
+                        return Some(id as u32);
+                    }
+                    left -= weight;
+                }
+                return None;
             }
+            left -= sum;
+        }
+        None
+    }
+}
+
+/// Adds each weight to its sum.
+#[inline(always)]
+fn add(weights: &[f32; BLOCK], lanes: &mut [f64; LANES]) {
+    let (groups, _) = weights.as_chunks::<LANES>();
+    for group in groups {
+        for (lane, &weight) in lanes.iter_mut().zip(group) {
+            *lane += f64::from(weight);
         }
     }
-    lanes.into_iter().sum()
 }
 
 #[cfg(test)]
@@ -109,7 +163,11 @@ mod tests {
     fn a_sum_counts_every_place_once() {
         for len in 0..200 {
             let expected = len as f64;
-            assert_eq!(sum_exp(&vec![2.5; len], 2.5, 0.7), expected);
+            let softmax = Softmax {
+                max: 2.5,
+                scale: 0.7,
+            };
+            assert_eq!(softmax.sum(&vec![2.5; len]), expected);
         }
     }
 }

@@ -286,19 +286,90 @@ fn a_flat_row_wider_than_one_ranking_pass_keeps_its_whole_nucleus() {
     assert_distribution(&logits, &sampling, &probabilities);
 }
 
+/// What [`choose`] does, by sorting the whole row.
+fn choose_by_sorting(logits: &[f32], draw: &Draw) -> u32 {
+    let mut ranked: Vec<(f32, u32)> = logits.iter().copied().zip(0..).collect();
+    ranked.sort_by(|a, b| b.0.partial_cmp(&a.0).expect("finite").then(a.1.cmp(&b.1)));
+    let best = ranked[0];
+    if draw.temperature == 0.0 {
+        return best.1;
+    }
+    let softmax = softmax::Softmax {
+        max: best.0,
+        scale: (1.0 / draw.temperature).min(1e30),
+    };
+    let weight = |x: f32| f64::from(softmax.weight(x));
+    let sum = |kept: &[(f32, u32)]| kept.iter().map(|(x, _)| weight(*x)).sum::<f64>();
+    let mut whole = softmax.sum(logits);
+    if draw.top_k > 0 {
+        ranked.truncate(draw.top_k as usize);
+        whole = sum(&ranked);
+    } else if draw.top_p >= 1.0 {
+        ranked.sort_by_key(|(_, id)| *id);
+    }
+    if draw.top_p < 1.0 {
+        let mut running = 0.0;
+        let reached = ranked.iter().position(|(x, _)| {
+            running += weight(*x);
+            running >= f64::from(draw.top_p) * whole
+        });
+        ranked.truncate(reached.map_or(ranked.len(), |at| at + 1));
+    }
+    ranked.retain(|(x, _)| weight(*x) >= f64::from(draw.min_p));
+    let mut left = draw.u * sum(&ranked);
+    for (x, id) in ranked {
+        if left < weight(x) {
+            return id;
+        }
+        left -= weight(x);
+    }
+    best.1
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn filtered_draws_are_those_of_a_row_that_is_sorted_whole(
+        seed in 0u64..1 << 40,
+        len in proptest::prop_oneof![1usize..40, 200usize..300, 3000usize..9000],
+        spread in proptest::prop_oneof![0.0f32..0.1, 0.5f32..3.0, 5.0f32..40.0],
+        // Logits of few values have many ties, also of the two zeros.
+        steps in proptest::prop_oneof![0.0f32..3.0, 5.0f32..50.0, 1e6f32..1e7],
+        temperature in proptest::prop_oneof![0.0f32..0.01, 0.3f32..2.0, 100.0f32..1e9],
+        top_k in proptest::prop_oneof![0u32..1, 1u32..70, 100u32..5000],
+        top_p in proptest::prop_oneof![1.0f32..1.01, 0.0001f32..0.1, 0.5f32..0.99999],
+        min_p in proptest::prop_oneof![0.0f32..0.00001, 0.001f32..1.0],
+    ) {
+        let logits: Vec<f32> = (0..len as u32)
+            .map(|id| {
+                let even = random::uniform(seed, id, 0) - random::uniform(seed, id, 1);
+                (even as f32 * steps).round() / steps.max(1.0) * spread
+            })
+            .collect();
+        let min_p = if min_p < 0.00001 { 0.0 } else { min_p };
+        proptest::prop_assume!(top_k > 0 || top_p < 1.0 || min_p > 0.0);
+        for index in 0..8 {
+            let u = random::uniform(seed, 0, index);
+            let draw = Draw { row: 0, temperature, top_k, top_p, min_p, u };
+            proptest::prop_assert_eq!(choose(&logits, &draw), choose_by_sorting(&logits, &draw), "{:?}", draw);
+        }
+    }
+}
+
 #[test]
-fn ranking_by_insertion_and_by_selection_agree() {
+fn the_best_are_found_in_falling_order_however_many() {
     for seed in 0..50 {
         // Few distinct values: many ties.
         let logits: Vec<f32> = (0..500)
-            .map(|i| (random::uniform(seed, i, 0) * 40.0).floor() as f32)
+            .map(|i| (random::uniform(seed, i, 0) * 40.0).floor() as f32 - 20.0)
             .collect();
-        let mut expected: Vec<(f32, u32)> = logits.iter().copied().zip(0..).collect();
-        expected.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-        for count in [0, 1, 5, INSERTION_MAX, INSERTION_MAX + 1, 300, 500, 501] {
-            let mut ranked = vec![(9.0, 9)];
-            rank(&logits, count, &mut ranked);
-            assert_eq!(ranked, expected[..count.min(500)], "the best {count}");
+        let mut expected: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
+        expected.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        for count in [0, 1, 5, 16, 17, 300, 500, 501] {
+            let mut kept = Kept::default();
+            let best: Vec<(u32, f32)> = kept.rank(&logits, count).collect();
+            assert_eq!(best, expected[..count.min(500)], "the best {count}");
         }
     }
 }

@@ -89,6 +89,12 @@ impl Isa {
         self.0
     }
 
+    /// Runs plain loops compiled for this path: same bits, more numbers per instruction. What `body` calls has to be
+    /// `#[inline(always)]`.
+    pub fn vectorise<R>(self, body: impl FnOnce() -> R) -> R {
+        self.run(Loops(body))
+    }
+
     /// Runs a kernel compiled for this path.
     pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
         #[cfg(target_arch = "x86_64")]
@@ -166,6 +172,18 @@ pub(super) trait DotKernel {
     /// # Safety
     /// The processor has the features of `D`.
     unsafe fn run<D: Dots>(self);
+}
+
+/// Loops that leave the choice of instructions to the compiler.
+struct Loops<F>(F);
+
+impl<R, F: FnOnce() -> R> Kernel for Loops<F> {
+    type Output = R;
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) -> R {
+        (self.0)()
+    }
 }
 
 /// A kernel with its arguments, written once for all paths.
