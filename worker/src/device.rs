@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::memory::Memory;
 
+pub mod cores;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -61,7 +62,7 @@ impl Device {
     /// help.
     pub fn open(node: &Node, entry: &DeviceEntry) -> Result<Device> {
         let found = match entry.kind {
-            DeviceKind::Cpu => cpu::open(entry)?,
+            DeviceKind::Cpu => cpu::open(node, entry)?,
             DeviceKind::Cuda => open_cuda(entry)?,
         };
         tracing::info!(
@@ -90,6 +91,15 @@ impl Device {
             group_address,
             lost: CancellationToken::new(),
         })
+    }
+
+    /// Keeps the calling thread, and those that it starts from now on, out of the way of those that compute.
+    pub fn keep_off(&self) {
+        match &self.compute {
+            Compute::Cpu(cores) => cores.keep_off(),
+            #[cfg(feature = "cuda")]
+            Compute::Cuda(_) => {}
+        }
     }
 
     /// Asks the device whether it still answers, after something on it has failed. A GPU that has failed once does so until

@@ -2,7 +2,8 @@
 
 use engine::backend::cpu::{Isa, Path};
 
-use crate::device::cpu::{available_memory, cores_of_machine, processor_name};
+use crate::device::cores::{Allowed, Wish, split};
+use crate::device::cpu::{available_memory, processor_name};
 use crate::memory::show;
 
 /// A name and what there is to say of it.
@@ -39,10 +40,15 @@ fn host() -> Vec<Line> {
         .filter(|path| usable(path))
         .map(|path| path.name())
         .collect();
+    let allowed = Allowed::read();
     let memory = available_memory().map_or_else(|| "unknown".to_owned(), show);
     vec![
         line("processor", processor_name()),
-        line("cores", cores_of_machine().to_string()),
+        line("cores", allowed.to_string()),
+        line(
+            "one worker's part",
+            split(&allowed, &[Wish::default()], 0).to_string(),
+        ),
         line(
             "instruction paths",
             format!("{} (used: {})", paths.join(", "), best.name()),

@@ -117,6 +117,9 @@ async fn run(cluster: Cluster, name: String) -> Result<()> {
         .device(&name)
         .context("the device is gone from the configuration")?;
     let device = Device::open(node, entry)?;
+    // This thread runs the session and starts all others: tokenizers, answers, the engines' own (which then take the
+    // compute cores).
+    device.keep_off();
     let lost = device.lost.clone();
     let tls = cluster.tls.as_ref().map(common::tls::client).transpose()?;
     let Some(secret) = secret(&cluster.auth.worker_secret_file, &shutdown).await? else {

@@ -132,9 +132,9 @@ pub struct DeviceEntry {
     pub ordinal: u32,
     /// Memory shards may use; `None` asks the device.
     pub memory_bytes: Option<u64>,
-    /// Compute threads (CPU); `None` is all cores of `cores`, or of the machine.
+    /// Compute threads (CPU); `None` is one for each of `cores`, or an equal part of the machine's.
     pub threads: Option<u32>,
-    /// Cores the compute threads are pinned to; empty pins none.
+    /// Cores the compute threads are pinned to; empty leaves it to the worker.
     pub cores: Vec<u32>,
     /// The port for other ranks; 0 lets the system choose.
     pub group_port: u16,

@@ -4,14 +4,15 @@ use std::fs;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use common::config::DeviceEntry;
+use common::config::{DeviceEntry, Node};
 use common::request::{Failure, FailureKind};
-use common::wire::message::{Quantization, ShardOptions};
+use common::wire::message::{DeviceKind, Quantization, ShardOptions};
 use engine::backend::DeviceError;
-use engine::backend::cpu::{CpuBackend, Isa, Pool};
+use engine::backend::cpu::{CpuBackend, Isa, Pool, bind_thread};
 use engine::collective::host::HostGroup;
 use engine::rates;
 
+use super::cores::{Allowed, Wish, split};
 use super::{Compute, Found};
 use crate::platform::Platform;
 
@@ -22,17 +23,36 @@ const MEMORY_SHARE_PERCENT: u64 = 80;
 /// Compute threads on the host's cores.
 pub struct Cores {
     pool: Arc<Pool>,
+    /// Where all other threads run; none where they may run anywhere.
+    others: Vec<usize>,
 }
 
-pub(super) fn open(entry: &DeviceEntry) -> Result<Found> {
-    let cores: Vec<usize> = entry.cores.iter().map(|&core| core as usize).collect();
-    let everything = if cores.is_empty() {
-        cores_of_machine()
-    } else {
-        cores.len()
-    };
-    let threads = entry.threads.map_or(everything, |threads| threads as usize);
-    let pool = Pool::new(threads, &cores).context("cannot start the compute threads")?;
+impl Cores {
+    /// Keeps the calling thread, and those that it starts from now on, off the cores that compute, where others are left.
+    pub fn keep_off(&self) {
+        if self.others.is_empty() {
+            return;
+        }
+        if let Err(error) = bind_thread(&self.others) {
+            tracing::warn!(cores = ?self.others, %error, "threads could not be kept off the compute threads' cores");
+        }
+    }
+}
+
+pub(super) fn open(node: &Node, entry: &DeviceEntry) -> Result<Found> {
+    let allowed = Allowed::read();
+    let (wishes, own) = wishes(node, entry);
+    let split = split(&allowed, &wishes, own);
+    tracing::info!(%split, allowed = allowed.cores.len(), quota = allowed.quota, "cores are split");
+    if split.threads > allowed.quota {
+        tracing::warn!(
+            threads = split.threads,
+            quota = allowed.quota,
+            "more compute threads than this process may run at a time: steps will be slow; lower threads of the device"
+        );
+    }
+    let pool =
+        Pool::new(split.threads, &split.compute).context("cannot start the compute threads")?;
     let memory_bytes = match entry.memory_bytes {
         Some(bytes) => bytes,
         None => {
@@ -48,8 +68,33 @@ pub(super) fn open(entry: &DeviceEntry) -> Result<Found> {
         threads: pool.threads() as u32,
         memory_bytes,
         rates: rates::measure(&mut backend).context("cannot measure the device")?,
-        compute: Compute::Cpu(Cores { pool }),
+        compute: Compute::Cpu(Cores {
+            pool,
+            others: split.others,
+        }),
     })
+}
+
+/// What the CPU devices of the node wish, and which of them this one is.
+fn wishes(node: &Node, entry: &DeviceEntry) -> (Vec<Wish>, usize) {
+    let wish = |device: &DeviceEntry| Wish {
+        threads: device.threads.map(|threads| threads as usize),
+        cores: device.cores.iter().map(|&core| core as usize).collect(),
+    };
+    let others = node
+        .devices
+        .iter()
+        .filter(|device| device.kind == DeviceKind::Cpu && device.worker != entry.worker);
+    let before = node
+        .devices
+        .iter()
+        .take_while(|device| device.worker != entry.worker)
+        .filter(|device| device.kind == DeviceKind::Cpu)
+        .count();
+    let mut wishes: Vec<Wish> = others.map(wish).collect();
+    let own = before.min(wishes.len());
+    wishes.insert(own, wish(entry));
+    (wishes, own)
 }
 
 impl Platform for Cores {
@@ -74,11 +119,6 @@ impl Platform for Cores {
     fn join(&self, ranks: HostGroup, _: &mut CpuBackend) -> Result<HostGroup, Failure> {
         Ok(ranks)
     }
-}
-
-/// Cores this process may run on.
-pub fn cores_of_machine() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// Bytes that programs can take without swapping.
