@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use common::ids::{Generation, ReplicaId};
 use common::wire::message::{Health, LogLine, LogPhase, Report, ShardSpec};
 
+use crate::memory::show;
 use crate::outbox::Outbox;
 
 /// Lines of a shard that may wait for a link.
@@ -20,6 +21,10 @@ const SHARDS_MAX: usize = 64;
 const LINE_BYTES_MAX: usize = 1024;
 /// How often a run says how it goes, when it goes at all.
 const SUMMARY_EVERY: Duration = Duration::from_secs(10);
+
+/// How often a load says how far it is, when it gets on at all: often enough for one of seconds, seldom enough for one of an
+/// hour.
+const LOAD_LINE_EVERY: Duration = Duration::from_secs(2);
 
 /// Where a shard writes its log.
 #[derive(Clone)]
@@ -133,6 +138,58 @@ impl LogBook {
             rank,
             lines: lines.into(),
         })
+    }
+}
+
+/// What a long load says of itself: how far it is, now and then.
+#[derive(Default)]
+pub struct LoadLog {
+    said: Option<Said>,
+}
+
+/// What was last said of a load.
+struct Said {
+    stage: String,
+    at: Instant,
+    done_bytes: u64,
+}
+
+impl LoadLog {
+    /// The line that this news gives, if it is one.
+    pub fn line(
+        &mut self,
+        stage: &str,
+        done_bytes: u64,
+        total_bytes: u64,
+        now: Instant,
+    ) -> Option<String> {
+        let begins = |said: &Said| said.stage != stage || done_bytes < said.done_bytes;
+        let said = match &mut self.said {
+            Some(said) if !begins(said) => said,
+            _ => {
+                // A stage that does not last is told of when it is over.
+                self.said = Some(Said {
+                    stage: stage.to_owned(),
+                    at: now,
+                    done_bytes,
+                });
+                return None;
+            }
+        };
+        let due = now.saturating_duration_since(said.at) >= LOAD_LINE_EVERY;
+        if !due || done_bytes == said.done_bytes {
+            return None;
+        }
+        (said.at, said.done_bytes) = (now, done_bytes);
+        let percent = (u128::from(done_bytes) * 100)
+            .checked_div(u128::from(total_bytes))
+            .map(|percent| format!(", {percent} %"))
+            .unwrap_or_default();
+        let total = match total_bytes {
+            0 => String::new(),
+            total => format!(" of {}", show(total)),
+        };
+        Some(format!("{stage}: {}{total}{percent}", show(done_bytes)))
     }
 }
 
@@ -283,6 +340,31 @@ mod tests {
         assert_eq!(one_line(" a\nb\tc\n"), "a b c");
         let long = one_line(&"é".repeat(LINE_BYTES_MAX));
         assert!(long.len() <= LINE_BYTES_MAX + 3 && long.ends_with("..."));
+    }
+
+    #[test]
+    fn a_long_load_says_now_and_then_how_far_it_is() {
+        let start = Instant::now();
+        let (mut log, at) = (LoadLog::default(), |ms| start + Duration::from_millis(ms));
+        let total = 100 << 20;
+        let mut line = |stage: &str, mib: u64, ms| log.line(stage, mib << 20, total, at(ms));
+        assert_eq!(line("fetching model", 0, 0), None);
+        assert_eq!(line("fetching model", 100, 1999), None);
+        assert_eq!(line("reading weights", 0, 2000), None);
+        assert_eq!(line("reading weights", 10, 3999), None, "too early");
+        assert_eq!(
+            line("reading weights", 25, 4000).as_deref(),
+            Some("reading weights: 25.0 MiB of 100.0 MiB, 25 %")
+        );
+        assert_eq!(line("reading weights", 30, 5999), None);
+        assert_eq!(line("reading weights", 25, 9000), None, "begun anew");
+        assert_eq!(line("reading weights", 25, 12_000), None, "it stands");
+        assert!(line("reading weights", 26, 12_250).is_some());
+        assert_eq!(log.line("waiting", 7, 0, at(20_000)), None);
+        assert_eq!(
+            log.line("waiting", 1 << 30, 0, at(22_000)).as_deref(),
+            Some("waiting: 1.00 GiB")
+        );
     }
 
     #[test]

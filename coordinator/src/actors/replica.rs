@@ -25,6 +25,7 @@ use super::meters::{Meters, ReplicaMeters};
 use super::permit::{Credits, Permit};
 use super::record::Assignment;
 use super::ticket::Ticket;
+use crate::policy::bytes_text;
 use crate::policy::progress::{LOAD_SILENCE_MAX, Progress};
 
 /// Requests on their way to a replica: more than any size admits.
@@ -378,11 +379,11 @@ impl Replica {
                 numerics_id: facts.numerics_id,
             },
             (stage, _) => {
-                let percent = (done * 100)
+                let how_far = (done * 100)
                     .checked_div(total)
-                    .map(|percent| format!(" {percent} %"))
+                    .map(|percent| format!(" {percent} %: {}", of_bytes(done, total)))
                     .unwrap_or_default();
-                Status::Starting(format!("{}{percent}", stage.unwrap_or(ASKING)))
+                Status::Starting(format!("{}{how_far}", stage.unwrap_or(ASKING)))
             }
         }
     }
@@ -556,6 +557,12 @@ impl Handler<Retire> for ReplicaActor {
         self.replica.tick(now);
         self.settle(ctx);
     }
+}
+
+/// How many bytes of how many, of all ranks: workers say what they like, so that sums may be large.
+fn of_bytes(done: u128, total: u128) -> String {
+    let text = |bytes: u128| bytes_text(u64::try_from(bytes).unwrap_or(u64::MAX));
+    format!("{} of {}", text(done), text(total))
 }
 
 #[cfg(test)]

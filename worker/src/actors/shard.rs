@@ -3,6 +3,7 @@
 //! Owns the shard's phase and reports each change of it. The work itself is done elsewhere: opening on a thread of its
 //! own, tokenizing on the blocking pool, answers on the answering thread, steps on the engine's.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -25,7 +26,7 @@ use crate::answering::Work;
 use crate::artifacts::library::Library;
 use crate::device::Device;
 use crate::health::HealthReporter;
-use crate::logs::{RunLog, ShardLog};
+use crate::logs::{LoadLog, RunLog, ShardLog};
 use crate::memory::Lease;
 use crate::open::{Leader, Opening, Running, open};
 use crate::outbox::Outbox;
@@ -217,7 +218,14 @@ impl Shard {
         ));
         let progress = {
             let (outbox, held) = (self.outbox.clone(), self.held(ShardState::Unloaded));
+            let (log, lines) = (self.log.clone(), RefCell::new(LoadLog::default()));
             move |stage: &str, done_bytes: u64, total_bytes: u64| {
+                let line = lines
+                    .borrow_mut()
+                    .line(stage, done_bytes, total_bytes, Instant::now());
+                if let Some(line) = line {
+                    log.build(line);
+                }
                 let state = ShardState::Loading {
                     stage: stage.to_owned(),
                     done_bytes,

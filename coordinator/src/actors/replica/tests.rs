@@ -84,6 +84,38 @@ fn a_load_without_progress_is_over_and_says_where_it_stopped() {
 }
 
 #[test]
+fn the_words_of_a_load_have_its_stage_and_the_bytes_of_all_ranks() {
+    let start = Instant::now();
+    let [(one, _one), (two, _two)] = [member("0"), member("1")];
+    let mut replica = pair(&[one.clone(), two.clone()], start);
+    let words = |replica: &Replica| match replica.status() {
+        Status::Starting(words) => words,
+        other => panic!("{other:?}"),
+    };
+    let reading = |done_mib: u64| {
+        ShardNews::State(ShardState::Loading {
+            stage: "reading weights".into(),
+            done_bytes: done_mib << 20,
+            total_bytes: 512 << 20,
+        })
+    };
+    replica.news(&one.link, reading(200), start);
+    replica.news(&two.link, reading(56), start);
+    assert_eq!(words(&replica), "reading weights 25 %: 256 MiB of 1.0 GiB");
+    replica.news(&two.link, reading(184), start);
+    assert_eq!(words(&replica), "reading weights 37 %: 384 MiB of 1.0 GiB");
+    for member in [&one, &two] {
+        let most = ShardNews::State(ShardState::Loading {
+            stage: "reading weights".into(),
+            done_bytes: u64::MAX,
+            total_bytes: u64::MAX,
+        });
+        replica.news(&member.link, most, start);
+    }
+    assert!(words(&replica).starts_with("reading weights 100 %"));
+}
+
+#[test]
 fn a_replica_that_is_loaded_has_no_such_deadline() {
     let start = Instant::now();
     let [(one, _one), (two, _two)] = [member("0"), member("1")];

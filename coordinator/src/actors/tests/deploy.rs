@@ -33,7 +33,7 @@ async fn an_endpoint_is_created_loaded_and_answers() {
             .map_or(String::new(), |p| p.entities[0].message.clone())
     };
     core.until("e", "loading", |view| {
-        words(view).starts_with("reading weights 45 %")
+        words(view).starts_with("reading weights 45 %: 45 B of 100 B")
     })
     .await;
     let early = core.ask("e", "hi").await.unwrap_err();
