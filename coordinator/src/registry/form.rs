@@ -95,8 +95,8 @@ pub(super) fn settle(tensors: &mut [WeightTensor]) {
     }
 }
 
-/// The stack that a matrix is a part of, by name.
-fn stack(name: &str) -> Option<String> {
+/// The stack that a matrix is a part of, by name, if workers stack it.
+pub fn stack(name: &str) -> Option<String> {
     const STACKS: [(&str, &str); 5] = [
         ("self_attn.q_proj.weight", "qkv"),
         ("self_attn.k_proj.weight", "qkv"),

@@ -314,7 +314,7 @@ fn entity(keys: [&'static str; 2], workload_types: &[String]) -> Shape {
         may(
             "quantization",
             words(&Quantization::ALL.map(Quantization::name)),
-            "How weights are kept; as cluster.toml says of the model unless given. int8 and int4 need GPUs.",
+            "How weights are kept; as cluster.toml says of the model unless given. Weights that are quantised in the model's files are kept as they are.",
         ),
     ])
 }

@@ -1,9 +1,11 @@
 //! What a rank takes on a CPU: the same memory holds the device's part and the host's.
 
+use std::collections::BTreeMap;
+
 use super::part::{F32, Part, Piece};
 use super::{BLOCK_TOKENS, RankNeed};
 use crate::registry::ModelFacts;
-use crate::registry::form::{GROUP, Grouped, Offset};
+use crate::registry::form::{GROUP, Grouped, Offset, stack};
 
 /// Tokenizer, tables and allocator slack of a shard.
 const TABLES_BYTES: u64 = 32 << 20;
@@ -42,7 +44,7 @@ const LOGITS_ROWS: u64 = 32;
 pub(super) fn fill(need: &mut RankNeed, facts: &ModelFacts, part: &Part<'_>) {
     let shape = part.shape;
     let tokens = u64::from(need.step_tokens_max);
-    need.weight_bytes = facts.tensors.iter().map(|t| bytes(&part.piece(t))).sum();
+    need.weight_bytes = weight_bytes(facts, part);
     // Angles, on the device's side and on the host's; the host's copy of all ranks' logits.
     let angles = if part.rotates() {
         2 * shape.head_width
@@ -63,6 +65,32 @@ pub(super) fn fill(need: &mut RankNeed, facts: &ModelFacts, part: &Part<'_>) {
     let numbers = shape.head_width.next_multiple_of(2) + values;
     let token = numbers * facts.kv_dtype.bytes() + 2 * facts.kv_dtype.scale_bytes();
     need.block_bytes = BLOCK_TOKENS * shape.layers * part.kv_heads * token;
+}
+
+/// Bytes of all tensors. What is stacked into one matrix is filled up as one.
+fn weight_bytes(facts: &ModelFacts, part: &Part<'_>) -> u64 {
+    let (mut alone, mut stacks) = (0, BTreeMap::new());
+    for tensor in &facts.tensors {
+        match (part.piece(tensor), stack(&tensor.name)) {
+            (
+                Piece::Matrix {
+                    rows,
+                    columns,
+                    kept,
+                },
+                Some(stack),
+            ) => stacks.entry(stack).or_insert((0, columns, kept)).0 += rows,
+            (piece, _) => alone += bytes(&piece),
+        }
+    }
+    let stacks = stacks.into_values().map(|(rows, columns, kept)| {
+        bytes(&Piece::Matrix {
+            rows,
+            columns,
+            kept,
+        })
+    });
+    alone + stacks.sum::<u64>()
 }
 
 fn bytes(piece: &Piece) -> u64 {
