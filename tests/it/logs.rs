@@ -7,7 +7,7 @@ use cluster_tests::settings::{Model, Settings};
 use cluster_tests::until::{PATIENCE, until};
 use serde_json::json;
 
-async fn read(cluster: &Cluster, endpoint: &str, entity: &str, which: &str) -> String {
+pub(crate) async fn read(cluster: &Cluster, endpoint: &str, entity: &str, which: &str) -> String {
     let path = format!("/api/2.0/serving-endpoints/{endpoint}/served-models/{entity}/{which}");
     let reply = cluster.client.get(&path).await.ok();
     reply["logs"].as_str().expect("logs are text").to_owned()

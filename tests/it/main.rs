@@ -21,6 +21,7 @@ mod openai;
 mod openapi;
 mod packed;
 mod provisioned;
+mod quantised;
 mod recovery;
 mod registry;
 mod startup;

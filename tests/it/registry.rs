@@ -63,6 +63,29 @@ async fn a_logged_model_is_fetched_once_and_serves_as_from_a_folder() {
 }
 
 #[tokio::test]
+async fn a_gguf_file_is_planned_from_its_header_and_fetched_once() {
+    const FILE: &str = "model/tiny.gguf";
+    let fake = FakeRegistry::start().await;
+    let source = golden::model_folder("tiny-llama");
+    let mut files = logged(&source);
+    files.retain(|path, _| path == "MLmodel" || path == "conda.yaml");
+    let mut writer = gguf::write::from_folder(&source, |_| gguf::TensorType::Bf16);
+    gguf::write::set_tokenizer(&mut writer, &source, "mpt");
+    files.insert(FILE.to_owned(), writer.to_bytes());
+    fake.register("ml.demo.logged", 1, files);
+    let cluster = cluster(&fake, 2).await;
+    cluster
+        .client
+        .deploy_on("pair", "logged", "GPU_LARGE_2", "Small")
+        .await;
+    answers(&cluster, "pair").await;
+    assert_eq!(fake.requested(FILE), 2, "its header, and the file");
+    assert_eq!(fake.requested("conda.yaml"), 0);
+    let view = cluster.client.endpoint("pair").await;
+    assert_eq!(view["task"], "llm/v1/completions");
+}
+
+#[tokio::test]
 async fn ranks_on_one_machine_share_one_download() {
     let fake = registry().await;
     let cluster = cluster(&fake, 2).await;
