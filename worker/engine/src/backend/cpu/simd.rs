@@ -9,7 +9,6 @@
 #![allow(clippy::missing_safety_doc)]
 
 use super::float_tile::{FloatTile, Weight};
-use super::tile::{Element, Tile};
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -46,10 +45,7 @@ pub(super) trait Simd: Copy + 'static {
     /// Sums of a tile of several panels, which need more registers for weights.
     const SUMS: usize;
 
-    /// [`Tile::compute`] for this path: the one large piece of code, called and not inlined.
-    unsafe fn tile<E: Element>(tile: &Tile<E>, rows: usize, panels: usize);
-
-    /// [`FloatTile::compute`] for this path, called and not inlined.
+    /// [`FloatTile::compute`] for this path: the one large piece of code, called and not inlined.
     unsafe fn float_tile<W: Weight>(tile: &FloatTile<W>, rows: usize);
 
     unsafe fn splat(x: f32) -> Self::V;

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Element, FloatTile, HIGH_HALVES, LANES, Simd, Tile, Weight};
+use super::{FloatTile, HIGH_HALVES, LANES, Simd, Weight};
 
 /// AVX2 and FMA: a vector is two registers.
 #[derive(Clone, Copy)]
@@ -13,18 +13,6 @@ impl Simd for Avx2 {
     const ROWS: usize = 6;
     const WHOLE_ROWS: usize = 2;
     const SUMS: usize = 5;
-
-    #[inline(always)]
-    unsafe fn tile<E: Element>(tile: &Tile<E>, rows: usize, panels: usize) {
-        #[target_feature(enable = "avx2,fma")]
-        #[inline(never)]
-        unsafe fn compiled<E: Element>(tile: &Tile<E>, rows: usize, panels: usize) {
-            // SAFETY: this function has the path's features; the rest is the trait's.
-            unsafe { tile.compute::<Avx2>(rows, panels) }
-        }
-        // SAFETY: the trait's.
-        unsafe { compiled(tile, rows, panels) }
-    }
 
     #[inline(always)]
     unsafe fn float_tile<W: Weight>(tile: &FloatTile<W>, rows: usize) {

@@ -1,6 +1,6 @@
 //! Plain loops, for the compiler to make of what it can.
 
-use super::{Element, FloatTile, HIGH_HALVES, LANES, Simd, Tile, Weight};
+use super::{FloatTile, HIGH_HALVES, LANES, Simd, Weight};
 
 /// Plain loops over arrays.
 #[derive(Clone, Copy)]
