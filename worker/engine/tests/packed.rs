@@ -2,8 +2,11 @@
 
 mod support;
 
-use engine::backend::cpu::CpuBackend;
-use engine::backend::{KvDtype, WeightDtype};
+use engine::backend::cpu::{CpuBackend, Isa, LAYOUT_VERSION, Path as CpuPath, Pool};
+use engine::backend::{
+    Backend, FloatDtype, KvDtype, LinearShape, PackedShape, QuantBits, QuantOffset, QuantRow,
+    QuantShape, WeightDtype,
+};
 use engine::collective::Collective;
 use engine::collective::solo::Solo;
 use engine::model_runner::{ModelRunner, RunnerOptions};
@@ -17,6 +20,12 @@ use std::process::{Command, Output};
 use support::{Threads, cpu, models};
 
 const NAMES: [&str; 3] = ["tiny-llama", "tiny-mistral", "tiny-mpt"];
+const DTYPES: [WeightDtype; 4] = [
+    WeightDtype::F32,
+    WeightDtype::Bf16,
+    WeightDtype::Int8,
+    WeightDtype::Int4,
+];
 /// More than all entries of a test.
 const BYTES_MAX: u64 = 1 << 30;
 /// Tells a child process its cache folder.
@@ -37,7 +46,7 @@ fn cache_in(folder: &Path) -> PackedCache {
     PackedCache::new(folder.to_owned(), BYTES_MAX)
 }
 
-fn load<C: Collective<<CpuBackend as engine::backend::Backend>::Buf>>(
+fn load<C: Collective<<CpuBackend as Backend>::Buf>>(
     cache: &PackedCache,
     model: &Path,
     dtype: WeightDtype,
@@ -107,7 +116,7 @@ fn copy_of(name: &str, to: &Path) -> PathBuf {
 #[test]
 fn a_second_load_maps_what_the_first_packed_and_gives_the_same_bits() {
     for name in NAMES {
-        for dtype in [WeightDtype::F32, WeightDtype::Bf16] {
+        for dtype in DTYPES {
             let folder = tempfile::tempdir().expect("a folder");
             let cache = cache_in(folder.path());
             let (mapped, first) = logits(&cache, &models().join(name), dtype);
@@ -124,7 +133,7 @@ fn each_number_format_and_each_rank_has_an_entry_of_its_own() {
     let folder = tempfile::tempdir().expect("a folder");
     let cache = cache_in(folder.path());
     let model = models().join(NAMES[0]);
-    for dtype in [WeightDtype::F32, WeightDtype::Bf16] {
+    for dtype in DTYPES {
         assert!(!logits(&cache, &model, dtype).0);
     }
     for collective in Threads::group(2) {
@@ -134,7 +143,7 @@ fn each_number_format_and_each_rank_has_an_entry_of_its_own() {
         };
         draft.write().expect("writes");
     }
-    assert_eq!(files(folder.path()).len(), 4);
+    assert_eq!(files(folder.path()).len(), DTYPES.len() + 2);
     for collective in Threads::group(2) {
         let (_, origin) = load(&cache, &model, WeightDtype::Bf16, collective);
         assert!(matches!(origin, Origin::Mapped(_)), "{origin:?}");
@@ -298,3 +307,92 @@ fn a_folder_that_cannot_be_written_to_is_said_and_the_model_serves() {
     let error = draft.write().expect_err("not a folder").to_string();
     assert!(error.contains("a file: "), "{error}");
 }
+
+/// The digest of the bytes of a matrix of known numbers.
+fn packed_digest(shape: PackedShape, backend: &mut CpuBackend) -> u64 {
+    let number = |row: usize, i: usize| (row * 7 + i * 3) % 16;
+    let matrix = match shape {
+        PackedShape::Float(shape) => {
+            let row = |row: usize, out: &mut [f32]| {
+                let numbers = out.iter_mut().enumerate();
+                numbers.for_each(|(i, out)| *out = number(row, i) as f32);
+            };
+            backend.pack(shape, &row, None)
+        }
+        PackedShape::Quantised(shape) => {
+            let row = |row: usize, out: QuantRow<'_>| {
+                let numbers = out.q.iter_mut().enumerate();
+                numbers.for_each(|(i, q)| *q = number(row, i) as i8);
+                for (group, scale) in out.scales.iter_mut().enumerate() {
+                    *scale = 0.25 * (1 + (row + group) % 5) as f32;
+                }
+                let zero = |group: usize| match (shape.offset, shape.bits) {
+                    (QuantOffset::Middle, QuantBits::Int8) => 0,
+                    (QuantOffset::Middle, QuantBits::Int4) => 8,
+                    _ => ((row + group) % 16) as u8,
+                };
+                let zeros = out.zeros.iter_mut().enumerate();
+                zeros.for_each(|(group, out)| *out = zero(group));
+                let mins = out.mins.iter_mut().enumerate();
+                mins.for_each(|(group, min)| *min = -0.5 * (row + group) as f32);
+            };
+            backend.pack_quantised(shape, &row, None)
+        }
+    };
+    let bytes = CpuBackend::packed(&matrix.expect("packs")).expect("may be kept");
+    assert_eq!(bytes.as_ref().len() as u64, shape.bytes::<CpuBackend>());
+    xxhash_rust::xxh3::xxh3_64(bytes.as_ref())
+}
+
+#[test]
+fn packed_bytes_are_those_of_their_layout_version_on_every_path() {
+    let float = |dtype| {
+        PackedShape::Float(LinearShape {
+            n: 40,
+            k: 75,
+            dtype,
+        })
+    };
+    let quantised = |bits, offset, group, lead| {
+        PackedShape::Quantised(QuantShape {
+            n: 40,
+            k: 75,
+            bits,
+            group,
+            lead,
+            offset,
+        })
+    };
+    let shapes = [
+        float(FloatDtype::F32),
+        float(FloatDtype::Bf16),
+        quantised(QuantBits::Int8, QuantOffset::Middle, 128, 0),
+        quantised(QuantBits::Int4, QuantOffset::Middle, 64, 0),
+        quantised(QuantBits::Int4, QuantOffset::Zeros, 32, 5),
+        quantised(QuantBits::Int4, QuantOffset::Mins, 32, 0),
+    ];
+    for isa in CpuPath::ALL.into_iter().filter_map(Isa::new) {
+        let pool = Pool::new(1, &[]).expect("a thread");
+        let mut backend = CpuBackend::with_isa(pool, isa).expect("memory");
+        let digests = shapes.map(|shape| packed_digest(shape, &mut backend));
+        assert_eq!(
+            (LAYOUT_VERSION, digests),
+            LAYOUT,
+            "{}: entries of this layout are out there: count LAYOUT_VERSION up, then write the new digests here",
+            isa.path().name()
+        );
+    }
+}
+
+/// The layout in use, and what it makes of known numbers.
+const LAYOUT: (u32, [u64; 6]) = (
+    2,
+    [
+        0xe7cb_c223_e01a_1173,
+        0x781a_0f3d_3da7_5c4c,
+        0xb33c_6da0_36a0_6647,
+        0x7ce1_d31d_760a_cd2a,
+        0x4807_6c8e_e455_5d0b,
+        0x548b_c4db_0fba_82d3,
+    ],
+);
