@@ -1,4 +1,6 @@
 //! Processor time of server processes and of all that they started, from `/proc`.
+//!
+//! What a process started is below it in the tree of processes, or in its process group, where a child's parent has ended.
 
 use std::collections::HashMap;
 use std::fs;
@@ -6,10 +8,11 @@ use std::fs;
 /// Clock ticks of `/proc/PID/stat` a second: what Linux tells programs, whatever the kernel's own clock.
 const TICKS_PER_S: f64 = 100.0;
 
-/// A process: whose child it is, and the time it has used.
+/// A process: whose child it is, in which group, and the time it has used.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Process {
     parent: u32,
+    group: u32,
     seconds: f64,
 }
 
@@ -37,6 +40,7 @@ fn parse(stat: &str) -> Option<Process> {
         .sum();
     Some(Process {
         parent: fields.get(1)?.parse().ok()?,
+        group: fields.get(2)?.parse().ok()?,
         seconds: ticks? as f64 / TICKS_PER_S,
     })
 }
@@ -48,7 +52,7 @@ fn sum(all: &HashMap<u32, Process>, roots: &[u32]) -> f64 {
         chain.any(|pid| roots.contains(&pid))
     };
     all.iter()
-        .filter(|(pid, _)| below(pid))
+        .filter(|(pid, process)| below(pid) || roots.contains(&process.group))
         .map(|(_, process)| process.seconds)
         .sum()
 }
@@ -62,6 +66,7 @@ mod tests {
         let line = "42 (a) b (c) S 7 1 1 0 -1 4194560 9 8 7 6 100 50 30 20 20 0 1 0 5";
         let process = Process {
             parent: 7,
+            group: 1,
             seconds: 2.0,
         };
         assert_eq!(parse(line), Some(process));
@@ -71,16 +76,27 @@ mod tests {
 
     #[test]
     fn descendants_count_and_strangers_do_not() {
-        let process = |parent, seconds| Process { parent, seconds };
+        let process = |parent, seconds| Process {
+            parent,
+            group: 1,
+            seconds,
+        };
         let all = HashMap::from([
             (1, process(0, 1.0)),
             (10, process(1, 2.0)),
             (11, process(10, 4.0)),
             (12, process(11, 8.0)),
             (20, process(1, 16.0)),
+            (
+                30,
+                Process {
+                    group: 10,
+                    ..process(1, 32.0)
+                },
+            ),
         ]);
-        assert_eq!(sum(&all, &[10]), 14.0);
-        assert_eq!(sum(&all, &[10, 12]), 14.0);
+        assert_eq!(sum(&all, &[10]), 46.0);
+        assert_eq!(sum(&all, &[10, 12]), 46.0);
         assert_eq!(sum(&all, &[99]), 0.0);
     }
 

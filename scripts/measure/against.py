@@ -101,7 +101,8 @@ def compare(options, endpoint, peer, route, api, label, load):
         ours.append(os.path.join(OUT, f"{name}-ours.json"))
         endpoint.load(f"tandem, {label}", *seed, *load, "--json", ours[-1])
         theirs.append(os.path.join(OUT, f"{name}-theirs.json"))
-        run(built("tandem-bench"), "load", "--url", peer.url + route, "--api", api, "--pid", peer.pid, "--label",
+        run(built("tandem-bench"), "load", "--url", peer.url + route, "--api", api, "--model", "model", "--pid",
+            peer.pid, "--label",
             f"{options.against}, {label}", *seed, *load, "--json", theirs[-1])
     print(f"\ntandem against {options.against} {options.form}, {label}")
     run(built("tandem-bench"), "compare", "--ours", *ours, "--theirs", *theirs)

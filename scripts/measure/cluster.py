@@ -107,7 +107,10 @@ class Cluster:
         """Starts a program and gives the line of its output that begins with `mark`."""
         out, err = (os.path.join(self.folder, f"{name}.{kind}") for kind in ("out", "err"))
         with open(out, "wb") as stdout, open(err, "wb") as stderr:
-            self.processes[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
+            # All on as many processors as the engine has threads, as peers are.
+            cores = sorted(os.sched_getaffinity(0))[: self.threads]
+            self.processes[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
+                                                    preexec_fn=lambda: os.sched_setaffinity(0, cores))
         found = []
 
         def ready():

@@ -19,8 +19,9 @@ ENDPOINT = "bench"
 def main():
     if sys.argv[1:2] == ["figures"]:
         sys.exit(figures.main(sys.argv[2:]))
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--model", help="a model's folder; left out: 1.1 billion random parameters, made once")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    # A model's folder, left out: 1.1 billion random parameters, made once. With --url: its name there.
+    parser.add_argument("--model")
     parser.add_argument("--quantization", default="none", choices=["none", "int8", "int4"])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--limits", action="store_true")
@@ -31,7 +32,8 @@ def main():
     known, load = parser.parse_known_args()
     os.makedirs(OUT, exist_ok=True)
     if known.url:
-        run(built("tandem-bench"), "load", "--url", known.url, *files("load"), *load)
+        name = ["--model", known.model] if known.model else []
+        run(built("tandem-bench"), "load", "--url", known.url, *name, *files("load"), *load)
         return
     model = known.model or random_model("1.1b")
     if known.against:
