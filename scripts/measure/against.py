@@ -31,7 +31,8 @@ def main(options, model, load):
         # The very same quantised weights.
         ours = peer.call("gguf").strip().splitlines()[-1]
         weights = "none"
-    streams(options, peer, ours, weights)
+    if api != "mlflow":
+        streams(options, peer, ours, weights)
     if route is None:
         return
     with Cluster({ENDPOINT: ours}, options.threads, weights) as cluster, peer:

@@ -46,7 +46,8 @@ def random_model(size, family="llama"):
         print(f"making a {family} of {size} random parameters in {folder}", flush=True)
         run(sys.executable, os.path.join(CODE, "scripts", "make_random_model"), "--size", size, "--family", family,
             "--out", folder)
-    return folder
+    # Peers keep what they make of a model under its path: a folder that is linked is the same one.
+    return os.path.realpath(folder)
 
 
 class Failed(Exception):

@@ -14,7 +14,7 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use engine::backend::cpu::limits::Limits;
-use engine::backend::cpu::{CpuBackend, Isa, Pool};
+use engine::backend::cpu::{CpuBackend, Isa, Pool, allowed_cores};
 use engine::backend::{KvDtype, WeightDtype};
 use engine::collective::solo::Solo;
 use engine::model_runner::{Footprint, ModelRunner, RunnerOptions};
@@ -34,7 +34,8 @@ const WARM_UP: usize = 2;
 fn main() -> Result<(), Failure> {
     let options = Options::read()?;
     let checkpoint = Checkpoint::open(&options.folder)?;
-    let pool = Pool::new(options.threads, &[])?;
+    let pool = Pool::new(options.threads, &allowed_cores())?;
+    pool.pin_caller();
     let limits = Limits::measure(Isa::detect(), &pool)?;
     println!(
         "limits path={} threads={} read_gb_per_s={:.1} f32_gflops={:.0} int8_gops={:.0}",
