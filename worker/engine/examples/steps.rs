@@ -202,6 +202,11 @@ impl Costs {
             attention_flops: (4 * spec.layers * q) as f64,
         }
     }
+
+    /// Whether products are int8's: weights are of 8 bits or fewer, with their scales.
+    fn in_int8(&self) -> bool {
+        self.weight_bytes * 8.0 < 12.0 * (self.layer_flops + self.head_flops) / 2.0
+    }
 }
 
 struct Bench {
@@ -311,9 +316,10 @@ impl Bench {
     }
 
     fn show(&self, what: &str, tokens: usize, seconds: Vec<f64>, bytes: f64, flops: f64) {
-        let peak = match self.options.weights {
-            WeightDtype::Int8 | WeightDtype::Int4 => self.limits.int8_gops,
-            _ => self.limits.gflops,
+        let peak = if self.costs.in_int8() {
+            self.limits.int8_gops
+        } else {
+            self.limits.gflops
         };
         let roof = (bytes / self.limits.read_gb_per_s).max(flops / peak) / 1e9;
         let median = seconds[seconds.len() / 2];
