@@ -1,7 +1,7 @@
 //! How fast whole steps of a model are on this CPU, beside what the machine could do: a prompt, and decodes of some
 //! batch sizes.
 //!
-//!     cargo run --release -p engine --example steps -- FOLDER [--weights bf16|int8|int4] [--kv bf16|f32]
+//!     cargo run --release -p engine --example steps -- FOLDER [--weights bf16|int8|int4] [--kv bf16|f32|int8]
 //!         [--prompt 512] [--batch 1,32] [--context 512] [--threads N] [--seconds 3]
 //!
 //! Steps go through the runner and the sampler as a served model's do, without text and HTTP. The roof of a step is the
@@ -125,7 +125,8 @@ impl Options {
                     options.kv = match value.as_str() {
                         "bf16" => KvDtype::Bf16,
                         "f32" => KvDtype::F32,
-                        _ => return Err(format!("--kv {value}: bf16 or f32").into()),
+                        "int8" => KvDtype::Int8,
+                        _ => return Err(format!("--kv {value}: bf16, f32 or int8").into()),
                     }
                 }
                 "--prompt" => options.prompt = number(&key, &value)?,
