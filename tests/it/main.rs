@@ -11,6 +11,7 @@ mod determinism;
 mod embeddings;
 mod fake_replica;
 mod footprint;
+mod gguf;
 mod golden_text;
 mod hostile;
 mod lifecycle;
