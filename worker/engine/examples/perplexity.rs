@@ -172,7 +172,6 @@ fn score(options: &Options, text: &Text) -> Result<(f64, usize), Failure> {
             generation: 1,
             tokens: tokens.clone(),
             spans: vec![span],
-            ..StepPlan::default()
         };
         let mut targets = tokens[1..].iter();
         runner.run(&plan, |_, logits| {

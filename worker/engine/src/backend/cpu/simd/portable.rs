@@ -19,12 +19,6 @@ impl Simd for Portable {
     const SUMS: usize = 1;
 
     #[inline(never)]
-    unsafe fn tile<E: Element>(tile: &Tile<E>, rows: usize, panels: usize) {
-        // SAFETY: the trait's.
-        unsafe { tile.compute::<Self>(rows, panels) }
-    }
-
-    #[inline(never)]
     unsafe fn float_tile<W: Weight>(tile: &FloatTile<W>, rows: usize) {
         // SAFETY: the trait's.
         unsafe { tile.compute::<Self>(rows) }
