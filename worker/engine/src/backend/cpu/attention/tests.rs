@@ -125,13 +125,17 @@ fn a_token_of_a_long_context_has_the_same_bits_in_any_company_and_on_any_threads
                     queries,
                 ))
             };
-            let together = run(1, &[last.clone()]);
+            let together = run(1, std::slice::from_ref(&last));
             let alone: Vec<Range<usize>> = last
                 .clone()
                 .map(|position| position..position + 1)
                 .collect();
             // Few items: several threads divide the parts among them.
-            for (threads, queries) in [(1, &alone[..]), (4, &alone), (16, &[last.clone()])] {
+            for (threads, queries) in [
+                (1, &alone[..]),
+                (4, &alone),
+                (16, std::slice::from_ref(&last)),
+            ] {
                 assert!(
                     run(threads, queries) == together,
                     "{:?}, window {window:?}, {threads} threads, {} chunks",
