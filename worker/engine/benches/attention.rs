@@ -4,6 +4,8 @@
 //! `cargo bench -p engine --bench attention`; the threads are all cores, or `TANDEM_BENCH_THREADS`. With
 //! `TANDEM_BENCH_FIGURES` it prints the figures that have a goal and nothing else.
 
+#[path = "support/report.rs"]
+mod report;
 mod support;
 
 use std::hint::black_box;
@@ -14,7 +16,8 @@ use criterion::{Criterion, Throughput};
 use engine::backend::cpu::limits::Limits;
 use engine::backend::cpu::{CpuBackend, CpuBuf, CpuKv, Isa, Pool, allowed_cores};
 use engine::backend::{Attention, Backend, Batch, BatchSpan, Heads, KvDtype, KvShape};
-use support::{filled, report, time};
+use report::report;
+use support::{filled, time};
 
 /// Heads as models have them.
 const SHAPES: [(&str, Heads); 3] = [

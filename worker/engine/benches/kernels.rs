@@ -4,6 +4,8 @@
 //! `cargo bench -p engine --bench kernels`; the threads are all cores, or `TANDEM_BENCH_THREADS`. With
 //! `TANDEM_BENCH_FIGURES=1` it times short bursts by hand and prints the figures that have a goal, a line each.
 
+#[path = "support/report.rs"]
+mod report;
 mod support;
 
 use std::hint::black_box;
@@ -17,7 +19,8 @@ use engine::backend::{
     Backend, FloatDtype, LinearShape, PackedBytes, PackedShape, QuantBits, QuantOffset, QuantRow,
     QuantShape,
 };
-use support::{filled, report, time};
+use report::report;
+use support::{filled, time};
 
 /// How weights are kept.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -1,4 +1,4 @@
-//! What the benches of kernels share: the pool, the machine's limits, timing and the report of shares.
+//! What the benches of kernels share: the pool, the machine's limits and timing.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -69,17 +69,4 @@ pub fn time(
     });
     group.finish();
     best
-}
-
-/// Says a kernel's best rates and their shares of the limits.
-pub fn report(name: &str, seconds: f64, flops: u64, bytes: u64, limits: Limits) {
-    if seconds == f64::MAX {
-        return;
-    }
-    let (gflops, gb_per_s) = (flops as f64 / seconds / 1e9, bytes as f64 / seconds / 1e9);
-    println!(
-        "{name}: {gflops:.1} GFLOP/s ({:.0} % of peak), {gb_per_s:.1} GB/s ({:.0} % of peak)\n",
-        100.0 * gflops / limits.gflops,
-        100.0 * gb_per_s / limits.read_gb_per_s
-    );
 }
