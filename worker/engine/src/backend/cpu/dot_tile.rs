@@ -192,17 +192,18 @@ impl DotTile {
                     for line in 0..step_bytes / 64 {
                         D::F::prefetch(ahead.wrapping_add(line * self.ahead.line));
                     }
-                    let quads: [[D::Bytes; H]; 2] = if INT4 {
-                        let nibbles: [_; H] =
-                            std::array::from_fn(|h| D::nibbles(D::load(from.wrapping_add(h * 64))));
-                        std::array::from_fn(|quad| nibbles.map(|nibbles| nibbles[quad]))
-                    } else {
-                        std::array::from_fn(|quad| {
-                            std::array::from_fn(|h| {
-                                D::load(from.wrapping_add(quad * PANEL * QUAD + h * 64))
-                            })
-                        })
-                    };
+                    // No closures here: one that is not inlined has none of the path's instructions.
+                    let mut quads = [[D::load(from); H]; 2];
+                    let [first, second] = &mut quads;
+                    for (h, (first, second)) in first.iter_mut().zip(second).enumerate() {
+                        let from = from.wrapping_add(h * 64);
+                        if INT4 {
+                            [*first, *second] = D::nibbles(D::load(from));
+                        } else {
+                            *first = D::load(from);
+                            *second = D::load(from.wrapping_add(PANEL * QUAD));
+                        }
+                    }
                     for w in quads {
                         for (i, dots) in dots.iter_mut().enumerate() {
                             let x = D::splat_quad(x.wrapping_add(i * QUAD));
@@ -220,8 +221,10 @@ impl DotTile {
                     ahead = ahead.wrapping_add(ahead_step);
                 }
                 // The sums lie in memory: in registers they would push out those of the loop above.
-                let widened: [_; H] =
-                    std::array::from_fn(|h| D::load_f16(head.wrapping_add(h * LANES)));
+                let mut widened = [D::load_f16(head); H];
+                for (h, widened) in widened.iter_mut().enumerate() {
+                    *widened = D::load_f16(head.wrapping_add(h * LANES));
+                }
                 for (i, dots) in dots.iter().enumerate() {
                     let scale = D::F::splat_at(scales.wrapping_add(i));
                     for h in 0..H {

@@ -206,9 +206,11 @@ impl<W: Weight> FloatTile<W> {
     ) {
         // SAFETY: as above.
         unsafe {
-            let weights: [S::V; H] = std::array::from_fn(|h| {
-                W::load::<S>(w.wrapping_add(h * LANES * W::COLUMNS), column)
-            });
+            // No closures here: one that is not inlined has none of the path's instructions.
+            let mut weights = [S::zero(); H];
+            for (h, weights) in weights.iter_mut().enumerate() {
+                *weights = W::load::<S>(w.wrapping_add(h * LANES * W::COLUMNS), column);
+            }
             for (i, sums) in sums.iter_mut().enumerate() {
                 let x = S::splat_at(x.wrapping_add(i));
                 for (sum, weights) in sums.iter_mut().zip(weights) {

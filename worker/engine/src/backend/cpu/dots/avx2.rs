@@ -44,9 +44,19 @@ impl Dots for Avx2 {
         // SAFETY: the trait's.
         unsafe {
             let low = _mm256_set1_epi8(15);
+            let high = [
+                _mm256_srli_epi16::<4>(bytes[0]),
+                _mm256_srli_epi16::<4>(bytes[1]),
+            ];
             [
-                bytes.map(|bytes| _mm256_and_si256(bytes, low)),
-                bytes.map(|bytes| _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), low)),
+                [
+                    _mm256_and_si256(bytes[0], low),
+                    _mm256_and_si256(bytes[1], low),
+                ],
+                [
+                    _mm256_and_si256(high[0], low),
+                    _mm256_and_si256(high[1], low),
+                ],
             ]
         }
     }
@@ -106,7 +116,7 @@ impl Dots for Avx2 {
     #[inline(always)]
     unsafe fn to_f32(sums: [__m256i; 2]) -> [__m256; 2] {
         // SAFETY: the trait's.
-        unsafe { sums.map(|sums| _mm256_cvtepi32_ps(sums)) }
+        unsafe { [_mm256_cvtepi32_ps(sums[0]), _mm256_cvtepi32_ps(sums[1])] }
     }
     #[inline(always)]
     unsafe fn load_f16(from: *const u16) -> [__m256; 2] {
