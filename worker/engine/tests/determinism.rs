@@ -168,6 +168,7 @@ fn requests(vocab: u32, choice: Choice) -> Vec<Request> {
 struct Model {
     checkpoint: Checkpoint,
     ranks: u32,
+    weights: WeightDtype,
     kv_dtype: KvDtype,
 }
 
@@ -222,7 +223,7 @@ impl Model {
         collective: C,
     ) -> ModelRunner<CpuBackend, C> {
         let options = RunnerOptions {
-            weight_dtype: WeightDtype::Bf16,
+            weight_dtype: self.weights,
             kv_dtype: self.kv_dtype,
             blocks: way.blocks,
             step_tokens_max: 512,
@@ -368,12 +369,17 @@ fn resume(requests: &[Request], answers: &Answers) -> (Vec<Request>, Answers) {
 }
 
 fn check(name: &str, ranks: u32, kv_dtype: KvDtype) {
+    check_weights(name, ranks, WeightDtype::Bf16, kv_dtype);
+}
+
+fn check_weights(name: &str, ranks: u32, weights: WeightDtype, kv_dtype: KvDtype) {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../../tests/models")
         .join(name);
     let model = Model {
         checkpoint: Checkpoint::open(&dir).expect("a good checkpoint"),
         ranks,
+        weights,
         kv_dtype,
     };
     for choice in [Choice::Greedy, Choice::Seeded] {
@@ -509,4 +515,19 @@ fn llama_with_an_int8_cache_gives_the_same_bits_however_it_is_run() {
 #[test]
 fn mistral_with_an_int8_cache_on_two_ranks_gives_the_same_bits_however_it_is_run() {
     check("tiny-mistral", 2, KvDtype::Int8);
+}
+
+#[test]
+fn llama_in_int8_gives_the_same_bits_however_it_is_run() {
+    check_weights("tiny-llama", 1, WeightDtype::Int8, KvDtype::Bf16);
+}
+
+#[test]
+fn mistral_in_int4_gives_the_same_bits_however_it_is_run() {
+    check_weights("tiny-mistral", 1, WeightDtype::Int4, KvDtype::Int8);
+}
+
+#[test]
+fn mpt_in_int4_on_two_ranks_gives_the_same_bits_however_it_is_run() {
+    check_weights("tiny-mpt", 2, WeightDtype::Int4, KvDtype::Bf16);
 }

@@ -7,7 +7,7 @@
 mod support;
 
 use engine::backend::reference::ReferenceBackend;
-use engine::backend::{Backend, KvDtype};
+use engine::backend::{Backend, KvDtype, WeightDtype};
 use safetensors::SafeTensors;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -40,6 +40,14 @@ struct Perplexity {
     begin_token: bool,
     token_ids: Vec<u32>,
     float32: Score,
+}
+
+impl Perplexity {
+    fn windows(&self) -> Vec<Vec<u32>> {
+        let begin: &[u32] = if self.begin_token { &[1] } else { &[] };
+        let windows = self.token_ids.chunks(self.window);
+        windows.map(|window| [begin, window].concat()).collect()
+    }
 }
 
 #[derive(Deserialize)]
@@ -93,17 +101,7 @@ where
 {
     let golden: Golden = read(model, "golden.json");
     let text: Perplexity = read(model, "perplexity.json");
-    let windows: Vec<Vec<u32>> = text
-        .token_ids
-        .chunks(text.window)
-        .map(|window| {
-            if text.begin_token {
-                [&[1], window].concat()
-            } else {
-                window.to_vec()
-            }
-        })
-        .collect();
+    let windows = text.windows();
     let prompts = golden.float32.iter().map(|prompt| Sequence {
         tokens: [&prompt.input_ids[..], &prompt.output_ids[..]].concat(),
         prefill: prompt.input_ids.len(),
@@ -225,13 +223,8 @@ fn compare_steps(
     }
 }
 
-fn compare_perplexity(
-    what: &str,
-    text: &Perplexity,
-    windows: &[Vec<u32>],
-    logits: &[Vec<Vec<f32>>],
-    tolerance: &Tolerance,
-) {
+/// The perplexity of the windows, and how many tokens were scored.
+fn perplexity(windows: &[Vec<u32>], logits: &[Vec<Vec<f32>>]) -> (f64, usize) {
     let (mut loss, mut tokens) = (0.0, 0);
     for (window, logits) in windows.iter().zip(logits) {
         for (target, logits) in window[1..].iter().zip(logits) {
@@ -239,8 +232,18 @@ fn compare_perplexity(
             tokens += 1;
         }
     }
+    ((loss / tokens as f64).exp(), tokens)
+}
+
+fn compare_perplexity(
+    what: &str,
+    text: &Perplexity,
+    windows: &[Vec<u32>],
+    logits: &[Vec<Vec<f32>>],
+    tolerance: &Tolerance,
+) {
+    let (perplexity, tokens) = perplexity(windows, logits);
     assert_eq!(tokens, text.float32.tokens, "{what}: tokens scored");
-    let perplexity = (loss / tokens as f64).exp();
     let off = (perplexity / text.float32.perplexity - 1.0).abs();
     assert!(
         off <= tolerance.perplexity,
@@ -319,4 +322,25 @@ goldens! {
     the_reference_runs_mistral_on_2_ranks_as_transformers: "tiny-mistral", 2, Bf16, || ReferenceBackend;
     the_reference_runs_mpt_as_transformers: "tiny-mpt", 1, F32, || ReferenceBackend;
     the_reference_runs_mpt_on_2_ranks_as_transformers: "tiny-mpt", 2, Bf16, || ReferenceBackend;
+}
+
+#[test]
+fn int8_weights_cost_less_than_a_hundredth_of_the_perplexity() {
+    for model in ["tiny-llama", "tiny-mistral", "tiny-mpt"] {
+        let windows = read::<Perplexity>(model, "perplexity.json").windows();
+        let texts = windows.iter().map(|window| Sequence {
+            tokens: window.clone(),
+            prefill: window.len(),
+        });
+        let texts: Vec<Sequence> = texts.collect();
+        let of = |weights| {
+            let setup = Setup {
+                weights,
+                ..Setup::new(1, KvDtype::Bf16)
+            };
+            perplexity(&windows, &run(&models().join(model), setup, cpu, &texts)).0
+        };
+        let (bf16, int8) = (of(WeightDtype::Bf16), of(WeightDtype::Int8));
+        assert!(int8 < 1.01 * bf16, "{model}: {int8}, and {bf16} in bf16");
+    }
 }
