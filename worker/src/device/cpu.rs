@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use common::config::{DeviceEntry, Node};
-use common::request::{Failure, FailureKind};
-use common::wire::message::{DeviceKind, Quantization, ShardOptions};
+use common::request::Failure;
+use common::wire::message::{DeviceKind, ShardOptions};
 use engine::backend::DeviceError;
 use engine::backend::cpu::{CpuBackend, Isa, Pool, bind_thread};
 use engine::collective::host::HostGroup;
@@ -101,15 +101,9 @@ impl Platform for Cores {
     type Backend = CpuBackend;
     type Group = HostGroup;
 
-    fn check(&self, options: &ShardOptions) -> Result<(), Failure> {
-        if options.quantization == Quantization::None {
-            return Ok(());
-        }
-        let message = format!(
-            "quantization {} is for GPUs, and this device is a CPU: choose a workload type of GPUs, or \"none\"",
-            options.quantization.name()
-        );
-        Err(Failure::new(FailureKind::BadRequest, message))
+    /// A CPU has products and attention for all there is.
+    fn check(&self, _: &ShardOptions) -> Result<(), Failure> {
+        Ok(())
     }
 
     fn backend(&self) -> Result<CpuBackend, DeviceError> {
