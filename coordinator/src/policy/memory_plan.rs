@@ -8,6 +8,8 @@ mod cpu;
 pub mod cuda;
 mod part;
 
+use std::borrow::Cow;
+
 use common::wire::message::{DeviceKind, KvDtype};
 
 use super::bytes_text;
@@ -85,6 +87,10 @@ pub fn need(
     ranks: u32,
     concurrency: u32,
 ) -> Result<RankNeed, NoPlan> {
+    let facts = &*match kind {
+        DeviceKind::Cpu => Cow::Borrowed(facts),
+        DeviceKind::Cuda => cuda::as_served(facts),
+    };
     let shape = &facts.shape;
     check_division(shape, ranks)?;
     check_kernels(facts, kind)?;

@@ -171,10 +171,10 @@ fn run<B: Backend>(
 fn near_the_cpu(model: &str, options: CudaOptions) {
     let expected = logits(model, Prompts::Some, cpu(), WeightDtype::Bf16);
     let found = logits(model, Prompts::Some, cuda(options), WeightDtype::Bf16);
-    near(model, &format!("{options:?}"), &expected, &found);
+    near((model, LOGIT), &format!("{options:?}"), &expected, &found);
 }
 
-fn near(model: &str, how: &str, expected: &AllLogits, found: &AllLogits) {
+fn near((model, within): (&str, f32), how: &str, expected: &AllLogits, found: &AllLogits) {
     let mut worst = 0.0f32;
     for (sequence, (expected, found)) in expected.iter().zip(found).enumerate() {
         assert_eq!(expected.len(), found.len());
@@ -189,7 +189,7 @@ fn near(model: &str, how: &str, expected: &AllLogits, found: &AllLogits) {
             });
             worst = worst.max(off);
             assert!(
-                off <= LOGIT,
+                off <= within,
                 "{model}, {how}, sequence {sequence}, token {token}: logits are off by {off}"
             );
             let (best, lead) = best(expected);
@@ -231,12 +231,13 @@ fn batch_invariant_models_are_near_the_cpu() {
 
 #[test]
 fn quantised_weights_are_near_the_reference() {
-    for weights in [WeightDtype::Int8, WeightDtype::Int4] {
+    // The coarser weights are, the more a model makes of the rounding of keys and values.
+    for (weights, within) in [(WeightDtype::Int8, LOGIT), (WeightDtype::Int4, 0.25)] {
         let expected = logits("tiny-llama", Prompts::Short, ReferenceBackend, weights);
         for options in [EAGER, INVARIANT] {
             let found = logits("tiny-llama", Prompts::Short, cuda(options), weights);
             near(
-                "tiny-llama",
+                ("tiny-llama", within),
                 &format!("{weights:?}, {options:?}"),
                 &expected,
                 &found,

@@ -1,10 +1,12 @@
 //! What a rank takes on a GPU. The host's part of a step, the tokenizer and the template helper are in the host's memory
 //! and not counted; nor are the driver's context and NCCL's buffers, which are the device's reserve (docs/gpu.md).
 
+use std::borrow::Cow;
+
 use super::part::{F32, Part, Piece};
 use super::{BLOCK_TOKENS, RankNeed};
-use crate::registry::ModelFacts;
-use crate::registry::form::{Grouped, Offset};
+use crate::registry::form::{Form, Grouped, Offset};
+use crate::registry::{ModelFacts, WeightTensor};
 
 /// Widths of heads that there are attention kernels for.
 pub const HEAD_WIDTHS: [u64; 8] = [16, 32, 64, 80, 96, 112, 128, 256];
@@ -56,8 +58,7 @@ pub(super) fn fill(need: &mut RankNeed, facts: &ModelFacts, part: &Part<'_>) {
     let angles = if part.rotates() { shape.head_width } else { 0 };
     need.workspace_bytes = F32
         * (tokens * (part.activations() + angles) + LOGITS_ROWS * part.logits() + part.slopes());
-    let quantised =
-        |piece| matches!(piece, Piece::Matrix { kept: Some(form), .. } if has_products(form));
+    let quantised = |piece| matches!(piece, Piece::Matrix { kept: Some(_), .. });
     need.scratch_bytes = scratch_bytes(need, part, pieces().any(quantised));
     need.overhead_bytes = recorded_bytes(need, part);
     need.block_bytes = 2 * BLOCK_TOKENS * shape.layers * part.kv * facts.kv_dtype.bytes();
@@ -69,16 +70,26 @@ fn bytes(piece: &Piece) -> u64 {
             rows,
             columns,
             kept: Some(form),
-        } if has_products(form) => columns.most_of(|start, end| quantised(rows, start, end, form)),
+        } => columns.most_of(|start, end| quantised(rows, start, end, form)),
         Piece::Matrix { rows, columns, .. } => float(rows, columns.most()),
         Piece::End { rows, columns, .. } => float(rows, columns),
         Piece::Vector(numbers) => F32 * numbers,
     }
 }
 
-/// Whether there are products of such weights.
-fn has_products(form: Grouped) -> bool {
-    form.offset != Offset::Mins
+/// The facts as a GPU has them: there are no products of groups with minima, which become floats when they are loaded.
+pub(super) fn as_served(facts: &ModelFacts) -> Cow<'_, ModelFacts> {
+    let has_products = |tensor: &WeightTensor| !matches!(tensor.form, Form::Grouped(form) if form.offset == Offset::Mins);
+    if facts.tensors.iter().all(has_products) {
+        return Cow::Borrowed(facts);
+    }
+    let mut served = facts.clone();
+    for tensor in &mut served.tensors {
+        if !has_products(tensor) {
+            tensor.form = Form::Unpacked;
+        }
+    }
+    Cow::Owned(served)
 }
 
 fn float(rows: u64, columns: u64) -> u64 {
