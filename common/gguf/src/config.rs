@@ -184,7 +184,9 @@ impl Keys<'_> {
         let old = self.real("rope.scale_linear")?;
         let factor = self.real("rope.scaling.factor")?.or(old);
         match self.gguf.text(&self.key(KEY))? {
-            None if old.is_none_or(|factor| factor == 1.0) => Ok(serde_json::Value::Null),
+            None if factor.is_none_or(|factor| factor == 0.0 || factor == 1.0) => {
+                Ok(serde_json::Value::Null)
+            }
             Some("none") => Ok(serde_json::Value::Null),
             None | Some("linear") => {
                 let factor = factor.ok_or_else(|| self.missing("rope.scaling.factor"))?;

@@ -172,6 +172,11 @@ impl TensorInfo {
             tensor_type,
             offset: reader.u64()?,
         };
+        if info.dims.len() == 1 && tensor_type.block_elements().is_some_and(|block| block > 1) {
+            let reason =
+                format!("is a vector of {tensor_type}; vectors should be F32, F16 or BF16");
+            return Err(Error::tensor(&info.name, reason));
+        }
         if tensor_type.block_elements().is_some() && info.bytes().is_none() {
             return Err(Error::tensor(
                 &info.name,

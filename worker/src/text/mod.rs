@@ -105,7 +105,12 @@ impl TextModel {
         } else {
             let tokenizer = Tokenizer::open(tokenizer_folder)?;
             let template = TemplateSource::open(tokenizer_folder)?;
-            (tokenizer, template, end_ids_beside(weights)?)
+            let ends = if is_gguf(weights) {
+                from_gguf::end_ids(weights)?
+            } else {
+                end_ids_beside(weights)?
+            };
+            (tokenizer, template, ends)
         };
         if end_ids.is_empty() {
             let eos = template.eos.as_deref();

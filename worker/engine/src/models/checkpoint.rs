@@ -80,7 +80,7 @@ impl Checkpoint {
     fn open_gguf(file: &Path) -> Result<Checkpoint, LoadError> {
         let (mut weights, config) = Weights::open_gguf(file)?;
         let mut spec = ModelSpec::from_config(&config.to_string())?;
-        if let Some(factors) = weights.take_rope_factors()?
+        if let Some(factors) = weights.take_rope_factors(spec.head_width / 2)?
             && let Positions::Rope { theta, scaling } = &mut spec.positions
         {
             *scaling = position::scaling_of(&factors, spec.head_width, *theta)

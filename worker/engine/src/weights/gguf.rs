@@ -50,10 +50,20 @@ impl Weights {
         Ok((weights, config))
     }
 
-    /// Takes the factors of the rotary frequencies out of the tensors, if the file has any.
-    pub(crate) fn take_rope_factors(&mut self) -> Result<Option<Vec<f32>>, WeightsError> {
-        if !self.has(ROPE_FACTORS) {
+    /// Takes the factors of the rotary frequencies, `count` of them, out of the tensors, if the file has any.
+    pub(crate) fn take_rope_factors(
+        &mut self,
+        count: usize,
+    ) -> Result<Option<Vec<f32>>, WeightsError> {
+        let Some(entry) = self.tensors.get(ROPE_FACTORS) else {
             return Ok(None);
+        };
+        if entry.shape != [count] {
+            return Err(WeightsError::Shape {
+                name: ROPE_FACTORS.to_owned(),
+                found: entry.shape.clone(),
+                expected: vec![count],
+            });
         }
         let factors = self.tensor(ROPE_FACTORS)?.to_vec();
         self.tensors.remove(ROPE_FACTORS);

@@ -22,6 +22,7 @@ use crate::models::checkpoint::Checkpoint;
 use crate::weights::quant;
 use entry::{Entry, EntryError};
 use sha2::{Digest, Sha256};
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -145,6 +146,9 @@ impl PackedCache {
     }
 }
 
+/// Bytes of a key's digest that make the name of its files.
+const NAME_BYTES: usize = 20;
+
 impl PackedKey {
     fn new(
         model: &str,
@@ -167,9 +171,17 @@ impl PackedKey {
         &self.0
     }
 
+    /// Whether a file is named as those of keys are, whatever its extension.
+    fn is_name_of(path: &Path) -> bool {
+        let digits = |stem: &str| {
+            stem.len() == 2 * NAME_BYTES && stem.bytes().all(|digit| digit.is_ascii_hexdigit())
+        };
+        path.file_stem().and_then(OsStr::to_str).is_some_and(digits)
+    }
+
     /// The name of its files.
     fn name(&self) -> String {
-        Sha256::digest(&self.0)[..20]
+        Sha256::digest(&self.0)[..NAME_BYTES]
             .iter()
             .map(|byte| format!("{byte:02x}"))
             .collect()

@@ -47,11 +47,7 @@ impl GgufText {
     /// # Errors
     /// Names the file, and the key that is missing or wrong.
     pub fn open(path: &Path) -> Result<GgufText> {
-        let read = || {
-            let file = File::open(path)?;
-            let bytes = file.metadata()?.len();
-            Self::of(&Gguf::read(BufReader::new(file), bytes)?)
-        };
+        let read = || Self::of(&header(path)?);
         read().with_context(|| format!("{}: no tokenizer from it", path.display()))
     }
 
@@ -75,6 +71,35 @@ impl GgufText {
             end_ids: facts.end_ids(),
         })
     }
+}
+
+/// The keys of ids that end an answer: of a text, of a turn, of a message.
+const END_KEYS: [&str; 3] = [
+    "tokenizer.ggml.eos_token_id",
+    "tokenizer.ggml.eot_token_id",
+    "tokenizer.ggml.eom_token_id",
+];
+
+/// Ids that end an answer, of a file whose tokenizer is not used.
+///
+/// # Errors
+/// Names the file, and the key that is wrong.
+pub fn end_ids(path: &Path) -> Result<Vec<u32>> {
+    let read = || -> Result<Vec<u32>> {
+        let gguf = header(path)?;
+        END_KEYS
+            .iter()
+            .filter_map(|key| gguf.count(key).transpose())
+            .map(|id| Ok(u32::try_from(id?)?))
+            .collect()
+    };
+    read().with_context(|| format!("{}: no end tokens from it", path.display()))
+}
+
+fn header(path: &Path) -> Result<Gguf> {
+    let file = File::open(path)?;
+    let bytes = file.metadata()?.len();
+    Ok(Gguf::read(BufReader::new(file), bytes)?)
 }
 
 /// The chat template and the names it uses.

@@ -5,7 +5,7 @@
 
 use std::cmp::Reverse;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::facts::{Facts, Kind};
@@ -57,11 +57,16 @@ struct Cut<'a> {
     right: &'a str,
 }
 
+/// Most merges, and most bytes of their texts. Vocabularies of a quarter of a million tokens have some hundred thousand;
+/// one that was made to have more would fill memory.
+const MERGES_MAX: usize = 1 << 22;
+const MERGES_BYTES_MAX: usize = 128 << 20;
+
 fn merges<'a>(facts: &Facts<'a>) -> Result<Vec<[&'a str; 2]>> {
     let scores = facts.scores.as_ref();
     let scores =
         scores.context("it has no tokenizer.ggml.scores, which say what is merged first")?;
-    let mut cuts = Vec::new();
+    let (mut cuts, mut bytes) = (Vec::new(), 0);
     for (id, token, kind) in facts.tokens() {
         if kind != Kind::Normal {
             continue;
@@ -71,6 +76,12 @@ fn merges<'a>(facts: &Facts<'a>) -> Result<Vec<[&'a str; 2]>> {
         for (at, _) in token.char_indices().skip(1) {
             let (left, right) = token.split_at(at);
             if let (Some(left_id), Some(right_id)) = (facts.id(left), facts.id(right)) {
+                bytes += token.len();
+                ensure!(
+                    bytes <= MERGES_BYTES_MAX && cuts.len() + own.len() < MERGES_MAX,
+                    "tokenizer.ggml.tokens: there are more than {MERGES_MAX} ways to cut its tokens in two, or they have \
+                     more than {MERGES_BYTES_MAX} bytes"
+                );
                 own.push((left_id, right_id, Cut { score, left, right }));
             }
         }

@@ -158,7 +158,7 @@ impl CpuLinear {
     ) -> Result<(), DeviceError> {
         let (n, k) = (self.n, self.k);
         assert!(x.len() >= m * k && y.len() >= m * n);
-        if m == 0 {
+        if m == 0 || n == 0 {
             return Ok(());
         }
         let bias = self.bias.as_ref().map(AsRef::as_ref);

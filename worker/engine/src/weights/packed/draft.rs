@@ -90,9 +90,11 @@ impl Draft {
         if entry.exists() {
             return Err(NotWritten::Elsewhere);
         }
-        room::make(&self.cache, self.bytes(), partial)?;
         let io = |error| failed(partial, error);
+        // Empty, and so long: others that look for room see what this will take.
         file.set_len(0).map_err(io)?;
+        file.set_len(self.bytes()).map_err(io)?;
+        room::make(&self.cache, self.bytes(), partial)?;
         let mut pieces = Pieces::new(file);
         pieces.put(&format::head()).map_err(io)?;
         let mut matrices = Vec::with_capacity(self.matrices.len());
@@ -119,6 +121,7 @@ impl Draft {
         };
         let tail = format::tail(&index, offset).map_err(|error| io(error.into()))?;
         (&mut &*file).write_all(&tail).map_err(io)?;
+        file.set_len(offset + tail.len() as u64).map_err(io)?;
         file.sync_all().map_err(io)?;
         if !self.model.stands() {
             return Err(NotWritten::ModelChanged);

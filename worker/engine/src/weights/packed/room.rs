@@ -1,8 +1,9 @@
 //! Room for one more entry: what nobody has mapped goes, the longest unused first.
 
-use super::{ENTRY, NotWritten, PARTIAL, PackedCache};
+use super::{ENTRY, NotWritten, PARTIAL, PackedCache, PackedKey};
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -30,10 +31,12 @@ pub(super) fn make(cache: &PackedCache, needed: u64, partial: &Path) -> Result<(
     if needed > cache.bytes_max {
         return Err(no_room(format!("it may hold {}", cache.bytes_max)));
     }
-    let mut entries = look(folder, partial).map_err(io)?;
+    let mut promised = Promised::default();
+    let mut entries = look(folder, partial, &mut promised).map_err(io)?;
     entries.sort_by_key(|entry| entry.used);
-    let mut held: u64 = entries.iter().map(|entry| entry.bytes).sum();
-    let mut free = free_bytes(folder).map_err(io)?;
+    let mut held: u64 = promised.bytes + entries.iter().map(|entry| entry.bytes).sum::<u64>();
+    let free = free_bytes(folder).map_err(io)?;
+    let mut free = free.saturating_sub(promised.missing);
     let fits = |held: u64, free: u64| {
         held + needed <= cache.bytes_max && needed.saturating_add(DISK_RESERVE_BYTES) <= free
     };
@@ -56,14 +59,32 @@ pub(super) fn make(cache: &PackedCache, needed: u64, partial: &Path) -> Result<(
     )))
 }
 
-/// The entries in a folder. What processes that were killed left half written is removed.
-fn look(folder: &Path, partial: &Path) -> io::Result<Vec<Found>> {
+/// What others are writing.
+#[derive(Default)]
+struct Promised {
+    /// Bytes of all of it, when it is whole.
+    bytes: u64,
+    /// Of these, what the disk has not given yet.
+    missing: u64,
+}
+
+/// The entries in a folder, and what others are adding. What processes that were killed left half written is removed; files
+/// that are not named like entries are somebody else's.
+fn look(folder: &Path, partial: &Path, promised: &mut Promised) -> io::Result<Vec<Found>> {
     let mut entries = Vec::new();
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
+        if !PackedKey::is_name_of(&path) {
+            continue;
+        }
         let extension = path.extension().unwrap_or_default();
         if extension == PARTIAL && path != partial {
-            remove_unused(&path);
+            if !remove_unused(&path)
+                && let Ok(found) = fs::metadata(&path)
+            {
+                promised.bytes += found.len();
+                promised.missing += found.len().saturating_sub(512 * found.blocks());
+            }
         } else if extension == ENTRY {
             // Others may remove it meanwhile.
             if let Ok(found) = fs::metadata(&path) {
