@@ -44,18 +44,20 @@ impl Allowed {
         firsts.map(|(core, _)| *core).collect()
     }
 
+    /// The lowest processor of the core that a processor is one of.
+    fn sibling(&self, core: usize) -> Option<usize> {
+        let at = self.cores.iter().position(|allowed| *allowed == core);
+        at.map(|at| self.siblings[at])
+    }
+
     /// The processors whose cores are not among `taken`; where there is none, those that are at least not taken themselves.
     fn apart_from(&self, taken: &[usize]) -> Vec<usize> {
-        let sibling = |core: &usize| {
-            let at = self.cores.iter().position(|allowed| allowed == core);
-            at.map(|at| self.siblings[at])
-        };
-        let busy: HashSet<Option<usize>> = taken.iter().map(sibling).collect();
+        let busy: HashSet<Option<usize>> = taken.iter().map(|core| self.sibling(*core)).collect();
         let mut free: Vec<usize> = self.cores.clone();
         free.retain(|core| !taken.contains(core));
         let apart: Vec<usize> = free
             .iter()
-            .filter(|core| !busy.contains(&sibling(core)))
+            .filter(|core| !busy.contains(&self.sibling(**core)))
             .copied()
             .collect();
         if apart.is_empty() { free } else { apart }
@@ -128,7 +130,16 @@ pub fn split(allowed: &Allowed, devices: &[Wish], own: usize) -> Split {
         .collect();
     let limited = allowed.quota < allowed.cores.len();
     let mut shared = allowed.whole_cores();
-    shared.retain(|core| !taken.contains(core));
+    // Nor a given core's other logical processor: two compute threads would share its units.
+    let busy: Vec<usize> = taken
+        .iter()
+        .filter_map(|core| allowed.sibling(*core))
+        .collect();
+    shared.retain(|core| {
+        !allowed
+            .sibling(*core)
+            .is_some_and(|one| busy.contains(&one))
+    });
     if shared.len() >= CORES_TO_SPARE && !limited {
         // The first one is where most systems handle interrupts.
         shared.remove(0);
@@ -151,7 +162,7 @@ pub fn split(allowed: &Allowed, devices: &[Wish], own: usize) -> Split {
             (wish.threads.unwrap_or(most), wish.cores.clone())
         }
     };
-    let others = if compute.is_empty() {
+    let others = if taken.is_empty() {
         Vec::new()
     } else {
         allowed.apart_from(&taken)
