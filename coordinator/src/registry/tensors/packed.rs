@@ -7,6 +7,9 @@ use serde_json::{Map, Value};
 use super::super::form::{Form, GROUP, Grouped, Offset};
 use super::safetensors::Headers;
 
+/// Most columns of a group that are believed.
+const GROUP_SIZE_MAX: i64 = 1 << 20;
+
 /// Who packed a checkpoint's matrices, and how.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Packing {
@@ -71,20 +74,39 @@ impl Packing {
         }
         let group = match config.get("group_size").and_then(Value::as_i64) {
             Some(-1) => None,
-            Some(group @ 1..=0xff_ffff) => Some(group as u64),
+            Some(group @ 1..=GROUP_SIZE_MAX) => Some(group as u64),
             _ => {
                 return Err(format!(
                     "{KEY}.group_size must be -1 or a number of columns"
                 ));
             }
         };
-        let flag = |key: &str| config.get(key).and_then(Value::as_bool).unwrap_or(false);
+        let flag = |key: &str, default| {
+            let found = config.get(key).and_then(Value::as_bool);
+            found.unwrap_or(default)
+        };
+        if method == Method::Gptq {
+            let format = text(config, "checkpoint_format");
+            if !matches!(format, "" | "gptq" | "gptq_v2") {
+                return Err(format!(
+                    "{KEY}.checkpoint_format '{format}' is not supported; supported are gptq and gptq_v2"
+                ));
+            }
+            let dynamic = config.get("dynamic");
+            if dynamic.is_some_and(|all| all.as_object().is_none_or(|all| !all.is_empty())) {
+                return Err(format!(
+                    "{KEY}.dynamic is not supported; supported is one form for all matrices"
+                ));
+            }
+        } else if !flag("zero_point", true) {
+            return Err(format!("{KEY}.zero_point must be true"));
+        }
         Ok(Packing {
             method,
             bits,
             group,
-            symmetric: flag("sym"),
-            shuffled: flag("desc_act"),
+            symmetric: flag("sym", true),
+            shuffled: method == Method::Gptq && flag("desc_act", false),
         })
     }
 
@@ -126,15 +148,22 @@ impl Packing {
             return Ok(None);
         }
         let per_word = 32 / self.bits;
+        // Words hold rows of zero points, and columns of GPTQ's numbers.
+        let columns = self.method == Method::Gptq && !k.is_multiple_of(per_word);
+        if !n.is_multiple_of(per_word) || columns {
+            return Err(format!(
+                "{base}.qweight stands for [{n}, {k}] numbers, of which {per_word} make a word: none may be broken"
+            ));
+        }
         let groups = self.group.map_or(1, |group| k.div_ceil(group));
         let words = match self.method {
             Method::Gptq => [k.div_ceil(per_word), n],
             Method::Awq => [k, n.div_ceil(per_word)],
         };
         let parts = [
-            ("qweight", words, &["I32"][..]),
-            ("qzeros", [groups, n.div_ceil(per_word)], &["I32"]),
-            ("scales", [groups, n], &["F16", "BF16", "F32"]),
+            ("qweight", words, &["I32", "U32"][..]),
+            ("qzeros", [groups, n.div_ceil(per_word)], &["I32", "U32"]),
+            ("scales", [groups, n], &["F16"]),
         ];
         for (part, dims, dtypes) in parts {
             let name = format!("{base}.{part}");
