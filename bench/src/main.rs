@@ -46,7 +46,9 @@ enum Reports {
     },
 }
 
+/// The last of an option given twice counts: scripts put their own before those that they are given.
 #[derive(Debug, Args)]
+#[command(args_override_self = true)]
 struct LoadArgs {
     /// The route that completes prompts: http://127.0.0.1:8470/serving-endpoints/completions.
     #[arg(long)]

@@ -39,7 +39,7 @@ def main(options, model, load):
         endpoint = Endpoint(cluster, ENDPOINT)
         endpoint.create()
         endpoint.wait_ready()
-        if any(word.startswith("--clients") for word in load):
+        if any(word.startswith(("--clients", "--rate")) for word in load):
             compare(options, endpoint, peer, route, api, "load", load)
             return
         for count in clients:
@@ -100,11 +100,11 @@ def compare(options, endpoint, peer, route, api, label, load):
         seed = ["--seed", str(1000 + number), *prompts]
         name = f"{options.against}-{options.form}-{label.replace(' ', '-')}-{number}"
         ours.append(os.path.join(OUT, f"{name}-ours.json"))
-        endpoint.load(f"tandem, {label}", *seed, *load, "--json", ours[-1])
+        endpoint.load(f"tandem, {label}", *load, *seed, "--json", ours[-1])
         theirs.append(os.path.join(OUT, f"{name}-theirs.json"))
         run(built("tandem-bench"), "load", "--url", peer.url + route, "--api", api, "--model", "model", "--pid",
             peer.pid, "--label",
-            f"{options.against}, {label}", *seed, *load, "--json", theirs[-1])
+            f"{options.against}, {label}", *load, *seed, "--json", theirs[-1])
     print(f"\ntandem against {options.against} {options.form}, {label}")
     run(built("tandem-bench"), "compare", "--ours", *ours, "--theirs", *theirs)
     picture = os.path.join(OUT, f"{options.against}-{options.form}-{label.replace(' ', '-')}.svg")

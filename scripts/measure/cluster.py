@@ -190,10 +190,12 @@ class Endpoint:
         with tempfile.TemporaryDirectory() as folder:
             file = os.path.join(folder, "report.json")
             words = list(arguments)
-            if "--json" in words:
-                file = words[words.index("--json") + 1]
-            else:
-                words += ["--json", file]
+            for at, word in enumerate(words):
+                if word == "--json":
+                    file = words[at + 1]
+                elif word.startswith("--json="):
+                    file = word.removeprefix("--json=")
+            words += ["--json", file]
             pids = [word for pid in self.cluster.pids for word in ("--pid", str(pid))]
             run(built("tandem-bench"), "load", "--url", f"{self.cluster.url}/serving-endpoints/completions", "--model",
                 self.name, "--token", self.cluster.token, "--label", label, *pids, *words)

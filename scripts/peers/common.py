@@ -130,6 +130,8 @@ def run(*command, **options):
 
 def environment(folder):
     """A virtual environment without pip: pip installs into it from outside, and Debian's python3 has no ensurepip."""
+    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode != 0:
+        sys.exit("python3 has no pip (Debian: apt install python3-pip)")
     python = os.path.join(folder, "bin", "python")
     if not os.path.exists(python):
         run(sys.executable, "-m", "venv", "--without-pip", folder)
