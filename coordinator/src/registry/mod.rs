@@ -4,7 +4,7 @@
 //! * [`files`], [`remote`]: a model's files in a folder or in a registry.
 //! * [`mlmodel`]: the layout of a model, plain Hugging Face or MLflow.
 //! * [`shape`]: `config.json`, the numbers that decide memory.
-//! * [`gguf`]: both at once, of a GGUF file.
+//! * `gguf`: both at once, of a GGUF file.
 //! * [`tensors`]: headers of weights' files; no weight is ever read here.
 //! * [`form`]: how matrices lie in them, and which forms workers keep.
 //! * [`needed`]: which files workers need.

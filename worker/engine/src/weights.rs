@@ -1,7 +1,7 @@
 //! The weights of a model: safetensors, in one file or in shards with an index, or a GGUF file; mapped and never copied
 //! whole.
 //!
-//! Owns opening and the check against what the model needs; how numbers are read is the [`tensor`]'s business. A file is
+//! Owns opening and the check against what the model needs; how numbers are read is the tensor's business. A file is
 //! believed only after its header agrees with its length. Knows no ranks and no backend.
 //!
 //! The files must not be cut short while they are mapped: reading past the new end would end the process, as with any
