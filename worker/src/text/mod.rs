@@ -88,8 +88,8 @@ pub enum PromptError {
 
 impl TextModel {
     /// Reads a tokenizer's folder, and the end tokens from the weights' folder (`generation_config.json`, else
-    /// `config.json`, else the tokenizer's own end token). Of weights in a GGUF file, that file says all of it, unless the
-    /// tokenizer's folder has a `tokenizer.json`. `renderer` makes the chat template into what renders it.
+    /// `config.json`, else the tokenizer's own end token). Of weights in a GGUF file, that file says all of it; where the
+    /// tokenizer's folder has a `tokenizer.json`, the end tokens alone. `renderer` makes the chat template into what renders it.
     ///
     /// # Errors
     /// Names the file that is missing or wrong.
