@@ -3,6 +3,7 @@
 mod bad_input;
 mod bad_models;
 mod bench;
+mod billion;
 mod cancellation;
 mod control;
 mod cuda;

@@ -1,19 +1,8 @@
 //! What a shard is planned to take against what its processes hold.
 
-use cluster_tests::cluster::Cluster;
-use cluster_tests::random_model::{self, LlamaShape};
-use cluster_tests::settings::{Model, Settings};
-use common::config::ServingDefaults;
-use common::model_ref::ModelRef;
-use common::wire::message::DeviceKind;
-use coordinator::policy::memory_plan;
-use coordinator::registry::{Context, read_facts};
 use serde_json::json;
 
-/// Sequences of this length fill the cache: long enough to touch all of it, short enough to be computed in a minute.
-const CONTEXT: u32 = 512;
-/// A small workload's requests at a time.
-const REQUESTS: u32 = 4;
+use crate::billion;
 
 /// Makes 2.2 GB of weights, serves them, fills the KV cache and renders a conversation. Compared are the bytes that are
 /// the processes' own (anonymous and shared memory of the worker and of its template helper): pages of the program's file
@@ -21,42 +10,16 @@ const REQUESTS: u32 = 4;
 #[tokio::test]
 #[ignore = "needs 2.2 GB of disk, 4 GB of memory and minutes: scripts/check --long, scripts/bench --memory"]
 async fn planned_bytes_are_within_3_percent_of_resident_ones_for_a_billion_parameters_in_bf16() {
-    let folder = tempfile::tempdir().unwrap();
-    random_model::write(&LlamaShape::BILLION, folder.path());
-    let mut model = Model::at("ml.demo.billion", folder.path());
-    model.context_max = Some(CONTEXT);
-    let mut settings = Settings::new().model(model);
-    settings.memory = "4GiB".into();
-    let mut cluster = Cluster::start(settings).await;
+    let (folder, mut cluster) = billion::start().await;
     let before = cluster.worker(0).own_bytes();
     cluster.client.deploy("billion", "billion").await;
 
-    // All blocks but the null one: each prompt is a sequence of its own, and as long as can be.
-    let prompt = |first: u32| -> Vec<u32> {
-        (0..CONTEXT - 1)
-            .map(|i| 100 + (first * 7919 + i * 31) % 3000)
-            .collect()
-    };
-    let bodies: Vec<_> = (0..REQUESTS)
-        .map(|i| json!({"prompt": prompt(i), "max_tokens": 1, "temperature": 0}))
-        .collect();
-    let calls = bodies
-        .iter()
-        .map(|body| cluster.client.invoke("billion", body));
-    for reply in futures::future::join_all(calls).await {
-        reply.ok();
-    }
+    billion::fill_cache(&cluster, "billion").await;
     let chat = json!({"messages": [{"role": "user", "content": "x"}], "max_tokens": 1});
     cluster.client.invoke("billion", &chat).await.ok();
 
-    let name = ModelRef::new("ml.demo.billion", "1").unwrap();
-    let serving = ServingDefaults {
-        context_max: Some(CONTEXT),
-        ..ServingDefaults::default()
-    };
-    let facts = read_facts(&Context::exact(&name, serving), folder.path()).unwrap();
-    let need = memory_plan::need(&facts, DeviceKind::Cpu, 1, REQUESTS).unwrap();
-    let plan = need.fit(4 << 30, REQUESTS).unwrap();
+    let plan = billion::plan(&folder);
+    let need = &plan.need;
     let (planned, measured) = (plan.bytes(), cluster.worker(0).own_bytes());
     let ratio = planned as f64 / measured as f64;
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);

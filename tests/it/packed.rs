@@ -3,16 +3,11 @@
 use std::time::{Duration, Instant};
 
 use cluster_tests::cluster::Cluster;
-use cluster_tests::random_model::{self, LlamaShape};
-use cluster_tests::settings::{Model, Settings};
-use common::config::ServingDefaults;
-use common::model_ref::ModelRef;
-use common::wire::message::DeviceKind;
-use coordinator::policy::memory_plan;
-use coordinator::registry::{Context, read_facts};
+use cluster_tests::settings::Settings;
 use reqwest::Method;
 use serde_json::json;
 
+use crate::billion;
 use crate::logs::says;
 
 const WRITTEN: &str = "packed weights written to the cache in ";
@@ -44,23 +39,12 @@ async fn a_second_deployment_and_a_new_process_map_what_the_first_packed() {
     }
 }
 
-/// Sequences of this length fill the KV cache.
-const CONTEXT: u32 = 512;
-/// A small workload's requests at a time.
-const REQUESTS: u32 = 4;
-
 /// Deploys 2.2 GB of weights twice and fills the KV cache of the second deployment.
 #[tokio::test]
 #[ignore = "needs 5 GB of disk and of memory, and a quiet machine: scripts/check --long"]
 async fn a_second_deployment_of_a_billion_parameters_is_ready_in_3_s_and_as_large_as_its_weights_and_cache()
  {
-    let folder = tempfile::tempdir().unwrap();
-    random_model::write(&LlamaShape::BILLION, folder.path());
-    let mut model = Model::at("ml.demo.billion", folder.path());
-    model.context_max = Some(CONTEXT);
-    let mut settings = Settings::new().model(model);
-    settings.memory = "4GiB".into();
-    let mut cluster = Cluster::start(settings).await;
+    let (folder, mut cluster) = billion::start().await;
     let before = cluster.worker(0).resident_bytes();
     let begun = Instant::now();
     cluster.client.deploy("first", "billion").await;
@@ -74,29 +58,9 @@ async fn a_second_deployment_of_a_billion_parameters_is_ready_in_3_s_and_as_larg
     cluster.client.deploy("second", "billion").await;
     let second = begun.elapsed();
     says(&cluster, "second", "billion-1", "build-logs", &[MAPPED]).await;
-    let bodies: Vec<_> = (0..REQUESTS)
-        .map(|first| {
-            let prompt: Vec<u32> = (0..CONTEXT - 1)
-                .map(|i| 100 + (first * 7919 + i * 31) % 3000)
-                .collect();
-            json!({"prompt": prompt, "max_tokens": 1, "temperature": 0})
-        })
-        .collect();
-    let calls = bodies
-        .iter()
-        .map(|body| cluster.client.invoke("second", body));
-    for reply in futures::future::join_all(calls).await {
-        reply.ok();
-    }
-    let name = ModelRef::new("ml.demo.billion", "1").unwrap();
-    let serving = ServingDefaults {
-        context_max: Some(CONTEXT),
-        ..ServingDefaults::default()
-    };
-    let facts = read_facts(&Context::exact(&name, serving), folder.path()).unwrap();
-    let need = memory_plan::need(&facts, DeviceKind::Cpu, 1, REQUESTS).unwrap();
-    let plan = need.fit(4 << 30, REQUESTS).unwrap();
-    let expected = need.weight_bytes + plan.kv_bytes();
+    billion::fill_cache(&cluster, "second").await;
+    let plan = billion::plan(&folder);
+    let expected = plan.need.weight_bytes + plan.kv_bytes();
     let resident = cluster.worker(0).resident_bytes() - before;
     let ratio = resident as f64 / expected as f64;
     println!(

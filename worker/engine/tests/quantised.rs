@@ -4,58 +4,17 @@
 mod support;
 
 use engine::backend::reference::ReferenceBackend;
-use engine::backend::{Backend, KvDtype, WeightDtype};
+use engine::backend::{Backend, WeightDtype};
 use engine::collective::solo::Solo;
-use engine::model_runner::{Footprint, ModelRunner, RunnerOptions};
+use engine::model_runner::{Footprint, ModelRunner};
 use engine::models::checkpoint::Checkpoint;
-use support::{AllLogits, Sequence, Setup, cpu, models, run};
+use support::short::{self, distance, options};
+use support::{AllLogits, cpu, models};
 
 const NAMES: [&str; 3] = ["tiny-llama", "tiny-mistral", "tiny-mpt"];
 
-fn options(weight_dtype: WeightDtype) -> RunnerOptions {
-    RunnerOptions {
-        weight_dtype,
-        kv_dtype: KvDtype::Bf16,
-        blocks: 9,
-        step_tokens_max: 40,
-        spans_max: 3,
-        generation: 1,
-    }
-}
-
 fn logits(name: &str, weights: WeightDtype, ranks: u32) -> AllLogits {
-    on(name, weights, ranks, || ReferenceBackend)
-}
-
-fn on<B: Backend<Buf: AsRef<[f32]> + AsMut<[f32]>>>(
-    name: &str,
-    weights: WeightDtype,
-    ranks: u32,
-    backend: impl Fn() -> B + Sync,
-) -> AllLogits {
-    let setup = Setup {
-        weights,
-        ..Setup::new(ranks, KvDtype::F32)
-    };
-    let sequence = |len: u32, first: u32| Sequence {
-        tokens: (0..len).map(|i| (first + i * 37) % 2048).collect(),
-        prefill: len as usize,
-    };
-    let sequences = [sequence(30, 5), sequence(9, 400)];
-    run(&models().join(name), setup, backend, &sequences)
-}
-
-/// Root of the mean square of the differences, as a share of the spread of the second ones.
-fn distance(a: &AllLogits, b: &AllLogits) -> f64 {
-    let numbers = |all: &AllLogits| -> Vec<f64> {
-        let rows = all.iter().flatten();
-        rows.flatten().map(|x| f64::from(*x)).collect()
-    };
-    let (a, b) = (numbers(a), numbers(b));
-    let mean = b.iter().sum::<f64>() / b.len() as f64;
-    let off: f64 = a.iter().zip(&b).map(|(a, b)| (a - b).powi(2)).sum();
-    let spread: f64 = b.iter().map(|b| (b - mean).powi(2)).sum();
-    (off / spread).sqrt()
+    short::logits(&models().join(name), weights, ranks, || ReferenceBackend)
 }
 
 #[test]
@@ -89,7 +48,10 @@ fn a_cpu_stays_near_the_very_same_weights() {
     for name in NAMES {
         // What is left is the rounding of activations to 127 steps.
         for weights in [WeightDtype::Int8, WeightDtype::Int4] {
-            let off = distance(&on(name, weights, 1, cpu), &logits(name, weights, 1));
+            let off = distance(
+                &short::logits(&models().join(name), weights, 1, cpu),
+                &logits(name, weights, 1),
+            );
             assert!(off < 0.05, "{name}, {weights:?}: {off} of the spread");
         }
     }

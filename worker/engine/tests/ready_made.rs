@@ -4,10 +4,10 @@
 mod support;
 
 use engine::backend::reference::ReferenceBackend;
-use engine::backend::{Backend, KvDtype, WeightDtype};
+use engine::backend::{Backend, WeightDtype};
 use engine::collective::Collective;
 use engine::collective::solo::Solo;
-use engine::model_runner::{Footprint, ModelRunner, RunnerOptions};
+use engine::model_runner::{Footprint, ModelRunner};
 use engine::models::checkpoint::Checkpoint;
 use engine::models::config::Config;
 use engine::models::quantization;
@@ -15,59 +15,15 @@ use engine::weights::Weights;
 use gguf::TensorType;
 use std::path::Path;
 use support::ready::{self, Quantiser};
-use support::{AllLogits, Sequence, Setup, cpu, models, run};
+use support::short::{distance, logits, options};
+use support::{AllLogits, cpu, models};
 use tempfile::TempDir;
 
 const NAMES: [&str; 3] = ["tiny-llama", "tiny-mistral", "tiny-mpt"];
 const KEPT: [TensorType; 3] = [TensorType::Q8_0, TensorType::Q4_0, TensorType::Q4_1];
 
-fn logits<B: Backend>(
-    path: &Path,
-    weights: WeightDtype,
-    ranks: u32,
-    backend: impl Fn() -> B + Sync,
-) -> AllLogits
-where
-    B::Buf: AsRef<[f32]> + AsMut<[f32]>,
-{
-    let setup = Setup {
-        weights,
-        ..Setup::new(ranks, KvDtype::F32)
-    };
-    let sequence = |len: u32, first: u32| Sequence {
-        tokens: (0..len).map(|i| (first + i * 37) % 2048).collect(),
-        prefill: len as usize,
-    };
-    let sequences = [sequence(30, 5), sequence(9, 400)];
-    run(path, setup, backend, &sequences)
-}
-
 fn reference(path: &Path, weights: WeightDtype) -> AllLogits {
     logits(path, weights, 1, || ReferenceBackend)
-}
-
-/// Root of the mean square of the differences, as a share of the spread of the second ones.
-fn distance(a: &AllLogits, b: &AllLogits) -> f64 {
-    let numbers = |all: &AllLogits| -> Vec<f64> {
-        let rows = all.iter().flatten();
-        rows.flatten().map(|x| f64::from(*x)).collect()
-    };
-    let (a, b) = (numbers(a), numbers(b));
-    let mean = b.iter().sum::<f64>() / b.len() as f64;
-    let off: f64 = a.iter().zip(&b).map(|(a, b)| (a - b).powi(2)).sum();
-    let spread: f64 = b.iter().map(|b| (b - mean).powi(2)).sum();
-    (off / spread).sqrt()
-}
-
-fn options(weight_dtype: WeightDtype) -> RunnerOptions {
-    RunnerOptions {
-        weight_dtype,
-        kv_dtype: KvDtype::Bf16,
-        blocks: 9,
-        step_tokens_max: 40,
-        spans_max: 3,
-        generation: 1,
-    }
 }
 
 /// Embedding and head, which are kept in bf16.

@@ -5,6 +5,7 @@ pub mod groups;
 pub mod naive;
 pub mod ready;
 pub mod recorder;
+pub mod short;
 
 use engine::backend::cpu::{CpuBackend, Pool};
 use engine::backend::{Backend, KvDtype, WeightDtype};

@@ -50,8 +50,8 @@ pub struct Facts<'a> {
     pub eos: Option<u32>,
     /// The token for what is unknown.
     pub unk: Option<u32>,
-    /// Further tokens that end an answer: those of a turn and of a message.
-    ends: Vec<u32>,
+    /// Ids that end an answer.
+    pub end_ids: Vec<u32>,
     /// Whether texts are given the begin token, if it says so.
     pub adds_bos: Option<bool>,
     /// Whether texts are given the end token.
@@ -71,7 +71,6 @@ impl<'a> Facts<'a> {
         let tokens = texts(gguf, TOKENS)?.with_context(|| format!("it has no {TOKENS}"))?;
         let kinds = kinds(gguf, tokens.len())?;
         let id = |name: &str| id(gguf, name, tokens.len());
-        let ends = [id("eot")?, id("eom")?];
         Ok(Facts {
             model,
             pre: gguf.text("tokenizer.ggml.pre")?,
@@ -81,7 +80,7 @@ impl<'a> Facts<'a> {
             bos: id("bos")?,
             eos: id("eos")?,
             unk: id("unknown")?,
-            ends: ends.into_iter().flatten().collect(),
+            end_ids: end_ids(gguf, tokens.len())?,
             adds_bos: gguf.flag("tokenizer.ggml.add_bos_token")?,
             adds_eos: gguf.flag("tokenizer.ggml.add_eos_token")?.unwrap_or(false),
             adds_blank: gguf.flag("tokenizer.ggml.add_space_prefix")?,
@@ -106,13 +105,6 @@ impl<'a> Facts<'a> {
     pub fn id(&self, token: &str) -> Option<u32> {
         self.ids.get(token).copied()
     }
-
-    /// Ids that end an answer.
-    pub fn end_ids(&self) -> Vec<u32> {
-        let mut all: Vec<u32> = self.eos.into_iter().chain(self.ends.clone()).collect();
-        all.dedup();
-        all
-    }
 }
 
 fn texts<'a>(gguf: &'a Gguf, key: &str) -> Result<Option<&'a Texts>> {
@@ -121,6 +113,16 @@ fn texts<'a>(gguf: &'a Gguf, key: &str) -> Result<Option<&'a Texts>> {
         texts.with_context(|| format!("{key} is {}; it should be a list of texts", value.shown()))
     };
     gguf.get(key).map(texts).transpose()
+}
+
+/// Ids that end an answer: a text, a turn or a message.
+pub fn end_ids(gguf: &Gguf, tokens: usize) -> Result<Vec<u32>> {
+    let mut all = Vec::new();
+    for name in ["eos", "eot", "eom"] {
+        all.extend(id(gguf, name, tokens)?);
+    }
+    all.dedup();
+    Ok(all)
 }
 
 /// The id under a name: one of a token, or none.

@@ -68,31 +68,18 @@ impl GgufText {
         Ok(GgufText {
             tokenizer: Tokenizer::parse(&serde_json::to_vec(&json)?)?,
             template: template(gguf, &facts)?,
-            end_ids: facts.end_ids(),
+            end_ids: facts.end_ids,
         })
     }
 }
-
-/// The keys of ids that end an answer: of a text, of a turn, of a message.
-const END_KEYS: [&str; 3] = [
-    "tokenizer.ggml.eos_token_id",
-    "tokenizer.ggml.eot_token_id",
-    "tokenizer.ggml.eom_token_id",
-];
 
 /// Ids that end an answer, of a file whose tokenizer is not used.
 ///
 /// # Errors
 /// Names the file, and the key that is wrong.
 pub fn end_ids(path: &Path) -> Result<Vec<u32>> {
-    let read = || -> Result<Vec<u32>> {
-        let gguf = header(path)?;
-        END_KEYS
-            .iter()
-            .filter_map(|key| gguf.count(key).transpose())
-            .map(|id| Ok(u32::try_from(id?)?))
-            .collect()
-    };
+    // The tokens are another's, and so is their number.
+    let read = || facts::end_ids(&header(path)?, u32::MAX as usize);
     read().with_context(|| format!("{}: no end tokens from it", path.display()))
 }
 
