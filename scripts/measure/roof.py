@@ -17,7 +17,7 @@ class Limits:
     def __init__(self, values):
         self.values = values
         self.read = float(values["read"][0]) * 1e9
-        self.f32 = float(values["f32"][0]) * 1e9
+        self.bf16 = float(values["bf16"][0]) * 1e9
         self.int8 = float(values["int8"][0]) * 1e9
 
     @staticmethod
@@ -67,7 +67,7 @@ class Shape:
     def roof(self, limits, quantization, clients, prompt, output):
         """Output tokens per second with everything at its limit: prompts at the arithmetic's, decodes at that or at the
         bandwidth's, whichever is slower, all clients in one batch."""
-        peak = limits.f32 if quantization == "none" else limits.int8
+        peak = limits.bf16 if quantization == "none" else limits.int8
         weights = self.layer_weights + self.head_weights
         prefill_s = 2 * self.layer_weights * prompt / peak
         cached = KV_BYTES * self.kv_width * (prompt + output / 2)

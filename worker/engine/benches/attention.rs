@@ -155,7 +155,13 @@ impl Scene {
         let seconds = time(criterion, "decode attention", name, work, || {
             self.attend(&decode);
         });
-        report(name, seconds, flops, bytes, limits);
+        report(
+            name,
+            seconds,
+            flops,
+            bytes,
+            (limits.arithmetic.f32, limits.read_gb_per_s),
+        );
     }
 
     /// All tokens of a sequence, each of which sees half of them in the mean.
@@ -167,7 +173,13 @@ impl Scene {
         let seconds = time(criterion, "prefill attention", name, work, || {
             self.attend(&prompt);
         });
-        report(name, seconds, flops, 0, limits);
+        report(
+            name,
+            seconds,
+            flops,
+            0,
+            (limits.arithmetic.f32, limits.read_gb_per_s),
+        );
     }
 
     fn attend(&mut self, batch: &Batch) {

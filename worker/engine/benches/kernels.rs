@@ -160,11 +160,11 @@ const fn size(shape: PackedShape) -> (usize, usize) {
     }
 }
 
-/// The peak of the arithmetic that a form's products are made of.
+/// The peak of the arithmetic that a form's products are made of; floats are bf16 here.
 fn peak(shape: PackedShape, limits: Limits) -> f64 {
     match shape {
-        PackedShape::Float(_) => limits.gflops,
-        PackedShape::Quantised(_) => limits.int8_gops,
+        PackedShape::Float(_) => limits.arithmetic.bf16,
+        PackedShape::Quantised(_) => limits.arithmetic.int8,
     }
 }
 
@@ -186,10 +186,7 @@ fn products(criterion: &mut Criterion, pool: &Arc<Pool>, limits: Limits, shape: 
                 black_box(&y);
             },
         );
-        let limits = Limits {
-            gflops: peak(shape, limits),
-            ..limits
-        };
+        let limits = (peak(shape, limits), limits.read_gb_per_s);
         report(&format!("m={m}"), seconds, flops, matrices.bytes, limits);
     }
 }

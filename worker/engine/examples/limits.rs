@@ -5,7 +5,7 @@
 //! Prints lines of `name value unit`. One thread is pinned to each core that this process may use, or
 //! `TANDEM_BENCH_THREADS` to the first of them.
 
-use engine::backend::cpu::limits::{self, Limits};
+use engine::backend::cpu::limits::{self, Arithmetic, Limits};
 use engine::backend::cpu::{Isa, Path, Pool, allowed_cores};
 
 fn main() {
@@ -22,12 +22,17 @@ fn main() {
     println!("threads {threads} -");
     println!("cache {} bytes", limits::cache_bytes().unwrap_or(0));
     println!("read {:.2} GB/s", limits.read_gb_per_s);
-    println!("f32 {:.1} GFLOP/s", limits.gflops);
-    println!("int8 {:.1} GOP/s", limits.int8_gops);
+    show("", limits.arithmetic);
     for isa in Path::ALL.into_iter().filter_map(Isa::new) {
-        let (gflops, int8_gops) = limits::arithmetic(isa, &pool);
-        let path = isa.path().name();
-        println!("f32.{path} {gflops:.1} GFLOP/s");
-        println!("int8.{path} {int8_gops:.1} GOP/s");
+        show(
+            &format!(".{}", isa.path().name()),
+            limits::arithmetic(isa, &pool),
+        );
     }
+}
+
+fn show(path: &str, arithmetic: Arithmetic) {
+    println!("f32{path} {:.1} GFLOP/s", arithmetic.f32);
+    println!("bf16{path} {:.1} GFLOP/s", arithmetic.bf16);
+    println!("int8{path} {:.1} GOP/s", arithmetic.int8);
 }

@@ -38,12 +38,14 @@ fn main() -> Result<(), Failure> {
     pool.pin_caller();
     let limits = Limits::measure(Isa::detect(), &pool)?;
     println!(
-        "limits path={} threads={} read_gb_per_s={:.1} f32_gflops={:.0} int8_gops={:.0}",
+        "limits path={} threads={} read_gb_per_s={:.1} f32_gflops={:.0} bf16_gflops={:.0} \
+         int8_gops={:.0}",
         Isa::detect().path().name(),
         options.threads,
         limits.read_gb_per_s,
-        limits.gflops,
-        limits.int8_gops
+        limits.arithmetic.f32,
+        limits.arithmetic.bf16,
+        limits.arithmetic.int8
     );
     let runner_options = options.runner();
     let footprint = Footprint::of_checkpoint::<CpuBackend>(&checkpoint, 0, 1, &runner_options)?;
@@ -318,9 +320,9 @@ impl Bench {
 
     fn show(&self, what: &str, tokens: usize, seconds: Vec<f64>, bytes: f64, flops: f64) {
         let peak = if self.costs.in_int8() {
-            self.limits.int8_gops
+            self.limits.arithmetic.int8
         } else {
-            self.limits.gflops
+            self.limits.arithmetic.bf16
         };
         let roof = (bytes / self.limits.read_gb_per_s).max(flops / peak) / 1e9;
         let median = seconds[seconds.len() / 2];

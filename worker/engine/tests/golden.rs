@@ -11,7 +11,7 @@ use engine::backend::{Backend, KvDtype, WeightDtype};
 use safetensors::SafeTensors;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use support::{Sequence, Setup, cpu, models, run};
+use support::{Sequence, Setup, cpu, cpu_as_served, models, run};
 
 #[derive(Deserialize)]
 struct Golden {
@@ -316,6 +316,9 @@ goldens! {
     mpt_with_bf16_cache_is_near_transformers: "tiny-mpt", 1, Bf16, cpu;
     mpt_with_bf16_cache_on_2_ranks_is_near_transformers: "tiny-mpt", 2, Bf16, cpu;
     mpt_with_bf16_cache_on_4_ranks_is_near_transformers: "tiny-mpt", 4, Bf16, cpu;
+    llama_as_served_is_near_transformers: "tiny-llama", 1, Bf16, cpu_as_served;
+    mistral_as_served_on_2_ranks_is_near_transformers: "tiny-mistral", 2, Bf16, cpu_as_served;
+    mpt_as_served_is_near_transformers: "tiny-mpt", 1, Bf16, cpu_as_served;
     the_reference_runs_llama_as_transformers: "tiny-llama", 1, F32, || ReferenceBackend;
     the_reference_runs_llama_on_4_ranks_as_transformers: "tiny-llama", 4, Bf16, || ReferenceBackend;
     the_reference_runs_mistral_as_transformers: "tiny-mistral", 1, F32, || ReferenceBackend;

@@ -19,9 +19,11 @@ pub fn begin() -> (Arc<Pool>, Limits, Criterion) {
     pool.pin_caller();
     let limits = Limits::measure(Isa::detect(), &pool).expect("memory");
     println!(
-        "{} on {threads} threads: {:.1} GFLOP/s, {:.1} GB/s read",
+        "{} on {threads} threads: {:.1} GFLOP/s of f32, {:.1} of bf16, {:.1} GOP/s of int8, {:.1} GB/s read",
         Isa::detect().path().name(),
-        limits.gflops,
+        limits.arithmetic.f32,
+        limits.arithmetic.bf16,
+        limits.arithmetic.int8,
         limits.read_gb_per_s
     );
     let criterion = Criterion::default()

@@ -101,7 +101,7 @@ impl<B: Backend> Twins<B> {
 
     fn input_values(&mut self, len: usize, size: f32) -> Vec<f32> {
         let mut values = self.random.numbers(len, size);
-        if self.promises.rounds {
+        if self.promises.rounds_inputs {
             for value in &mut values {
                 *value = bf16::from_f32(*value).to_f32();
             }

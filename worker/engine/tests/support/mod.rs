@@ -7,7 +7,7 @@ pub mod ready;
 pub mod recorder;
 pub mod short;
 
-use engine::backend::cpu::{CpuBackend, Pool};
+use engine::backend::cpu::{CpuBackend, Isa, Path as InstructionPath, Pool};
 use engine::backend::{Backend, KvDtype, WeightDtype};
 use engine::collective::{AbortHandle, Collective, CollectiveError};
 use engine::model_runner::{ModelRunner, RunnerOptions};
@@ -17,10 +17,23 @@ use engine::runner::{PoolRows, Runner};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Barrier, Mutex};
 
-/// A CPU backend with one thread, as each rank of a test has.
+/// A CPU backend with one thread, as each rank of a test has, and the fastest instructions that round no activation: what
+/// it computes is near transformers' f32.
 pub fn cpu() -> CpuBackend {
+    let mut exact = InstructionPath::ALL
+        .into_iter()
+        .filter(|path| *path != InstructionPath::Avx512Bf16);
+    cpu_on(exact.find_map(Isa::new).expect("a portable path"))
+}
+
+/// The same with the instructions that a worker takes, which may round activations to bf16.
+pub fn cpu_as_served() -> CpuBackend {
+    cpu_on(Isa::detect())
+}
+
+fn cpu_on(isa: Isa) -> CpuBackend {
     let pool = Pool::new(1, &[]).expect("a thread");
-    CpuBackend::new(pool).expect("memory for a test")
+    CpuBackend::with_isa(pool, isa).expect("memory for a test")
 }
 
 /// Where the tiny models and their goldens lie.

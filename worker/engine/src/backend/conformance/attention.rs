@@ -211,7 +211,7 @@ pub(super) fn near<B: Backend>(twins: &mut Twins<B>, dtype: KvDtype) {
                     );
                     // Scores of hundreds: their rounding alone moves a softmax by some 1e-4.
                     let tolerance = if scale > 1.0 { 1e-3 } else { SUMS };
-                    let tolerance = twins.promises.attended(tolerance);
+                    let tolerance = twins.promises.attended(tolerance, dtype);
                     twins.compare(&what, &out, batch.len() * heads.q_width(), tolerance);
                 }
             }

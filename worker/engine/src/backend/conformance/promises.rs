@@ -15,7 +15,10 @@ pub struct Promises {
     pub quantised: bool,
     /// Whether activations are rounded to 127 steps on their way into a product of quantised weights.
     pub steps: bool,
-    /// Whether what goes into a product is rounded to bf16, and so is what an op leaves for a product alone.
+    /// Whether activations are rounded to bf16 on their way into a product of bf16 weights, and queries and the weights of
+    /// values where the cache is bf16.
+    pub rounds_inputs: bool,
+    /// Whether an op rounds to bf16 what it leaves for a product alone.
     pub rounds: bool,
     /// Whether a row of a product or of attention has the same bits whatever rows are computed with it.
     pub rows_alone: bool,
@@ -29,6 +32,7 @@ impl Promises {
         head_widths: &[],
         quantised: true,
         steps: true,
+        rounds_inputs: false,
         rounds: false,
         rows_alone: true,
     };
@@ -38,9 +42,13 @@ impl Promises {
         if self.rounds { 1.0 / 256.0 } else { tolerance }
     }
 
-    /// Tolerance of attention. Where it rounds, it rounds the weights of the values too.
-    pub fn attended(&self, tolerance: f32) -> f32 {
-        if self.rounds { 0.02 } else { tolerance }
+    /// Tolerance of attention. Where queries are rounded, the weights of the values are too.
+    pub fn attended(&self, tolerance: f32, cache: KvDtype) -> f32 {
+        if self.rounds_inputs && cache == KvDtype::Bf16 {
+            0.02
+        } else {
+            tolerance
+        }
     }
 
     /// Whether it has attention for heads of this width.

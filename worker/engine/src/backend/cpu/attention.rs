@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use super::isa::Isa;
-use super::kv::{CpuKv, HeadBlocks, KvElement, KvValues, head_blocks};
+use super::kv::{CpuKv, HeadBlocks, KvElement, KvValues, Paired, head_blocks};
 use super::pool::{Base, Pool};
 use crate::backend::{Attention, Batch, BatchSpan, Heads};
 use merge::{Merge, record_len};
@@ -114,6 +114,12 @@ impl AttentionSpace {
             KvValues::F32(values) => self.run_items(pool, batch, call, &|head| {
                 head_blocks(kv.shape, values.as_ref(), layer, head)
             }),
+            KvValues::Bf16(values) if isa.multiplies_pairs() => {
+                let values: &[Paired] = bytemuck::cast_slice(values.as_ref());
+                self.run_items(pool, batch, call, &|head| {
+                    head_blocks(kv.shape, values, layer, head)
+                });
+            }
             KvValues::Bf16(values) => self.run_items(pool, batch, call, &|head| {
                 head_blocks(kv.shape, values.as_ref(), layer, head)
             }),

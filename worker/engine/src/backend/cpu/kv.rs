@@ -13,7 +13,8 @@ use super::pool::{Base, Pool};
 use super::simd::{LANES, Simd};
 use crate::backend::{Batch, DeviceError, Heads, KvDtype, KvShape};
 use crate::plan::BLOCK_TOKENS;
-pub(super) use element::{Format, KvElement};
+use element::KvWrite;
+pub(super) use element::{Format, KvElement, Paired};
 
 mod element;
 
@@ -161,7 +162,7 @@ pub(super) struct Rows<'a> {
     pub(super) cos_sin: Option<&'a [f32]>,
 }
 
-fn write<E: KvElement>(
+fn write<E: KvWrite>(
     isa: Isa,
     pool: &Pool,
     shape: KvShape,
@@ -192,7 +193,7 @@ struct WriteHead<'a, E> {
     values: &'a mut [E],
 }
 
-impl<E: KvElement> Kernel for WriteHead<'_, E> {
+impl<E: KvWrite> Kernel for WriteHead<'_, E> {
     type Output = ();
 
     #[inline(always)]

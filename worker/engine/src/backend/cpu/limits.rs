@@ -10,7 +10,7 @@ use super::Pool;
 use super::isa::Isa;
 use super::memory::Memory;
 use crate::backend::DeviceError;
-use arithmetic::{Multiply, multiply_int8};
+use arithmetic::{Multiply, multiply_bf16, multiply_int8};
 use reading::Read;
 
 mod arithmetic;
@@ -34,12 +34,21 @@ const ROUNDS: usize = 50_000;
 /// The limits of a pool's threads together.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Billions of f32 additions and multiplications per second, two per fused one.
-    pub gflops: f64,
-    /// Billions of int8 additions and multiplications per second, summed in int32.
-    pub int8_gops: f64,
+    /// The peaks, of the instructions that the path's kernels multiply with.
+    pub arithmetic: Arithmetic,
     /// Billions of bytes per second read from memory.
     pub read_gb_per_s: f64,
+}
+
+/// Billions of additions and multiplications per second, two per fused one.
+#[derive(Debug, Clone, Copy)]
+pub struct Arithmetic {
+    /// Of f32.
+    pub f32: f64,
+    /// Of bf16 weights: of f32 where they are widened, else of bf16 summed in f32.
+    pub bf16: f64,
+    /// Of int8, summed in int32.
+    pub int8: f64,
 }
 
 impl Limits {
@@ -49,21 +58,21 @@ impl Limits {
     /// # Errors
     /// [`DeviceError::OutOfMemory`].
     pub fn measure(isa: Isa, pool: &Pool) -> Result<Limits, DeviceError> {
-        let (gflops, int8_gops) = arithmetic(isa, pool);
         Ok(Limits {
-            gflops,
-            int8_gops,
+            arithmetic: arithmetic(isa, pool),
             read_gb_per_s: read_gb_per_s(isa, pool)?,
         })
     }
 }
 
-/// The arithmetic alone, as [`Limits::gflops`] and [`Limits::int8_gops`].
+/// The arithmetic alone.
 #[must_use]
-pub fn arithmetic(isa: Isa, pool: &Pool) -> (f64, f64) {
-    let f32 = arithmetic_rate(pool, &|| isa.run(Multiply { rounds: ROUNDS }));
-    let int8 = arithmetic_rate(pool, &|| multiply_int8(isa, ROUNDS));
-    (f32, int8)
+pub fn arithmetic(isa: Isa, pool: &Pool) -> Arithmetic {
+    Arithmetic {
+        f32: arithmetic_rate(pool, &|| isa.run(Multiply { rounds: ROUNDS })),
+        bf16: arithmetic_rate(pool, &|| multiply_bf16(isa, ROUNDS)),
+        int8: arithmetic_rate(pool, &|| multiply_int8(isa, ROUNDS)),
+    }
 }
 
 /// Bytes of the last cache before memory, as the system tells; it may be shared with others.
@@ -148,10 +157,10 @@ mod tests {
         let limits = Limits::measure(Isa::detect(), &pool).unwrap();
         assert!(limits.read_gb_per_s > 0.1, "{limits:?}");
         for isa in super::super::Path::ALL.into_iter().filter_map(Isa::new) {
-            let (gflops, int8_gops) = arithmetic(isa, &pool);
+            let found = arithmetic(isa, &pool);
             assert!(
-                gflops > 0.1 && int8_gops > 0.1,
-                "{isa:?}: {gflops}, {int8_gops}"
+                found.f32 > 0.1 && found.bf16 > 0.1 && found.int8 > 0.1,
+                "{isa:?}: {found:?}"
             );
         }
     }

@@ -13,6 +13,8 @@ use crate::backend::{
 
 mod activations;
 mod float;
+#[cfg(target_arch = "x86_64")]
+mod pairs;
 mod quantised;
 #[cfg(test)]
 mod tests;
@@ -173,6 +175,8 @@ impl CpuLinear {
         let panels = self.panels.as_ref();
         match &self.form {
             Form::F32 => float::multiply::<f32>(on, product, panels, scratch),
+            #[cfg(target_arch = "x86_64")]
+            Form::Bf16 if on.0.multiplies_pairs() => pairs::multiply(on, product, panels, scratch),
             Form::Bf16 => float::multiply::<u16>(on, product, panels, scratch),
             Form::Quantised(layout) => quantised::multiply(on, product, layout, panels, scratch),
         }

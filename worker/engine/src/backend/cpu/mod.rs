@@ -4,7 +4,7 @@
 //! (`simd`) and compiled for each instruction path (`isa`); the choice falls once, when the backend is made. Rows
 //! have the same bits whatever the batch, the chunks and the threads are, and the same on all machines of one path.
 //!
-//! Read in this order: `simd`, `dots`, `isa`, `float_tile` and `dot_tile` (the inner loops), `linear`, `kv`, `attention`,
+//! Read in this order: `simd`, `dots`, `isa`, `float_tile`, `pair_tile` and `dot_tile` (the inner loops), `linear`, `kv`, `attention`,
 //! `rows`, `ops`, `pool`. Unsafe code stands in these, in `thread` and in `limits`, nowhere else.
 
 use std::sync::Arc;
@@ -39,6 +39,9 @@ mod linear;
 mod memory;
 #[allow(unsafe_code)]
 mod ops;
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+mod pair_tile;
 #[allow(unsafe_code)]
 mod pool;
 #[allow(unsafe_code)]
@@ -59,7 +62,7 @@ pub use pool::Pool;
 pub use thread::{allowed_cores, bind_thread};
 
 /// Counts changes of the kernels that change any bit of a result.
-const KERNELS_VERSION: u32 = 2;
+const KERNELS_VERSION: u32 = 3;
 /// Counts changes of the bytes that a matrix is packed to: those of another layout are never mapped.
 pub const LAYOUT_VERSION: u32 = 2;
 

@@ -8,6 +8,8 @@
 // is read or written.
 #![allow(clippy::missing_safety_doc)]
 
+use half::bf16;
+
 use super::float_tile::{FloatTile, Weight};
 
 #[cfg(target_arch = "x86_64")]
@@ -79,6 +81,63 @@ pub(super) trait Simd: Copy + 'static {
     unsafe fn store_low_bytes(to: *mut u8, a: Self::V);
     /// Asks for the line of memory at `at`.
     unsafe fn prefetch(at: *const u8);
+
+    /// 32 numbers rounded to bf16, ties to even and denormal ones to zero: the bits of 16 pairs of neighbours. Here and in
+    /// [`Simd::dot_pairs`] the processor of an AVX-512 path multiplies pairs; other paths have slow twins of it for tests.
+    #[inline(always)]
+    unsafe fn round_pairs(first: Self::V, second: Self::V) -> Self::V {
+        let (mut numbers, mut pairs) = ([0.0; 2 * LANES], [0.0; LANES]);
+        // SAFETY: as for this function; the arrays have room.
+        unsafe {
+            Self::store(numbers.as_mut_ptr(), first);
+            Self::store(numbers.as_mut_ptr().wrapping_add(LANES), second);
+            for (pair, two) in pairs.iter_mut().zip(numbers.chunks_exact(2)) {
+                let [low, high] = [two[0], two[1]].map(|x| {
+                    let x = if x.is_subnormal() {
+                        0.0_f32.copysign(x)
+                    } else {
+                        x
+                    };
+                    u32::from(bf16::from_f32(x).to_bits())
+                });
+                *pair = f32::from_bits(high << 16 | low);
+            }
+            Self::load(pairs.as_ptr())
+        }
+    }
+
+    /// `sums + w[1] x[1] + w[0] x[0]` of 16 pairs of bf16 given by their bits, each sum rounded, denormal numbers zeros.
+    #[inline(always)]
+    unsafe fn dot_pairs(sums: Self::V, w: Self::V, x: Self::V) -> Self::V {
+        let [mut sum, mut a, mut b] = [[0.0; LANES]; 3];
+        let flush = |x: f32| {
+            if x.is_subnormal() {
+                0.0_f32.copysign(x)
+            } else {
+                x
+            }
+        };
+        let widen = |bits: f32| {
+            let bits = bits.to_bits();
+            [
+                f32::from_bits(bits << 16),
+                f32::from_bits(bits & HIGH_HALVES),
+            ]
+            .map(flush)
+        };
+        // SAFETY: as for this function; the arrays have room.
+        unsafe {
+            Self::store(sum.as_mut_ptr(), sums);
+            Self::store(a.as_mut_ptr(), w);
+            Self::store(b.as_mut_ptr(), x);
+            for (sum, (a, b)) in sum.iter_mut().zip(a.into_iter().zip(b)) {
+                let ([a0, a1], [b0, b1]) = (widen(a), widen(b));
+                *sum = flush(a1.mul_add(b1, flush(*sum)));
+                *sum = flush(a0.mul_add(b0, *sum));
+            }
+            Self::load(sum.as_ptr())
+        }
+    }
 
     #[inline(always)]
     unsafe fn zero() -> Self::V {

@@ -27,6 +27,7 @@ const PROMISES: Promises = Promises {
     head_widths: &bytes::HEAD_WIDTHS,
     quantised: true,
     steps: false,
+    rounds_inputs: true,
     rounds: true,
     rows_alone: false,
 };

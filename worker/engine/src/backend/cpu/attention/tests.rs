@@ -89,12 +89,14 @@ fn long_contexts_are_near_the_reference_on_every_path() {
         for window in [None, Some(PART + 100), Some(40)] {
             let expected = attend(&mut ReferenceBackend, (heads, dtype), window, &queries);
             for isa in Path::ALL.into_iter().filter_map(Isa::new) {
+                let rounds = isa.multiplies_pairs() && dtype == KvDtype::Bf16;
+                let tolerance = if rounds { 3e-3 } else { 3e-5 };
                 for pool in &pools {
                     let mut backend = CpuBackend::with_isa(pool.clone(), isa).unwrap();
                     let found = attend(&mut backend, (heads, dtype), window, &queries);
                     for (found, expected) in found.iter().zip(&expected) {
                         assert!(
-                            (found - expected).abs() < 3e-5,
+                            (found - expected).abs() < tolerance,
                             "{heads:?}, {dtype:?}, window {window:?}, {:?}: {found}, expected {expected}",
                             isa.path()
                         );

@@ -14,6 +14,8 @@ pub(super) const ROWS_MAX: usize = 12;
 /// How many blocks of values ahead of the sums lines are asked for: a block is done in less time than memory answers.
 pub(super) const AHEAD: usize = 4;
 
+/// Where pairs are multiplied, activations are pairs too, and `k` counts those.
+///
 /// `y[i][16 p + r] = sum_s sum_k x[i][16 s + k] * w[s][p][r][k]`.
 ///
 /// For scores there is one step and panel `p` is block `p` of keys; for outputs step `s` is a block of values and `p` its
@@ -118,7 +120,11 @@ impl<E: KvElement> Tile<'_, E> {
                             std::array::from_fn(|p| block.wrapping_add(first + p * panel_len))
                         };
                         let (w, next) = (of(self.blocks[step]), of(self.blocks[step + AHEAD]));
-                        let x = self.x.wrapping_add(token);
+                        let x = self.x.wrapping_add(if E::FORMAT == Format::Pairs {
+                            token / 2
+                        } else {
+                            token
+                        });
                         Self::add::<S, P, M>(&mut sums, w, next, x, PANEL.min(count - token));
                     }
                 }
@@ -168,6 +174,39 @@ impl<E: KvElement> Tile<'_, E> {
                             weights[p] = S::load_i8(w[p].wrapping_add(at));
                         }
                         add_products::<S, P, M>(sums, weights, x.wrapping_add(k));
+                    }
+                }
+                Format::Pairs => {
+                    let w = w.map(<*const E>::cast::<u16>);
+                    for pair in 0..k / 2 {
+                        let at = pair.wrapping_mul(2 * PANEL);
+                        let mut weights = [S::zero(); P];
+                        for p in 0..P {
+                            S::prefetch(next[p].wrapping_add(at).cast());
+                            weights[p] = S::load_aligned(w[p].wrapping_add(at).cast());
+                        }
+                        for (i, sums) in sums.iter_mut().enumerate() {
+                            let x = x.wrapping_add(i.wrapping_mul(STRIDE).wrapping_add(pair));
+                            let x = S::splat_at(x);
+                            for (sum, weights) in sums.iter_mut().zip(weights) {
+                                *sum = S::dot_pairs(*sum, weights, x);
+                            }
+                        }
+                    }
+                    if k % 2 == 1 {
+                        // The same sum as with a zero for the other number, which may be no number here.
+                        let pair = k / 2;
+                        let mut weights = [S::zero(); P];
+                        for p in 0..P {
+                            weights[p] = S::load_even(w[p].wrapping_add(pair * 2 * PANEL));
+                        }
+                        for (i, sums) in sums.iter_mut().enumerate() {
+                            let x = *x.wrapping_add(i * STRIDE + pair);
+                            let x = S::splat(f32::from_bits(x.to_bits() << 16));
+                            for (sum, weights) in sums.iter_mut().zip(weights) {
+                                *sum = S::dot_pairs(*sum, weights, x);
+                            }
+                        }
                     }
                 }
                 Format::Bf16 => {

@@ -23,7 +23,7 @@ const KEY_PANELS: usize = 2;
 /// One thread's numbers for some vectors.
 #[derive(Debug, Default)]
 pub(super) struct VectorSpace {
-    /// `[vectors][STRIDE]`: queries, scaled.
+    /// `[vectors][STRIDE]`: see [`Vectors::take_queries`].
     queries: Vec<f32>,
     /// `[ROWS_MAX][STRIDE]`: scores of one tile, then weights.
     scores: Vec<f32>,
@@ -60,7 +60,7 @@ impl<E: KvElement> Vectors<'_, E> {
         self.rows.len() * self.call.shared_by()
     }
 
-    /// Copies the queries, scaled.
+    /// Copies the queries: scaled, but where they are rounded, of which the scores are scaled.
     pub(super) fn take_queries(&self, space: &mut VectorSpace) {
         let Heads { width, .. } = self.call.heads;
         let group = self.call.shared_by() * width;
@@ -69,20 +69,33 @@ impl<E: KvElement> Vectors<'_, E> {
             row[..group].chunks_exact(width)
         });
         for (query, from) in space.queries.chunks_exact_mut(STRIDE).zip(rows) {
-            for (query, x) in query.iter_mut().zip(from) {
-                *query = x * self.call.scale;
+            if E::FORMAT == Format::Pairs {
+                query[..width].copy_from_slice(from);
+                self.call.isa.run_pairs(PairUp {
+                    row: query,
+                    len: width,
+                });
+            } else {
+                for (query, x) in query.iter_mut().zip(from) {
+                    *query = x * self.call.scale;
+                }
             }
         }
     }
 
     /// Computes the vectors' records of part `part` of the context.
     pub(super) fn find(&self, part: usize, space: &mut VectorSpace, records: &mut [f32]) {
-        self.call.isa.run(Find {
+        let find = Find {
             vectors: self,
             part,
             space,
             records,
-        });
+        };
+        if E::FORMAT == Format::Pairs {
+            self.call.isa.run_pairs(find);
+        } else {
+            self.call.isa.run(find);
+        }
     }
 
     /// Writes the outputs of merged records to their tokens and heads.
@@ -96,6 +109,35 @@ impl<E: KvElement> Vectors<'_, E> {
             // SAFETY: inside the output; the columns of this item's rows and heads are written by this item alone.
             let out = unsafe { std::slice::from_raw_parts_mut(self.call.out.at(start), width) };
             self.call.isa.run(Divide { record, out });
+        }
+    }
+}
+
+/// Rounds the first numbers of a row to bf16, two in the place of one, the last beside zeros.
+struct PairUp<'a> {
+    row: &'a mut [f32],
+    len: usize,
+}
+
+impl Kernel for PairUp<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let all = self.len.next_multiple_of(2 * LANES);
+        let row = &mut self.row[..all];
+        row[self.len..].fill(0.0);
+        let from = row.as_mut_ptr();
+        for i in (0..all).step_by(2 * LANES) {
+            // SAFETY: two vectors are read inside the row, and their pairs written no further behind; the features are the
+            // caller's promise.
+            unsafe {
+                let (first, second) = (
+                    S::load(from.wrapping_add(i)),
+                    S::load(from.wrapping_add(i + LANES)),
+                );
+                S::store(from.wrapping_add(i / 2), S::round_pairs(first, second));
+            }
         }
     }
 }
@@ -143,6 +185,10 @@ impl<E: KvElement> Kernel for Find<'_, '_, E> {
                 {
                     let record = &mut record[record_len - LANES..];
                     scene.softmax::<S>(i, scores, (key_scales, value_scales), record);
+                    if E::FORMAT == Format::Pairs {
+                        let len = scene.blocks * BLOCK_TOKENS;
+                        PairUp { row: scores, len }.run::<S>();
+                    }
                 }
                 scene.outputs::<S>(scores, records);
             }
@@ -219,6 +265,15 @@ impl<'a, 'b, E: KvElement> Scene<'a, 'b, E> {
         }
     }
 
+    #[inline(always)]
+    fn run(&self, tile: Tile<'_, E>) {
+        if E::FORMAT == Format::Pairs {
+            self.all.call.isa.run_pairs(tile);
+        } else {
+            self.all.call.isa.run(tile);
+        }
+    }
+
     /// The product of all queries with the keys of all blocks.
     #[inline(always)]
     unsafe fn scores<S: Simd>(&self, queries: &[f32], scores: &mut [f32]) {
@@ -226,7 +281,7 @@ impl<'a, 'b, E: KvElement> Scene<'a, 'b, E> {
         let mut block = 0;
         while block < self.blocks {
             let panels = panels_of::<S>(rows, KEY_PANELS.min(self.blocks - block));
-            self.all.call.isa.run(Tile {
+            self.run(Tile {
                 rows,
                 panels,
                 blocks: &self.key_blocks[block..],
@@ -302,7 +357,11 @@ impl<'a, 'b, E: KvElement> Scene<'a, 'b, E> {
             let step = S::splat(LANES as f32);
             let mut largest = S::splat(f32::NEG_INFINITY);
             for block in scores.chunks_exact_mut(LANES) {
-                let score = S::fma(slope, distance, S::load(block.as_ptr()));
+                let mut score = S::load(block.as_ptr());
+                if E::FORMAT == Format::Pairs {
+                    score = S::mul(score, S::splat(call.scale));
+                }
+                let score = S::fma(slope, distance, score);
                 S::store(block.as_mut_ptr(), score);
                 largest = S::max(largest, score);
                 distance = S::add(distance, step);
@@ -334,7 +393,7 @@ impl<'a, 'b, E: KvElement> Scene<'a, 'b, E> {
         let mut panel = 0;
         while panel < count {
             let panels = panels_of::<S>(rows, count - panel);
-            self.all.call.isa.run(Tile {
+            self.run(Tile {
                 rows,
                 panels,
                 blocks: &self.value_blocks,

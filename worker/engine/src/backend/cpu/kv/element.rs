@@ -11,6 +11,8 @@ use crate::plan::BLOCK_TOKENS;
 pub(in super::super) enum Format {
     F32,
     Bf16,
+    /// As bf16, for paths that multiply pairs of them.
+    Pairs,
     Int8,
 }
 
@@ -28,10 +30,13 @@ pub(in super::super) trait KvElement: bytemuck::Pod + Send + Sync {
     fn panel_len(k: usize) -> usize {
         match Self::FORMAT {
             Format::F32 | Format::Int8 => PANEL * k,
-            Format::Bf16 => PANEL * k.next_multiple_of(2),
+            Format::Bf16 | Format::Pairs => PANEL * k.next_multiple_of(2),
         }
     }
+}
 
+/// A number of the cache as steps write it.
+pub(in super::super) trait KvWrite: KvElement {
     /// Writes row `slot` of a panel of keys, rounded to nearest, ties to even. Gives its scale.
     fn write_key(panel: &mut [Self], slot: usize, key: &[f32]) -> f32;
 
@@ -42,7 +47,9 @@ pub(in super::super) trait KvElement: bytemuck::Pod + Send + Sync {
 impl KvElement for f32 {
     const FORMAT: Format = Format::F32;
     const SCALES_LEN: usize = 0;
+}
 
+impl KvWrite for f32 {
     #[inline(always)]
     fn write_key(panel: &mut [f32], slot: usize, key: &[f32]) -> f32 {
         for (column, x) in panel.chunks_exact_mut(PANEL).zip(key) {
@@ -65,7 +72,19 @@ impl KvElement for f32 {
 impl KvElement for u16 {
     const FORMAT: Format = Format::Bf16;
     const SCALES_LEN: usize = 0;
+}
 
+/// bf16 as its bits, seen by a path that multiplies pairs.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(transparent)]
+pub(in super::super) struct Paired(u16);
+
+impl KvElement for Paired {
+    const FORMAT: Format = Format::Pairs;
+    const SCALES_LEN: usize = 0;
+}
+
+impl KvWrite for u16 {
     #[inline(always)]
     fn write_key(panel: &mut [u16], slot: usize, key: &[f32]) -> f32 {
         let pairs: &mut [u32] = bytemuck::cast_slice_mut(panel);
@@ -96,7 +115,9 @@ impl KvElement for u16 {
 impl KvElement for i8 {
     const FORMAT: Format = Format::Int8;
     const SCALES_LEN: usize = 2 * BLOCK_TOKENS * size_of::<f32>();
+}
 
+impl KvWrite for i8 {
     #[inline(always)]
     fn write_key(panel: &mut [i8], slot: usize, key: &[f32]) -> f32 {
         let columns = panel

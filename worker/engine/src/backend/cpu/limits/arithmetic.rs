@@ -44,13 +44,25 @@ impl Kernel for Multiply {
     }
 }
 
+/// Independent chains of bf16 products summed in f32, as the path's kernels multiply bf16 weights. Gives how many operations
+/// they were.
+pub(super) fn multiply_bf16(isa: Isa, rounds: usize) -> usize {
+    match isa.path() {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the processor has the path's features.
+        Path::Avx512Bf16 => unsafe { x86::bf16(rounds) },
+        // Weights are widened, which takes instructions of other kinds.
+        _ => isa.run(Multiply { rounds }),
+    }
+}
+
 /// Independent chains of int8 products summed in int32, by the shortest sequence of the path's instructions. Gives how many
 /// operations they were.
 pub(super) fn multiply_int8(isa: Isa, rounds: usize) -> usize {
     match isa.path() {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the processor has the path's features.
-        Path::Avx512Vnni => unsafe { x86::vnni(rounds) },
+        Path::Avx512Bf16 | Path::Avx512Vnni => unsafe { x86::vnni(rounds) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Path::Avx512 => unsafe { x86::avx512(rounds) },
@@ -58,7 +70,7 @@ pub(super) fn multiply_int8(isa: Isa, rounds: usize) -> usize {
         // SAFETY: the processor has the path's features.
         Path::Avx2 => unsafe { x86::avx2(rounds) },
         #[cfg(not(target_arch = "x86_64"))]
-        Path::Avx512Vnni | Path::Avx512 | Path::Avx2 => portable_int8(rounds),
+        Path::Avx512Bf16 | Path::Avx512Vnni | Path::Avx512 | Path::Avx2 => portable_int8(rounds),
         Path::Portable => portable_int8(rounds),
     }
 }
@@ -90,6 +102,26 @@ mod x86 {
 
     /// Chains that hide every latency and still stay in registers.
     const CHAINS: usize = 12;
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+    pub(super) fn bf16(rounds: usize) -> usize {
+        let pairs = |bits: i32| {
+            // SAFETY: both are 64 bytes, of which any are valid.
+            unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(black_box(bits))) }
+        };
+        // 0.5 and 0.25 as bf16.
+        let (a, b) = (pairs(0x3f00_3f00), pairs(0x3e80_3e80));
+        let mut sums = [_mm512_setzero_ps(); CHAINS];
+        for _ in 0..rounds {
+            for sum in &mut sums {
+                *sum = _mm512_dpbf16_ps(*sum, a, b);
+            }
+        }
+        for sum in sums {
+            black_box(_mm512_reduce_add_ps(sum));
+        }
+        rounds * CHAINS * 32 * 2
+    }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
     pub(super) fn vnni(rounds: usize) -> usize {

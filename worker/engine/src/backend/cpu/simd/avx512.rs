@@ -129,4 +129,17 @@ impl Simd for Avx512 {
         // SAFETY: the trait's.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
+    #[inline(always)]
+    unsafe fn round_pairs(first: Self::V, second: Self::V) -> Self::V {
+        // SAFETY: the trait's; a vector is 64 bytes, of which any are valid.
+        unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(second, first)) }
+    }
+    #[inline(always)]
+    unsafe fn dot_pairs(sums: Self::V, w: Self::V, x: Self::V) -> Self::V {
+        // SAFETY: as above.
+        unsafe {
+            let [w, x] = [w, x].map(|bits| std::mem::transmute::<__m512, __m512bh>(bits));
+            _mm512_dpbf16_ps(sums, w, x)
+        }
+    }
 }

@@ -87,3 +87,64 @@ fn nan_stays_nan() {
         assert!(apply(isa, false, &[f32::NAN])[0].is_nan(), "{isa:?}");
     }
 }
+
+/// A product of pairs: 32 numbers rounded, 32 bf16 as their bits, and sums.
+#[derive(Clone)]
+struct DotPairs {
+    x: [f32; 2 * LANES],
+    w: [f32; LANES],
+    sums: [f32; LANES],
+}
+
+impl Kernel for DotPairs {
+    type Output = [u32; LANES];
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) -> [u32; LANES] {
+        let mut out = [0.0; LANES];
+        // SAFETY: the arrays have as many numbers as are read and written; the features are the caller's promise.
+        unsafe {
+            let second = self.x.as_ptr().wrapping_add(LANES);
+            let x = S::round_pairs(S::load(self.x.as_ptr()), S::load(second));
+            let sums = S::load(self.sums.as_ptr());
+            S::store(
+                out.as_mut_ptr(),
+                S::dot_pairs(sums, S::load(self.w.as_ptr()), x),
+            );
+        }
+        out.map(f32::to_bits)
+    }
+}
+
+#[test]
+fn the_processors_products_of_pairs_equal_their_plain_twin_to_the_bit() {
+    let (Some(isa), Some(plain)) = (Isa::new(Path::Avx512Bf16), Isa::new(Path::Portable)) else {
+        return;
+    };
+    let mut state = 1_u32;
+    let mut bits = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        state ^ state >> 15
+    };
+    // Numbers of every exponent that neither overflows nor is none, and those around 1.
+    let mut number = |wide: bool| {
+        let exponent = if wide {
+            bits() % 0xbe
+        } else {
+            0x78 + bits() % 0xf
+        };
+        f32::from_bits(bits() & 0x807f_ffff | exponent << 23)
+    };
+    for round in 0..20_000 {
+        let wide = round % 2 == 0;
+        let dot = DotPairs {
+            x: std::array::from_fn(|_| number(wide)),
+            w: std::array::from_fn(|_| {
+                let [low, high] = [number(wide), number(wide)].map(|x| x.to_bits() >> 16);
+                f32::from_bits(high << 16 | low)
+            }),
+            sums: std::array::from_fn(|_| number(wide)),
+        };
+        assert_eq!(isa.run_pairs(dot.clone()), plain.run(dot), "round {round}");
+    }
+}
