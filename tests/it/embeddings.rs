@@ -74,11 +74,12 @@ fn vectors(reply: &Value) -> Vec<Vec<f64>> {
         .collect()
 }
 
+/// Near what transformers computes with f32 activations: a worker may round them to bf16.
 fn assert_near(what: &str, golden: &Golden, vector: &[f64]) {
     assert_eq!(golden.embedding.len(), vector.len());
     for (expected, got) in golden.embedding.iter().zip(vector) {
         let off = (expected - got).abs();
-        assert!(off < 2e-3, "{what}, {:?}: off by {off}", golden.prompt);
+        assert!(off < 2e-2, "{what}, {:?}: off by {off}", golden.prompt);
     }
 }
 

@@ -4,8 +4,8 @@
 //! (`simd`) and compiled for each instruction path (`isa`); the choice falls once, when the backend is made. Rows
 //! have the same bits whatever the batch, the chunks and the threads are, and the same on all machines of one path.
 //!
-//! Read in this order: `simd`, `dots`, `isa`, `float_tile`, `pair_tile` and `dot_tile` (the inner loops), `linear`, `kv`, `attention`,
-//! `rows`, `ops`, `pool`. Unsafe code stands in these, in `thread` and in `limits`, nowhere else.
+//! Read in this order: `simd`, `dots`, `isa`, `float_tile`, `pair_tile` and `dot_tile` (the inner loops), `linear`, `kv`,
+//! `attention`, `rows`, `ops`, `pool`. Unsafe code stands in these, in `thread` and in `limits`, nowhere else.
 
 use std::sync::Arc;
 
