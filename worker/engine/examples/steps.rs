@@ -302,7 +302,7 @@ impl Bench {
             let ticket = self.runner.submit(&plan, &samples, &[], &[])?;
             let output = self.runner.collect(ticket)?;
             seconds.push(start.elapsed().as_secs_f64());
-            for (span, sampled) in output.samples.into_iter().enumerate() {
+            for (span, sampled) in output.samples.drain(..).enumerate() {
                 let id = sampled
                     .map_err(|error| format!("a step failed: {error:?}"))?
                     .id;

@@ -115,6 +115,7 @@ mod tests {
     struct Scripted {
         plans: VecDeque<Vec<u8>>,
         seen: mpsc::Sender<u64>,
+        output: StepOutput,
     }
 
     impl Runner for Scripted {
@@ -130,8 +131,8 @@ mod tests {
             Ok(Ticket(plan.step))
         }
 
-        fn collect(&mut self, _: Ticket) -> Result<StepOutput, StepError> {
-            Ok(StepOutput::default())
+        fn collect(&mut self, _: Ticket) -> Result<&mut StepOutput, StepError> {
+            Ok(&mut self.output)
         }
 
         fn geometry(&self) -> Geometry {
@@ -181,6 +182,7 @@ mod tests {
         let runner = Box::new(Scripted {
             plans: plans.into(),
             seen,
+            output: StepOutput::default(),
         });
         let on_end: OnEnd =
             Box::new(move |end| on_end.send(end.to_string()).expect("the test listens"));

@@ -66,6 +66,10 @@ pub struct ModelRunner<B: Backend, C> {
     encoded: Vec<u8>,
     submitted: u64,
     pending: VecDeque<(Ticket, Pending)>,
+    /// Lists of collected steps, for steps to come.
+    spare: Vec<Pending>,
+    /// Of the step that was collected last.
+    output: StepOutput,
     /// A step failed: what lies on the device is undefined.
     failed: bool,
 }
@@ -200,6 +204,8 @@ impl<B: Backend, C: Collective<B::Buf>> ModelRunner<B, C> {
             encoded: Vec::new(),
             submitted: 0,
             pending: VecDeque::new(),
+            spare: Vec::new(),
+            output: StepOutput::default(),
             failed: false,
         })
     }
@@ -454,7 +460,8 @@ impl<B: Backend, C: Collective<B::Buf>> Runner for ModelRunner<B, C> {
             self.collective.send_plan(&self.encoded)?;
         }
         let scratch = std::mem::take(&mut self.scratch);
-        let mut outputs = Outputs::new(samples, scores, pools, scratch);
+        let pending = self.spare.pop().unwrap_or_default();
+        let mut outputs = Outputs::new(samples, scores, pools, pending, scratch);
         self.execute(plan, &mut outputs)?;
         let (pending, scratch) = outputs.finish();
         self.scratch = scratch;
@@ -464,14 +471,15 @@ impl<B: Backend, C: Collective<B::Buf>> Runner for ModelRunner<B, C> {
         Ok(ticket)
     }
 
-    fn collect(&mut self, ticket: Ticket) -> Result<StepOutput, StepError> {
+    fn collect(&mut self, ticket: Ticket) -> Result<&mut StepOutput, StepError> {
         match self.pending.pop_front() {
-            Some((first, pending)) if first == ticket => {
+            Some((first, mut pending)) if first == ticket => {
                 let draws = pending.draws;
                 self.wait(draws)?;
-                let output = pending.finish(&self.drawn[..draws]);
+                pending.finish(&self.drawn[..draws], &mut self.output);
+                self.spare.push(pending);
                 self.drawn.drain(..draws);
-                Ok(output)
+                Ok(&mut self.output)
             }
             other => {
                 let first = other.map(|(first, _)| first);

@@ -108,11 +108,12 @@ pub trait Runner: Send {
         pools: &[PoolRows<'_>],
     ) -> Result<Ticket, StepError>;
 
-    /// Waits until a step is over, on followers too, and takes its output.
+    /// Waits until a step is over, on followers too, and shows its output: what is not taken out of it is gone with the
+    /// next step's.
     ///
     /// # Errors
     /// [`StepError`], as for [`Runner::submit`].
-    fn collect(&mut self, ticket: Ticket) -> Result<StepOutput, StepError>;
+    fn collect(&mut self, ticket: Ticket) -> Result<&mut StepOutput, StepError>;
 
     /// The sizes the scheduler needs to know.
     fn geometry(&self) -> Geometry;

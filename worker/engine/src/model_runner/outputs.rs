@@ -79,26 +79,33 @@ enum Choice {
 }
 
 impl<'a> Outputs<'a> {
+    /// Keeps what becomes of the rows in `pending`, whatever an earlier step left there.
     pub fn new(
         samples: &'a [SampleRow<'a>],
         scores: &'a [ScoreRows<'a>],
         pools: &'a [PoolRows<'a>],
+        mut pending: Pending,
         scratch: Vec<f32>,
     ) -> Outputs<'a> {
-        let scored = scores
-            .iter()
-            .map(|score| Ok(Vec::with_capacity(score.targets.len())))
-            .collect();
+        let Pending {
+            sampled,
+            scored,
+            pooled,
+            draws,
+        } = &mut pending;
+        sampled.clear();
+        sampled.extend(samples.iter().map(|_| Choice::Open));
+        let scores_of = |score: &ScoreRows<'_>| Ok(Vec::with_capacity(score.targets.len()));
+        scored.clear();
+        scored.extend(scores.iter().map(scores_of));
+        pooled.clear();
+        pooled.extend(pools.iter().map(|pool| pool.sum.to_vec()));
+        *draws = 0;
         Outputs {
             samples,
             scores,
             pools,
-            pending: Pending {
-                sampled: samples.iter().map(|_| Choice::Open).collect(),
-                scored,
-                pooled: pools.iter().map(|pool| pool.sum.to_vec()).collect(),
-                draws: 0,
-            },
+            pending,
             scratch,
         }
     }
@@ -188,8 +195,8 @@ fn last_row(wanted: &[WantedRow], span: usize) -> Option<usize> {
 }
 
 impl Pending {
-    /// The output, with the tokens that the device drew for it.
-    pub fn finish(self, drawn: &[u32]) -> StepOutput {
+    /// Moves everything to `output`, in place of what is there, with the tokens that the device drew for it.
+    pub fn finish(&mut self, drawn: &[u32], output: &mut StepOutput) {
         let token = |choice| match choice {
             Choice::Made(sampled) => sampled,
             Choice::Drawn(at) => match drawn[at] {
@@ -200,11 +207,17 @@ impl Pending {
                 "the step gave no logits for this sequence".to_owned(),
             )),
         };
-        StepOutput {
-            samples: self.sampled.into_iter().map(token).collect(),
-            scores: self.scored,
-            pools: self.pooled.into_iter().map(finite).collect(),
-        }
+        let StepOutput {
+            samples,
+            scores,
+            pools,
+        } = output;
+        samples.clear();
+        samples.extend(self.sampled.drain(..).map(token));
+        scores.clear();
+        scores.append(&mut self.scored);
+        pools.clear();
+        pools.extend(self.pooled.drain(..).map(finite));
     }
 }
 

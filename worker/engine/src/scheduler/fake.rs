@@ -185,9 +185,9 @@ impl Runner for Fake {
         Ok(Ticket(plan.step))
     }
 
-    fn collect(&mut self, _: Ticket) -> Result<StepOutput, StepError> {
+    fn collect(&mut self, _: Ticket) -> Result<&mut StepOutput, StepError> {
         self.output
-            .take()
+            .as_mut()
             .ok_or_else(|| StepError::Broken("nothing was submitted".into()))
     }
 

@@ -59,6 +59,8 @@ pub struct Scheduler {
     parked: Vec<Sequence>,
     plan: StepPlan,
     planned: Vec<Planned>,
+    /// Block lists of spans that were, for spans to come.
+    lists: Vec<Vec<u32>>,
     counters: Counters,
 }
 
@@ -91,6 +93,7 @@ impl Scheduler {
                 ..StepPlan::default()
             },
             planned: Vec::new(),
+            lists: Vec::new(),
             counters: Counters::default(),
             config,
         }
@@ -159,7 +162,8 @@ impl Scheduler {
             events,
         );
         self.plan.tokens.clear();
-        self.plan.spans.clear();
+        let lists = self.plan.spans.drain(..).map(|span| span.blocks);
+        self.lists.extend(lists);
         let preempted = self.schedule_running();
         if !preempted {
             self.schedule_waiting();
@@ -210,7 +214,7 @@ impl Scheduler {
     /// [`StepError::Broken`] when the output does not answer the rows asked for.
     pub fn complete(
         &mut self,
-        output: StepOutput,
+        output: &mut StepOutput,
         events: &mut Vec<Event>,
     ) -> Result<(), StepError> {
         let sample_count = self.planned.iter().filter(|planned| planned.sample).count();
@@ -232,9 +236,9 @@ impl Scheduler {
                 "a step gave samples, scores and sums of hidden states {got:?} where {asked:?} were asked for"
             )));
         }
-        let (mut samples, mut scores) = (samples.into_iter(), scores.into_iter());
-        let mut pools = pools.into_iter();
-        for planned in std::mem::take(&mut self.planned) {
+        let (mut samples, mut scores) = (samples.drain(..), scores.drain(..));
+        let mut pools = pools.drain(..);
+        for planned in self.planned.drain(..) {
             let sequence = &mut self.running[planned.running];
             sequence.computed += planned.len;
             let computed = &sequence.tokens[..sequence.computed];

@@ -131,11 +131,14 @@ impl Scheduler {
         self.plan
             .tokens
             .extend(&sequence.tokens[sequence.computed..sequence.computed + len]);
+        let mut blocks = self.lists.pop().unwrap_or_default();
+        blocks.clear();
+        blocks.extend_from_slice(sequence.table.blocks());
         self.plan.spans.push(Span {
             position: sequence.computed as u32,
             len: len as u32,
             logits,
-            blocks: sequence.table.blocks().to_vec(),
+            blocks,
         });
         self.planned.push(Planned {
             running,

@@ -152,7 +152,7 @@ impl Harness {
             return false;
         }
         let (samples, scores, pools) = self.scheduler.rows();
-        let output = self
+        let mut output = self
             .fake
             .run(self.scheduler.plan(), &samples, &scores, &pools);
         for (span, planned) in self
@@ -167,7 +167,7 @@ impl Harness {
         }
         let mut events = Vec::new();
         self.scheduler
-            .complete(output, &mut events)
+            .complete(&mut output, &mut events)
             .expect("the output answers the plan");
         self.take(events);
         self.check_blocks();
@@ -852,7 +852,7 @@ fn an_output_that_does_not_answer_the_plan_is_a_broken_step() {
     assert!(harness.scheduler.schedule(harness.now, &mut Vec::new()));
     let result = harness
         .scheduler
-        .complete(StepOutput::default(), &mut Vec::new());
+        .complete(&mut StepOutput::default(), &mut Vec::new());
     assert!(
         matches!(result, Err(StepError::Broken(text)) if text.contains("(0, 0, 0) where (1, 0, 0)"))
     );

@@ -236,7 +236,7 @@ where
                 .collect();
             let ticket = runner.submit(plan, &[], &[], &pools).expect("runs");
             let output = runner.collect(ticket).expect("there");
-            for (sum, &place) in output.pools.into_iter().zip(places) {
+            for (sum, &place) in output.pools.drain(..).zip(places) {
                 sums[place] = sum.expect("finite");
             }
         }
