@@ -10,6 +10,7 @@ mod cuda;
 mod cuda_faults;
 mod determinism;
 mod embeddings;
+mod engine_alone;
 mod fake_replica;
 mod footprint;
 mod gguf;
@@ -24,6 +25,9 @@ mod openapi;
 mod packed;
 mod provisioned;
 mod quantised;
+#[path = "../../worker/engine/tests/support/quantiser.rs"]
+mod quantiser;
+mod ready_made;
 mod recovery;
 mod registry;
 mod startup;

@@ -14,7 +14,8 @@ use engine::models::quantization;
 use engine::weights::Weights;
 use gguf::TensorType;
 use std::path::Path;
-use support::ready::{self, Quantiser};
+use support::quantiser::Quantiser;
+use support::ready;
 use support::short::{distance, logits, options};
 use support::{AllLogits, cpu, models};
 use tempfile::TempDir;
@@ -173,14 +174,7 @@ fn stacked_matrices_of_several_forms_become_floats() {
 
 #[test]
 fn what_gptq_and_awq_have_made_is_kept_as_it_is() {
-    let gptq = Quantiser {
-        awq: false,
-        bits: 4,
-        group: 32,
-        by_index: false,
-        second: false,
-    };
-    let awq = Quantiser { awq: true, ..gptq };
+    let (gptq, awq) = (Quantiser::GPTQ, Quantiser::AWQ);
     for (quantiser, kept) in [
         (gptq, true),
         (

@@ -3,6 +3,7 @@
 
 pub mod groups;
 pub mod naive;
+pub mod quantiser;
 pub mod ready;
 pub mod recorder;
 pub mod short;
