@@ -161,7 +161,7 @@ async fn quantised_models_answer_alike_in_every_format_and_int8_as_the_model_doe
 }
 
 /// A tiny model as a GGUF file in a folder.
-fn file_of(model: &str, tensor_type: TensorType, folder: &Path) -> PathBuf {
+pub fn file_of(model: &str, tensor_type: TensorType, folder: &Path) -> PathBuf {
     let source = golden::model_folder(model);
     let mut writer = from_folder(&source, |_| tensor_type);
     set_tokenizer(&mut writer, &source, "mpt");

@@ -13,11 +13,14 @@ use engine::model_runner::{ModelRunner, RunnerOptions};
 use engine::models::checkpoint::Checkpoint;
 use engine::plan::{Logits, Span, StepPlan};
 use engine::weights::packed::{NotWritten, Origin, PackedCache};
+use gguf::TensorType;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use support::{Threads, cpu, models};
+use support::quantiser::Quantiser;
+use support::{Threads, cpu, models, ready};
+use tempfile::TempDir;
 
 const NAMES: [&str; 3] = ["tiny-llama", "tiny-mistral", "tiny-mpt"];
 const DTYPES: [WeightDtype; 4] = [
@@ -150,21 +153,34 @@ fn each_number_format_and_each_rank_has_an_entry_of_its_own() {
     }
 }
 
+/// Folders of checkpoints that are quantised already, each in another form.
+fn quantised_already() -> Vec<TempDir> {
+    let files = [TensorType::Q8_0, TensorType::Q4_0, TensorType::Q4_1];
+    let files = files.map(|tensor_type| ready::gguf(NAMES[0], |_| tensor_type));
+    let folders = [Quantiser::GPTQ, Quantiser::AWQ];
+    let folders = folders.map(|quantiser| ready::quantised(NAMES[0], quantiser));
+    files.into_iter().chain(folders).collect()
+}
+
 #[test]
-fn a_damaged_entry_is_packed_anew() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let cache = cache_in(folder.path());
-    let model = models().join(NAMES[0]);
-    let (_, first) = logits(&cache, &model, WeightDtype::Bf16);
-    let entry = files(folder.path()).pop().expect("written");
-    let file = OpenOptions::new().write(true).open(entry).expect("there");
-    let middle = file.metadata().expect("readable").len() / 2;
-    file.write_all_at(b"spoilt", middle).expect("written");
-    let (mapped, second) = logits(&cache, &model, WeightDtype::Bf16);
-    assert!(!mapped);
-    let (mapped, third) = logits(&cache, &model, WeightDtype::Bf16);
-    assert!(mapped);
-    assert!(first == second && first == third);
+fn a_damaged_entry_is_packed_anew_whatever_form_the_checkpoint_has() {
+    let ready = quantised_already();
+    let plain = [models().join(NAMES[0])];
+    let ready = ready.iter().map(|folder| folder.path());
+    for model in plain.iter().map(PathBuf::as_path).chain(ready) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let cache = cache_in(folder.path());
+        let load = || logits(&cache, model, WeightDtype::Bf16);
+        let loads = [load(), load()];
+        let entry = files(folder.path()).pop().expect("written");
+        let file = OpenOptions::new().write(true).open(entry).expect("there");
+        let middle = file.metadata().expect("readable").len() / 2;
+        file.write_all_at(b"spoilt", middle).expect("written");
+        let after = [load(), load()];
+        let (mapped, rows): (Vec<_>, Vec<_>) = loads.into_iter().chain(after).unzip();
+        assert_eq!(mapped, [false, true, false, true], "{}", model.display());
+        assert!(rows.iter().all(|other| *other == rows[0]));
+    }
 }
 
 #[test]
