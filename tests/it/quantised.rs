@@ -100,12 +100,18 @@ async fn quantised_text_is_the_same_alone_in_a_crowd_and_after_a_death_and_ids_t
     distinct.sort();
     distinct.dedup();
     assert_eq!(distinct.len(), names.len(), "{ids:?}");
-    // Every replica is formed anew somewhere, and answers as before.
+    // Every replica is formed anew somewhere, and answers as before. One death at a time: a group that loses a rank while
+    // it forms waits a minute for it.
     for worker in 0..2 {
         cluster.kill_worker(worker);
         cluster.wait_workers(1).await;
         cluster.start_worker(worker);
         cluster.wait_workers(2).await;
+        let formed = format!(" generation {}] ready in ", worker + 2);
+        for form in FORMS {
+            let (pair, entity) = (format!("{form}-gpu-large-2"), format!("{form}-1"));
+            says(&cluster, &pair, &entity, "build-logs", &[&formed]).await;
+        }
     }
     for (name, before) in names.iter().zip(&texts) {
         cluster.client.wait_ready(name).await;
