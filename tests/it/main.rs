@@ -27,6 +27,7 @@ mod provisioned;
 mod quantised;
 #[path = "../../worker/engine/tests/support/quantiser.rs"]
 mod quantiser;
+mod quota;
 mod ready_made;
 mod recovery;
 mod registry;
