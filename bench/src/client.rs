@@ -11,7 +11,8 @@ use serde_json::{Value, json};
 pub enum Api {
     /// OpenAI's completions, streamed: this system, llama.cpp's server, vLLM.
     Openai,
-    /// What `mlflow models serve` takes for `llm/v1/completions`: the answer comes whole.
+    /// What `mlflow models serve` takes for `llm/v1/completions`: the answer comes whole, and its tokens are taken to be
+    /// as many as were asked for. The server counts those of its text, read anew, which may be more or fewer.
     Mlflow,
 }
 
@@ -212,12 +213,14 @@ async fn streamed(
     Err(Failure::Cut)
 }
 
-/// Reads a whole answer: it is seen when it is over.
+/// Reads a whole answer, a list of one: it is seen when it is over.
 async fn whole(response: Response, start: Instant) -> Result<(Vec<Duration>, Value), Failure> {
     let body: Value = response.json().await?;
-    let answered = body["choices"].is_array();
+    let answer = &body[0];
+    let answered = answer["choices"].is_array();
     let parts = answered.then(|| start.elapsed()).into_iter().collect();
-    Ok((parts, body["usage"].clone()))
+    let usage = json!({"prompt_tokens": answer["usage"]["prompt_tokens"]});
+    Ok((parts, usage))
 }
 
 /// Cuts a stream of bytes into the data of its events.

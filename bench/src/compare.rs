@@ -1,4 +1,4 @@
-//! Two systems under the same load, in turn: medians of their runs, and ratios.
+//! Two systems under the same load, in turn: medians of their runs, and ratios, as rows of a table in Markdown.
 
 use std::fmt;
 
@@ -8,13 +8,17 @@ use crate::report::Report;
 type Measure = (&'static str, fn(&Report) -> f64);
 
 /// What is compared.
-const MEASURES: [Measure; 5] = [
+const MEASURES: [Measure; 6] = [
     ("output tokens/s", |report| report.output_tokens_per_s),
     ("time to first token p50 ms", |report| report.ttft_ms.p50),
     ("between tokens p50 ms", |report| report.itl_ms.p50),
     ("end to end p50 ms", |report| report.e2e_ms.p50),
     ("processor ms per token", |report| {
         1e3 * report.cpu_s_per_output_token.unwrap_or_default()
+    }),
+    ("failed requests %", |report| {
+        let failed = report.failed() as f64;
+        100.0 * failed / (failed + report.answered as f64).max(1.0)
     }),
 ];
 
@@ -44,11 +48,11 @@ impl fmt::Display for Ratio {
             Some(ratio) => format!("{ratio:.2}"),
             None => "-".into(),
         };
-        write!(f, "{name:<28} {ours:>12.2} {theirs:>12.2} {ratio:>8}")
+        write!(f, "{name} | {ours:.2} | {theirs:.2} | {ratio} |")
     }
 }
 
-/// All measures of both systems' runs.
+/// All measures of both systems' runs that one of them has anything of.
 #[must_use]
 pub fn ratios(ours: &[Report], theirs: &[Report]) -> Vec<Ratio> {
     MEASURES
@@ -58,6 +62,7 @@ pub fn ratios(ours: &[Report], theirs: &[Report]) -> Vec<Ratio> {
             ours: median(ours.iter().map(measure).collect()),
             theirs: median(theirs.iter().map(measure).collect()),
         })
+        .filter(|ratio| ratio.ours > 0.0 || ratio.theirs > 0.0)
         .collect()
 }
 
@@ -74,6 +79,8 @@ fn median(mut values: Vec<f64>) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
 
     fn run(output_tokens_per_s: f64) -> Report {
@@ -88,12 +95,26 @@ mod tests {
         let all = ratios(&[run(10.0), run(90.0), run(20.0)], &[run(4.0), run(6.0)]);
         assert_eq!((all[0].ours, all[0].theirs), (20.0, 5.0));
         assert_eq!(all[0].value(), Some(4.0));
-        assert!(all[0].to_string().ends_with("4.00"), "{}", all[0]);
+        assert_eq!(
+            all[0].to_string(),
+            "output tokens/s | 20.00 | 5.00 | 4.00 |"
+        );
     }
 
     #[test]
     fn what_nobody_measured_has_no_ratio() {
         let all = ratios(&[run(10.0)], &[]);
-        assert!(all.iter().all(|ratio| ratio.value().is_none()));
+        assert_eq!((all.len(), all[0].value()), (1, None));
+    }
+
+    #[test]
+    fn failed_requests_are_told_as_a_share_of_all() {
+        let half = Report {
+            answered: 2,
+            failures: BTreeMap::from([("status 504".into(), 2)]),
+            ..Report::default()
+        };
+        let all = ratios(&[run(10.0)], &[half]);
+        assert_eq!(all[1].to_string(), "failed requests % | 0.00 | 50.00 | - |");
     }
 }

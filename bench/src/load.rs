@@ -52,6 +52,8 @@ pub struct Record {
     /// When it was sent, since the beginning of the load. An open loop's: when it was due, so that a generator that
     /// comes late does not hide what a user would have waited for.
     pub start: Duration,
+    /// When it was over, answered or not, since the beginning of the load.
+    pub over: Duration,
     /// How it ended.
     pub end: Result<Answer, Failure>,
 }
@@ -93,7 +95,8 @@ impl Load {
                     let ask = load.ask(number);
                     let start = begun.elapsed();
                     let end = client.ask(&ask).await;
-                    records.push(Record { start, end });
+                    let over = begun.elapsed();
+                    records.push(Record { start, over, end });
                 }
             });
         }
@@ -114,14 +117,16 @@ impl Load {
             }
             if tasks.len() >= OPEN_MAX {
                 let end = Err(Failure::Overrun);
-                records.push(Record { start, end });
+                let over = start;
+                records.push(Record { start, over, end });
                 continue;
             }
             let client = client.clone();
             tasks.spawn(async move {
                 let late = begun.elapsed().saturating_sub(start);
                 let end = client.ask(&ask).await.map(|answer| delayed(answer, late));
-                Record { start, end }
+                let over = begun.elapsed();
+                Record { start, over, end }
             });
         }
         records.extend(tasks.join_all().await);

@@ -14,6 +14,9 @@ use bench::report::Report;
 use bench::{compare, plot, process};
 use clap::{Args, Parser, Subcommand};
 
+/// Tokens of a warm-up's answer: the first ones touch all that later ones do.
+const WARMUP_OUTPUT_MAX: u32 = 8;
+
 /// Load on a serving HTTP API, and what came of it.
 #[derive(Debug, Parser)]
 #[command(name = "tandem-bench")]
@@ -27,8 +30,11 @@ enum Command {
 /// What is done with reports that were written before.
 #[derive(Debug, Subcommand)]
 enum Reports {
-    /// Prints ratios of two systems' runs: medians of ours divided by medians of theirs.
+    /// Prints ratios of two systems' runs, medians of ours divided by medians of theirs, in Markdown.
     Compare {
+        /// What was compared: the rows' names begin with it.
+        #[arg(long, default_value = "load")]
+        label: String,
         /// Our reports.
         #[arg(long, required = true, num_args = 1..)]
         ours: Vec<PathBuf>,
@@ -113,10 +119,14 @@ struct LoadArgs {
 async fn main() -> Result<()> {
     match Command::parse() {
         Command::Load(args) => send(*args).await,
-        Command::Reports(Reports::Compare { ours, theirs }) => {
-            println!("{:<28} {:>12} {:>12} {:>8}", "", "ours", "theirs", "ratio");
+        Command::Reports(Reports::Compare {
+            label,
+            ours,
+            theirs,
+        }) => {
+            println!("| | ours | theirs | ratio |\n|---|---|---|---|");
             for ratio in compare::ratios(&read(&ours)?, &read(&theirs)?) {
-                println!("{ratio}");
+                println!("| {label}: {ratio}");
             }
             Ok(())
         }
@@ -131,7 +141,9 @@ async fn send(args: LoadArgs) -> Result<()> {
     let client = Client::new(args.target())?;
     for number in 0..args.warmup {
         // A number that no request of the load has, so that no prompt of it is known already.
-        let answer = client.ask(&load.ask(u64::MAX / 2 + number)).await;
+        let mut ask = load.ask(u64::MAX / 2 + number);
+        ask.output_tokens = ask.output_tokens.min(WARMUP_OUTPUT_MAX);
+        let answer = client.ask(&ask).await;
         answer.map_err(|failure| anyhow::anyhow!("the first requests failed: {failure}"))?;
     }
     let before = process::cpu_seconds(&args.pid);

@@ -17,7 +17,7 @@ const CURVE_POINTS: usize = 101;
 pub struct Report {
     /// What was asked, in the words of whoever asked.
     pub label: String,
-    /// From the first request to the last answer.
+    /// From the first request to the end of the last, answered or not: who keeps clients waiting for nothing is not faster.
     pub seconds: f64,
     /// Requests that were answered.
     pub answered: u64,
@@ -57,6 +57,7 @@ impl Report {
         };
         let (mut ttft, mut itl, mut e2e) = (Vec::new(), Vec::new(), Vec::new());
         for record in records {
+            report.seconds = report.seconds.max(record.over.as_secs_f64());
             let answer = match &record.end {
                 Ok(answer) => answer,
                 Err(failure) => {
@@ -67,9 +68,6 @@ impl Report {
             report.answered += 1;
             report.prompt_tokens += u64::from(answer.prompt_tokens);
             report.output_tokens += u64::from(answer.output_tokens);
-            report.seconds = report
-                .seconds
-                .max((record.start + answer.end).as_secs_f64());
             ttft.extend(answer.parts.first().map(|first| ms(*first)));
             itl.extend(answer.parts.windows(2).map(|pair| ms(pair[1] - pair[0])));
             e2e.push(ms(answer.end));
@@ -166,8 +164,10 @@ mod tests {
             .map(Duration::from_millis)
             .collect();
         let end = *parts.last().unwrap();
+        let start = Duration::from_millis(start_ms);
         Record {
-            start: Duration::from_millis(start_ms),
+            start,
+            over: start + end,
             end: Ok(Answer {
                 prompt_tokens: 10,
                 output_tokens: tokens,
@@ -180,12 +180,13 @@ mod tests {
     fn failed(failure: Failure) -> Record {
         Record {
             start: Duration::ZERO,
+            over: Duration::from_secs(4),
             end: Err(failure),
         }
     }
 
     #[test]
-    fn rates_count_answered_requests_from_the_first_to_the_last_end() {
+    fn rates_count_answered_requests_from_the_first_to_the_end_of_all() {
         let records = [
             answered(0, &[100, 200, 300], 3),
             answered(1000, &[500, 1000], 7),
@@ -194,9 +195,9 @@ mod tests {
             failed(Failure::Cut),
         ];
         let report = Report::of("x", &records, Some(5.0));
-        assert_eq!((report.seconds, report.answered), (2.0, 2));
-        assert_eq!(report.output_tokens_per_s, 5.0);
-        assert_eq!(report.total_tokens_per_s, 15.0);
+        assert_eq!((report.seconds, report.answered), (4.0, 2));
+        assert_eq!(report.output_tokens_per_s, 2.5);
+        assert_eq!(report.total_tokens_per_s, 7.5);
         assert_eq!(report.cpu_s_per_output_token, Some(0.5));
         assert_eq!(report.failures["status 429"], 2);
         assert_eq!((report.failures["cut short"], report.failed()), (1, 3));

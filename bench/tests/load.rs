@@ -180,8 +180,9 @@ async fn every_kind_of_failure_is_counted_as_what_it_is() {
 async fn an_answer_that_comes_whole_is_timed_by_its_end() {
     let server = FakeServer::start(|ask| {
         assert_eq!(ask.get("stream"), None);
-        let usage = json!({"prompt_tokens": 4, "completion_tokens": 5});
-        let body = json!({"choices": [{"text": "x"}], "usage": usage}).to_string();
+        // As the server counts its text.
+        let usage = json!({"prompt_tokens": 4, "completion_tokens": 4});
+        let body = json!([{"choices": [{"text": "x"}], "usage": usage}]).to_string();
         head("200 OK") + &body
     })
     .await;
