@@ -17,18 +17,20 @@ READY_LIMIT_S = 600
 STOP_LIMIT_S = 30
 LOOK_EVERY_S = 0.02
 REQUEST_LIMIT_S = 300
+PACKED_LIMIT_S = 120
 
 
 def built(name):
     return os.path.join(CODE, "target", "release", name)
 
 
-def run(*command):
+def run(*command, **environment):
     """Runs a program that must end well; what it prints is shown."""
     sys.stdout.flush()
-    ended = subprocess.run(command, cwd=CODE)
+    # What a program says of its failure is enough.
+    ended = subprocess.run(command, cwd=CODE, env={**os.environ, "RUST_BACKTRACE": "0", **environment})
     if ended.returncode != 0:
-        sys.exit(f"failed with {ended.returncode}: {' '.join(command)}")
+        raise Failed(f"failed with {ended.returncode}: {' '.join(command)}")
 
 
 def output_of(*command, **environment):
@@ -143,6 +145,14 @@ class Cluster:
         except urllib.error.HTTPError as error:
             raise Failed(f"{method} {path}: {error.code} {error.read().decode(errors='replace')}") from None
 
+    def last_words(self):
+        """The end of what each process logged."""
+        told = []
+        for name in self.processes:
+            with open(os.path.join(self.folder, f"{name}.err"), errors="replace") as file:
+                told.append(f"{name}:\n{file.read()[-2000:]}")
+        return "\n".join(told)
+
     @property
     def pid(self):
         """The worker's: where the work is done."""
@@ -182,6 +192,15 @@ class Endpoint:
     def delete(self):
         self.cluster.call("DELETE", self.path)
 
+    def start_again(self):
+        """Seconds that a second deployment of the same version takes, from its request to READY."""
+        # It finds packed weights once they are written.
+        written = "packed weights written"
+        self.cluster.wait("packed weights to be written", lambda: written in self.build_log(), PACKED_LIMIT_S)
+        self.delete()
+        self.create()
+        return self.wait_ready()
+
     def build_log(self):
         return self.cluster.call("GET", f"{self.path}/served-models/served/build-logs")["logs"]
 
@@ -197,7 +216,11 @@ class Endpoint:
                     file = word.removeprefix("--json=")
             words += ["--json", file]
             pids = [word for pid in self.cluster.pids for word in ("--pid", str(pid))]
-            run(built("tandem-bench"), "load", "--url", f"{self.cluster.url}/serving-endpoints/completions", "--model",
-                self.name, "--token", self.cluster.token, "--label", label, *pids, *words)
+            url = f"{self.cluster.url}/serving-endpoints/completions"
+            try:
+                run(built("tandem-bench"), "load", "--url", url, "--model", self.name, "--label", label, *pids, *words,
+                    TANDEM_TOKEN=self.cluster.token)
+            except Failed as failed:
+                raise Failed(f"{failed}\n{self.cluster.last_words()}") from None
             with open(file) as report:
                 return json.load(report)

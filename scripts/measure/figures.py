@@ -21,7 +21,6 @@ STEPS = {
 BATCHING_RATIO = 8
 READY_S = 3
 RESIDENT_RATIO = 1.1
-PACKED_LIMIT_S = 120
 # How much worse a text may be foretold, as a share of the perplexity it is compared with.
 INT8_LOSS, INT4_LOSS = 0.01, 0.001
 
@@ -107,11 +106,7 @@ def start():
             endpoint = Endpoint(cluster, "llama")
             endpoint.create()
             first = endpoint.wait_ready()
-            # The next deployment finds its packed weights once they are written.
-            cluster.wait("packed weights to be written", lambda: "packed weights written" in endpoint.build_log(), PACKED_LIMIT_S)
-            endpoint.delete()
-            endpoint.create()
-            seconds = endpoint.wait_ready()
+            seconds = endpoint.start_again()
             # What was loaded is looked at once by a step.
             endpoint.load("fill", "--clients", "4", "--requests", "4", "--output", "4")
             resident = resident_bytes(cluster.pid)

@@ -5,24 +5,35 @@ Options that are not known here go to the load generator (`tandem-bench load --h
 
 import argparse
 import os
+import signal
 import sys
 
 import against
 import figures
 import roof
-from cluster import CODE, Cluster, Endpoint, built, random_model, run
+from cluster import CODE, Cluster, Endpoint, Failed, built, random_model, run
 
 OUT = os.path.join(CODE, "var", "bench")
 ENDPOINT = "bench"
 
 
 def main():
+    # As with Ctrl-C, servers that were started are ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    try:
+        measure()
+    except Failed as failed:
+        sys.exit(f"bench: {failed}")
+
+
+def measure():
     if sys.argv[1:2] == ["figures"]:
         sys.exit(figures.main(sys.argv[2:]))
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     # A model's folder, left out: 1.1 billion random parameters, made once. With --url: its name there.
     parser.add_argument("--model")
-    parser.add_argument("--quantization", default="none", choices=["none", "int8", "int4"])
+    # Against a peer also several, by commas: each is compared.
+    parser.add_argument("--quantization", default=["none"], type=quantizations)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--limits", action="store_true")
     parser.add_argument("--against", choices=sorted(against.PEERS))
@@ -37,19 +48,26 @@ def main():
         return
     model = known.model or random_model("1.1b")
     if known.against:
-        against.main(known, model, load)
-        return
+        sys.exit(against.main(known, model, load))
+    (quantization,) = known.quantization if len(known.quantization) == 1 else parser.error("--quantization: one at a time")
     limits = roof.Limits.measure(known.threads) if known.limits else None
-    with Cluster({ENDPOINT: model}, known.threads, known.quantization) as cluster:
+    with Cluster({ENDPOINT: model}, known.threads, quantization) as cluster:
         endpoint = Endpoint(cluster, ENDPOINT)
         endpoint.create()
         seconds = endpoint.wait_ready()
-        print(f"{model}: READY after {seconds:.1f} s, weights in {known.quantization.replace('none', 'their own form')}")
+        print(f"{model}: READY after {seconds:.1f} s, weights in {quantization.replace('none', 'their own form')}")
         report = endpoint.load("load", *files("load"), *load)
     print(f"report and plot: {OUT}/load.json, load.svg")
     if limits:
         limits.show()
-        limits.compare(model, known.quantization, report, clients(load))
+        limits.compare(model, quantization, report, clients(load))
+
+
+def quantizations(text):
+    words = text.split(",")
+    if not set(words) <= {"none", "int8", "int4"}:
+        raise argparse.ArgumentTypeError(f"{text}: none, int8 or int4")
+    return words
 
 
 def files(name):

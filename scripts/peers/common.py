@@ -3,11 +3,11 @@
 A peer is another program that serves the same weights on the same processors, for comparison. Each has a script here:
 
     NAME.py setup                        fetches and builds it, once (minutes, and gigabytes of disk)
-    NAME.py start --model DIR            starts its server; prints "URL PID" as the last line when it answers
+    NAME.py start --model DIR            starts its server; prints "URL PID SECONDS" as the last line when it answers
             [--form bf16|q8_0|q4_0] [--threads 2] [--port P]
     NAME.py stop                         stops it
-    NAME.py bench --model DIR            "prefill_512 X" and "decode_1 Y": tokens per second without a server
-            [--form ...] [--threads 2]
+    NAME.py bench --model DIR            "prefill_512 X" and "decode_1 Y": tokens per second without a server, or through
+            [--form ...] [--threads 2]   one that runs already or is started for it
 
 Everything is kept in var/peers: delete that folder and nothing is left. A server is the leader of its own process group,
 with PID as the group's number, and runs on as many processors as it has threads.
@@ -75,12 +75,13 @@ class Peer:
             getattr(self, asked.verb)(asked)
 
     def start(self, asked):
-        """Starts the server, and gives its URL and process once it answers."""
+        """Starts the server, and gives its URL, its process and the seconds it took until it answered."""
         stop(self.folder)
         asked.port = asked.port or free_port()
         command, environment, ready = self.server(asked)
         url = f"http://127.0.0.1:{asked.port}"
         log_path = os.path.join(self.folder, "server.log")
+        began = time.monotonic()
         with open(log_path, "wb") as log:
             process = subprocess.Popen(
                 command,
@@ -93,14 +94,24 @@ class Peer:
                 preexec_fn=lambda: os.sched_setaffinity(0, processors(asked.threads)),
             )
         with open(record(self.folder), "w") as file:
-            json.dump({"pid": process.pid, "born": born(process.pid)}, file)
-        deadline = time.monotonic() + START_LIMIT_S
+            json.dump({"pid": process.pid, "born": born(process.pid), "url": url, "serves": served(asked)}, file)
+        deadline = began + START_LIMIT_S
         while not answers(url + ready):
             if process.poll() is not None or time.monotonic() > deadline:
+                how = "ended" if process.poll() is not None else f"did not answer within {START_LIMIT_S} s"
                 stop(self.folder)
-                sys.exit(f"{self.name} did not start: see {log_path}")
+                sys.exit(f"{self.name}'s server {how}: see {log_path}")
             time.sleep(LOOK_EVERY_S)
-        return url, process.pid
+        return url, process.pid, f"{time.monotonic() - began:.1f}"
+
+    def running(self, asked):
+        """The URL of its server, if that runs and serves what is asked for."""
+        server = recorded(self.folder)
+        return server["url"] if server and server["serves"] == served(asked) else None
+
+
+def served(asked):
+    return [asked.model, asked.form, asked.threads]
 
 
 def arguments(peer):
@@ -213,17 +224,24 @@ def born(pid):
         return None
 
 
-def stop(folder):
-    """Ends the server and all that it started. None is fine."""
+def recorded(folder):
+    """What is known of the server that runs; none where none does."""
     try:
         with open(record(folder)) as file:
             server = json.load(file)
     except FileNotFoundError:
+        return None
+    return server if born(server["pid"]) == server["born"] else None
+
+
+def stop(folder):
+    """Ends the server and all that it started. None is fine."""
+    server = recorded(folder)
+    if os.path.exists(record(folder)):
+        os.remove(record(folder))
+    if not server:
         return
-    os.remove(record(folder))
     pid = server["pid"]
-    if born(pid) != server["born"]:
-        return
     for sent in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(pid, sent)

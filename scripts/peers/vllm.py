@@ -58,7 +58,9 @@ class Vllm(common.Peer):
         return command, environment, "/health"
 
     def bench(self, asked):
-        url, _ = self.start(asked)
+        if url := self.running(asked):
+            return common.timed_over_http(url, "model")
+        url, *_ = self.start(asked)
         try:
             return common.timed_over_http(url, "model")
         finally:
