@@ -1,6 +1,7 @@
 //! The functions made of vector operations, on every path of this processor.
 
 use super::super::isa::{Isa, Kernel, Path};
+use super::super::tests::numbers;
 use super::*;
 
 /// Applies exp or erf to 16 numbers.
@@ -146,5 +147,39 @@ fn the_processors_products_of_pairs_equal_their_plain_twin_to_the_bit() {
             sums: std::array::from_fn(|_| number(wide)),
         };
         assert_eq!(isa.run_pairs(dot.clone()), plain.run(dot), "round {round}");
+    }
+}
+
+/// The sum and the largest of 16 numbers.
+struct Fold([f32; LANES]);
+
+impl Kernel for Fold {
+    type Output = (f32, f32);
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) -> (f32, f32) {
+        // SAFETY: the array has 16 numbers; the features are the caller's promise.
+        unsafe {
+            let x = S::load(self.0.as_ptr());
+            (S::sum(x), S::largest(x))
+        }
+    }
+}
+
+#[test]
+fn lanes_are_added_up_halves_upon_halves_on_every_path() {
+    for seed in 0..200 {
+        let mut x = [0.0; LANES];
+        x.copy_from_slice(&numbers(LANES, seed));
+        let mut halves = x;
+        for half in [8, 4, 2, 1] {
+            for i in 0..half {
+                halves[i] += halves[i + half];
+            }
+        }
+        let expected = (halves[0], x.into_iter().fold(f32::MIN, f32::max));
+        for isa in Path::ALL.into_iter().filter_map(Isa::new) {
+            assert_eq!(isa.run(Fold(x)), expected, "{isa:?} {x:?}");
+        }
     }
 }
