@@ -23,10 +23,11 @@ use half::bf16;
 /// On the first difference, naming op, shape and numbers.
 pub fn check<B: Backend>(promises: Promises, backend: impl Fn() -> B) {
     let twins = || Twins::new(promises, backend());
-    let checks: [fn(&mut Twins<B>); 8] = [
+    let checks: [fn(&mut Twins<B>); 9] = [
         embedding,
         norms,
         linear,
+        linear_silu_mul,
         rope,
         elementwise,
         columns_and_rows,
@@ -295,6 +296,33 @@ fn linear_rows<B: Backend>(twins: &mut Twins<B>) {
                         "linear, n {n}, k {k}, {dtype:?}: {count} rows from {first} differ from the same among {rows}"
                     );
                 }
+            }
+        }
+    }
+}
+
+/// A product of gates and ups has the bits that the two ops give one after another.
+fn linear_silu_mul<B: Backend>(twins: &mut Twins<B>) {
+    for (width, k) in [(5, 16), (32, 100), (96, 64)] {
+        for dtype in twins.promises.weights {
+            let (n, dtype) = (2 * width, *dtype);
+            let weight = twins.matrix(LinearShape { n, k, dtype }, true);
+            for rows in [1, 12, 13, 40] {
+                let size = Size { rows, width };
+                let x = twins.inputs(rows * k, 1.0);
+                let (mut gate_up, mut out) = (twins.zeros(rows * n), twins.zeros(rows * width));
+                let device = &mut twins.device;
+                device.linear(rows, &x.device, &weight.0, &mut gate_up.device);
+                device.silu_mul(size, &gate_up.device, &mut out.device);
+                let expected = bits(&twins.read(&out.device, rows * width));
+                let (mut gate_up, mut out) = (twins.zeros(rows * n), twins.zeros(rows * width));
+                let (gate_up, out) = (&mut gate_up.device, &mut out.device);
+                let device = &mut twins.device;
+                device.linear_silu_mul(size, &x.device, &weight.0, gate_up, out);
+                assert!(
+                    bits(&twins.read(out, rows * width)) == expected,
+                    "linear_silu_mul of {rows} rows, width {width}, k {k}, {dtype:?}"
+                );
             }
         }
     }

@@ -307,6 +307,20 @@ pub trait Backend: Send + 'static {
     /// `[rows, 2 * width]`, `out` is `[rows, width]`.
     fn silu_mul(&mut self, size: Size, gate_up: &Self::Buf, out: &mut Self::Buf);
 
+    /// [`Backend::linear`] into `gate_up`, then [`Backend::silu_mul`] of that; the matrix has `2 * size.width` rows. A backend
+    /// may do without `gate_up`, and gives the same bits.
+    fn linear_silu_mul(
+        &mut self,
+        size: Size,
+        x: &Self::Buf,
+        weight: &Self::Linear,
+        gate_up: &mut Self::Buf,
+        out: &mut Self::Buf,
+    ) {
+        self.linear(size.rows, x, weight, gate_up);
+        self.silu_mul(size, gate_up, out);
+    }
+
     /// `x = x / 2 * (1 + erf(x / sqrt(2)))` over `[rows, width]`.
     fn gelu(&mut self, size: Size, x: &mut Self::Buf);
 

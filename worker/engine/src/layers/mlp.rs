@@ -45,14 +45,20 @@ impl<B: Backend> Mlp<B> {
         work: &mut Workspace<B>,
     ) -> Result<(), CollectiveError> {
         let size = step.size(self.width);
-        step.backend
-            .linear(size.rows, &work.y, &self.mlp_in, &mut work.mlp_in);
         let middle = match self.kind {
             MlpKind::GatedSilu => {
-                step.backend.silu_mul(size, &work.mlp_in, &mut work.mlp_mid);
+                step.backend.linear_silu_mul(
+                    size,
+                    &work.y,
+                    &self.mlp_in,
+                    &mut work.mlp_in,
+                    &mut work.mlp_mid,
+                );
                 &work.mlp_mid
             }
             MlpKind::Gelu => {
+                step.backend
+                    .linear(size.rows, &work.y, &self.mlp_in, &mut work.mlp_in);
                 step.backend.gelu(size, &mut work.mlp_in);
                 &work.mlp_in
             }

@@ -108,6 +108,13 @@ impl CpuBackend {
     pub fn isa(&self) -> Isa {
         self.isa
     }
+
+    /// Keeps the first fault for the next [`Backend::read`].
+    fn note(&mut self, done: Result<(), DeviceError>) {
+        if let Err(fault) = done {
+            self.fault.get_or_insert(fault);
+        }
+    }
 }
 
 impl Backend for CpuBackend {
@@ -283,9 +290,7 @@ impl Backend for CpuBackend {
             out.as_mut(),
             &mut self.blocked,
         );
-        if let Err(fault) = done {
-            self.fault.get_or_insert(fault);
-        }
+        self.note(done);
     }
 
     fn clamp(&mut self, size: Size, x: &mut CpuBuf, limit: f32) {
@@ -424,6 +429,28 @@ impl Backend for CpuBackend {
                 out,
             });
         });
+    }
+
+    fn linear_silu_mul(
+        &mut self,
+        size: Size,
+        x: &CpuBuf,
+        weight: &CpuLinear,
+        gate_up: &mut CpuBuf,
+        out: &mut CpuBuf,
+    ) {
+        if !weight.is_gated(size.rows) {
+            self.linear(size.rows, x, weight, gate_up);
+            return self.silu_mul(size, gate_up, out);
+        }
+        let done = weight.multiply_gated(
+            (self.isa, &self.pool),
+            size.rows,
+            x.as_ref(),
+            out.as_mut(),
+            &mut self.blocked,
+        );
+        self.note(done);
     }
 
     fn gelu(&mut self, size: Size, x: &mut CpuBuf) {

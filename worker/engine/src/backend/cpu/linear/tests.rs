@@ -2,6 +2,7 @@
 
 use super::super::float_tile::Weight;
 use super::super::isa::Path;
+use super::super::rows::SiluMulRows;
 use super::super::tests::numbers;
 use super::*;
 
@@ -108,6 +109,40 @@ fn a_row_has_the_same_bits_in_any_company_and_on_any_threads() {
                         .zip(&alone)
                         .all(|(a, b)| a.to_bits() == b.to_bits());
                     assert!(equal, "{isa:?} {dtype:?} m={m} threads={}", pool.threads());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn gates_and_ups_become_one_number_with_the_same_bits_as_in_two_ops() {
+    let pools = [1, 2].map(|threads| Pool::new(threads, &[]).unwrap());
+    for (width, k) in [(32, 5), (96, 130), (640, 257)] {
+        let (linear, ..) = matrix(&pools[0], 2 * width, k, FloatDtype::Bf16, true);
+        for m in [13, 40, 97] {
+            let x = numbers(m * k, 6);
+            for isa in isas() {
+                let gate_up = multiply(&linear, isa, &pools[0], m, &x);
+                let mut expected = vec![0.0; m * width];
+                let (gate_up, out) = (&gate_up[..], &mut expected[..]);
+                isa.run(SiluMulRows {
+                    gate_up,
+                    width,
+                    out,
+                });
+                for pool in &pools {
+                    let mut y = vec![f32::NAN; m * width];
+                    let mut scratch = Memory::new(0).unwrap();
+                    linear
+                        .multiply_gated((isa, pool), m, &x, &mut y, &mut scratch)
+                        .unwrap();
+                    let equal = y.iter().zip(&expected);
+                    assert!(
+                        equal.into_iter().all(|(a, b)| a.to_bits() == b.to_bits()),
+                        "{isa:?} m={m} width={width} threads={}",
+                        pool.threads()
+                    );
                 }
             }
         }
