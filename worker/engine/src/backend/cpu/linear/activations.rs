@@ -2,8 +2,9 @@
 //! tile takes, in the order in which the tile reads them.
 //!
 //! Owns the rule by which activations are quantised: one scale per row and group of the weights' columns, the largest
-//! magnitude of which is 127 steps; numbers are rounded to nearest, ties to even. A group with NaN or an infinity gets the
-//! scale NaN, one of vanishing numbers 0. A row's numbers depend on that row alone.
+//! magnitude of which is 127 steps; numbers are rounded to nearest, ties to even. Where a row has a second part, that holds
+//! what the first leaves over, in steps 254 times as fine. A group with NaN or an infinity gets the scale NaN, one of
+//! vanishing numbers 0. A row's numbers depend on that row alone.
 
 use super::super::dot_tile::{QuantLayout, STEP};
 use super::super::dots::QUAD;
@@ -20,6 +21,8 @@ const GROUP_MAX: usize = 128;
 const VANISHING: f32 = 1e-30;
 /// Added to a number of magnitude below 2^22, it leaves the nearest integer in the lowest bits.
 const ROUNDER: f32 = 12_582_912.0;
+/// Steps of the second part in one of the first, of which at most half is left over: 127 both ways.
+const FINER: f32 = 254.0;
 
 /// How `rows` rows are cut into blocks of at most `most`, as equal as can be.
 #[derive(Debug, Clone, Copy)]
@@ -75,7 +78,8 @@ pub(super) fn turn<'a>(
     to
 }
 
-/// Quantised activations: for each block its scales `[groups][rows]`, offsets `[groups][rows]` and numbers.
+/// Quantised activations: for each block its scales `[groups][rows]`, offsets `[groups][rows]` and numbers. Second parts
+/// follow as further rows of the block.
 #[derive(Clone, Copy)]
 pub(super) struct Quantised<'a> {
     pub(super) scales: &'a [f32],
@@ -85,7 +89,7 @@ pub(super) struct Quantised<'a> {
 
 /// How many words of 4 bytes `m` rows take.
 pub(super) fn words(layout: &QuantLayout, m: usize) -> usize {
-    m * (2 * layout.groups + layout.columns() / QUAD)
+    m * layout.parts * (2 * layout.groups + layout.columns() / QUAD)
 }
 
 /// Quantises `x [m, k]` into [`words`] words.
@@ -96,7 +100,9 @@ pub(super) fn quantise<'a>(
     blocks: Blocks,
     to: &'a mut [u32],
 ) -> Quantised<'a> {
-    let (groups, columns) = (layout.groups, layout.columns());
+    // Of a row with its parts.
+    let groups = layout.parts * layout.groups;
+    let quads = layout.parts * layout.columns() / QUAD;
     let (scales, rest) = to.split_at_mut(blocks.rows * groups);
     let (offsets, numbers) = rest.split_at_mut(blocks.rows * groups);
     {
@@ -119,7 +125,7 @@ pub(super) fn quantise<'a>(
                 rows: rows.len(),
                 scales: part(&scales, groups),
                 offsets: part(&offsets, groups),
-                numbers: part(&numbers, columns / QUAD),
+                numbers: part(&numbers, quads),
             });
         };
         if blocks.rows * k < PARALLEL_MIN {
@@ -150,21 +156,34 @@ impl Kernel for Block<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let (rows, k) = (self.rows, self.x.len() / self.rows);
-        let mut quads = [0u32; GROUP_MAX / QUAD];
+        let (layout, k) = (self.layout, self.x.len() / self.rows);
+        let rows = layout.parts * self.rows;
+        let mut quads = [[0u32; GROUP_MAX / QUAD]; 2];
         for (i, mut x) in self.x.chunks_exact(k.max(1)).enumerate() {
-            let mut to = i;
-            for group in 0..self.layout.groups {
-                let (values, rest) = x.split_at(self.layout.width(group));
+            let mut first = 0;
+            for group in 0..layout.groups {
+                let (values, rest) = x.split_at(layout.width(group));
                 x = rest;
                 // SAFETY: the features are the caller's promise.
-                let (scale, sum) = unsafe { quantise_group::<S>(values, &mut quads) };
-                self.scales[group * rows + i] = scale.to_bits();
-                self.offsets[group * rows + i] = offset(self.layout, scale, sum);
-                for quad in &quads[..values.len().next_multiple_of(STEP) / QUAD] {
-                    self.numbers[to] = *quad;
-                    to += rows;
+                let parts = unsafe {
+                    if layout.parts == 1 {
+                        quantise_group::<S, 1>(values, &mut quads)
+                    } else {
+                        quantise_group::<S, 2>(values, &mut quads)
+                    }
+                };
+                let count = values.len().next_multiple_of(STEP) / QUAD;
+                let numbers = &mut self.numbers[first * rows..(first + count) * rows];
+                for part in 0..layout.parts {
+                    let (scale, sum) = parts[part];
+                    let row = part * self.rows + i;
+                    self.scales[group * rows + row] = scale.to_bits();
+                    self.offsets[group * rows + row] = offset(layout, scale, sum);
+                    for (to, quad) in numbers[row..].iter_mut().step_by(rows).zip(&quads[part]) {
+                        *to = *quad;
+                    }
                 }
+                first += count;
             }
         }
     }
@@ -180,12 +199,12 @@ fn offset(layout: &QuantLayout, scale: f32, sum: i32) -> u32 {
     }
 }
 
-/// Writes the integers, filled up with zeros; gives their scale and sum.
+/// Writes the integers of `P` parts, filled up with zeros; gives their scales and sums.
 #[inline(always)]
-unsafe fn quantise_group<S: Simd>(
+unsafe fn quantise_group<S: Simd, const P: usize>(
     values: &[f32],
-    quads: &mut [u32; GROUP_MAX / QUAD],
-) -> (f32, i32) {
+    quads: &mut [[u32; GROUP_MAX / QUAD]; 2],
+) -> [(f32, i32); 2] {
     let mut padded = [0.0; GROUP_MAX];
     let vectors = values.len().div_ceil(LANES);
     let from = if values.len().is_multiple_of(LANES) {
@@ -211,15 +230,20 @@ unsafe fn quantise_group<S: Simd>(
             127.0 / largest
         };
         let (factor, rounder) = (S::splat(inverse), S::splat(ROUNDER));
-        let mut sums = S::zero();
+        let finer = S::splat(FINER);
+        let mut sums = [S::zero(); 2];
         for i in 0..vectors {
-            let x = S::load(from.wrapping_add(i * LANES));
-            let rounded = S::add(S::mul(x, factor), rounder);
-            sums = S::add(sums, S::sub(rounded, rounder));
-            S::store_low_bytes(
-                quads.as_mut_ptr().wrapping_add(i * LANES / QUAD).cast(),
-                rounded,
-            );
+            let mut steps = S::mul(S::load(from.wrapping_add(i * LANES)), factor);
+            for (sums, quads) in sums.iter_mut().zip(quads.iter_mut()).take(P) {
+                let rounded = S::add(steps, rounder);
+                let whole = S::sub(rounded, rounder);
+                *sums = S::add(*sums, whole);
+                S::store_low_bytes(
+                    quads.as_mut_ptr().wrapping_add(i * LANES / QUAD).cast(),
+                    rounded,
+                );
+                steps = S::mul(S::sub(steps, whole), finer);
+            }
         }
         let scale = if inverse == 0.0 {
             broken
@@ -227,6 +251,11 @@ unsafe fn quantise_group<S: Simd>(
             largest / 127.0
         };
         // Exact: integers far below 2^24.
-        (scale, S::sum(sums) as i32)
+        let first = (scale, S::sum(sums[0]) as i32);
+        if P == 1 {
+            [first; 2]
+        } else {
+            [first, (scale / FINER, S::sum(sums[1]) as i32)]
+        }
     }
 }

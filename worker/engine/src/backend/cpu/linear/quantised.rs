@@ -128,7 +128,7 @@ pub(super) fn multiply(
     scratch: &mut Memory<f32>,
 ) -> Result<(), DeviceError> {
     let Product { k, m, x, .. } = product;
-    let blocks = Blocks::new(m, isa.dot_rows());
+    let blocks = Blocks::new(m, isa.dot_rows() / layout.parts);
     let scratch = room(scratch, activations::words(layout, m))?;
     let scratch = bytemuck::cast_slice_mut(scratch);
     let x = activations::quantise((isa, pool), layout, (x, k), blocks, scratch);
@@ -156,7 +156,9 @@ struct Multiply<'a> {
 
 impl DotKernel for Multiply<'_> {
     unsafe fn run<D: Dots>(self) {
-        let (groups, columns) = (self.layout.groups, self.layout.columns());
+        let parts = self.layout.parts;
+        // Of a row with its parts.
+        let (groups, columns) = (parts * self.layout.groups, parts * self.layout.columns());
         // SAFETY: panels are claimed once. The slices hold all that a tile reads; the features are the caller's promise.
         unsafe {
             self.walk.pass(self.panels.clone(), |meeting| {
@@ -171,7 +173,20 @@ impl DotKernel for Multiply<'_> {
                     sums: meeting.sums,
                     ahead: meeting.ahead,
                 };
-                D::tile(&tile, rows.len());
+                if parts == 1 {
+                    D::tile(&tile, rows.len());
+                    return;
+                }
+                // The second parts' sums lie behind those of the first: a tile has room for both.
+                let len = rows.len() * PANEL;
+                let sums = std::slice::from_raw_parts_mut(meeting.sums, 2 * len);
+                sums[len..].fill(0.0);
+                D::tile(&tile, 2 * rows.len());
+                let sums = std::slice::from_raw_parts_mut(meeting.sums, 2 * len);
+                let (first, second) = sums.split_at_mut(len);
+                for (first, second) in first.iter_mut().zip(second) {
+                    *first += *second;
+                }
             });
         }
     }

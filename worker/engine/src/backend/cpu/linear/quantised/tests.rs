@@ -85,11 +85,12 @@ impl Matrix {
     /// The naive twin of one row's products.
     fn multiply(&self, x: &[f32], fused: bool) -> Vec<f32> {
         let add = |a: f32, b: f32, c: f32| if fused { a.mul_add(b, c) } else { a * b + c };
-        let x: Vec<(Vec<i32>, f32)> = self.groups().map(|group| quantised(&x[group])).collect();
-        let sum = |i: usize| {
+        let parts: Vec<_> = self.groups().map(|group| quantised(&x[group])).collect();
+        let sum_of = |i: usize, part: usize| {
             self.row(i, |row| {
-                let mut sum = self.bias[i];
-                for (g, (columns, (x, x_scale))) in self.groups().zip(&x).enumerate() {
+                let mut sum = if part == 0 { self.bias[i] } else { 0.0 };
+                for (g, (columns, parts)) in self.groups().zip(&parts).enumerate() {
+                    let (x, x_scale) = &parts[part];
                     let zero = match self.shape.offset {
                         QuantOffset::Mins => 0,
                         QuantOffset::Middle | QuantOffset::Zeros => i32::from(row.zeros[g]),
@@ -104,15 +105,26 @@ impl Matrix {
                 sum
             })
         };
-        (0..self.shape.n).map(sum).collect()
+        let of_row = |i: usize| {
+            if QuantLayout::new(self.shape).parts == 1 {
+                sum_of(i, 0)
+            } else {
+                sum_of(i, 0) + sum_of(i, 1)
+            }
+        };
+        (0..self.shape.n).map(of_row).collect()
     }
 }
 
-/// The rule for activations, in plain words.
-fn quantised(x: &[f32]) -> (Vec<i32>, f32) {
+/// The rule for activations, in plain words: both parts and their scales.
+fn quantised(x: &[f32]) -> [(Vec<i32>, f32); 2] {
     let largest = x.iter().fold(0.0f32, |a, b| a.max(b.abs()));
-    let step = |x: &f32| (x * (127.0 / largest)).round_ties_even() as i32;
-    (x.iter().map(step).collect(), largest / 127.0)
+    let (factor, scale) = (127.0 / largest, largest / 127.0);
+    let whole = |x: &f32| (x * factor).round_ties_even();
+    let left = |x: &f32| ((x * factor - whole(x)) * 254.0).round_ties_even();
+    let first = x.iter().map(|x| whole(x) as i32).collect();
+    let second = x.iter().map(|x| left(x) as i32).collect();
+    [(first, scale), (second, scale / 254.0)]
 }
 
 fn isas() -> impl Iterator<Item = Isa> {
@@ -141,8 +153,9 @@ const FORMS: [(QuantBits, QuantOffset); 5] = [
     (QuantBits::Int4, QuantOffset::Mins),
 ];
 
-/// `(n, k, group, lead)`: one number, less than a group, slices that begin and end inside one, all that is odd.
-const SHAPES: [(usize, usize, usize, usize); 12] = [
+/// `(n, k, group, lead)`: one number, less than a group, slices that begin and end inside one, all that is odd, a
+/// head.
+const SHAPES: [(usize, usize, usize, usize); 13] = [
     (1, 1, 128, 0),
     (1, 1, 32, 31),
     (3, 2, 64, 63),
@@ -155,6 +168,7 @@ const SHAPES: [(usize, usize, usize, usize); 12] = [
     (97, 333, 64, 5),
     (17, 1000, 32, 13),
     (130, 1152, 128, 0),
+    (500, 40, 32, 0),
 ];
 
 fn shapes() -> impl Iterator<Item = QuantShape> {
@@ -193,6 +207,44 @@ fn products_equal_their_naive_twin_to_the_bit_on_every_path() {
                 };
                 assert!(&y == expected, "{isa:?} m={m} {shape:?}");
             }
+        }
+    }
+}
+
+#[test]
+fn activations_of_int4_and_of_heads_lose_next_to_nothing() {
+    let pool = Pool::new(1, &[]).unwrap();
+    for (bits_of, offset) in FORMS {
+        let k = 256;
+        let shape = QuantShape {
+            n: if bits_of == QuantBits::Int8 {
+                12 * k
+            } else {
+                40
+            },
+            k,
+            bits: bits_of,
+            group: 128,
+            lead: 0,
+            offset,
+        };
+        let mut matrix = Matrix::new(shape);
+        matrix.bias.fill(0.0);
+        let linear = matrix.pack(&pool);
+        let x = numbers(k, 6);
+        let mut row = vec![0.0; k];
+        for isa in isas() {
+            let y = multiply(&linear, isa, &pool, 1, &x);
+            let (mut error, mut size) = (0.0, 0.0);
+            for (i, y) in y.iter().enumerate() {
+                linear.row(i, &mut row);
+                let products = row.iter().zip(&x);
+                let expected: f64 = products.map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
+                error += (f64::from(*y) - expected).powi(2);
+                size += expected.powi(2);
+            }
+            let error = (error / size).sqrt();
+            assert!(error < 5e-5, "{isa:?} {shape:?}: {error}");
         }
     }
 }
