@@ -16,6 +16,9 @@ const SHAPES: [(usize, usize, usize, usize); 7] = [
     (130, 256, 64, 0),
 ];
 
+/// Scales of activations begin at multiples of it from a group's first column on, if not at every one.
+const SCALED: usize = 32;
+
 const ROWS: [usize; 8] = [1, 2, 3, 4, 7, 8, 9, 20];
 
 const FORMS: [(QuantBits, QuantOffset); 6] = [
@@ -94,8 +97,13 @@ fn whole_steps<B: Backend>(twins: &mut Twins<B>, shape: QuantShape, rows: usize)
     let mut values = twins.random.numbers(rows * shape.k, 127.0);
     for row in values.chunks_mut(shape.k) {
         for (j, x) in row.iter_mut().enumerate() {
-            let begins = j == 0 || (shape.lead + j).is_multiple_of(shape.group);
-            *x = if begins { 1.0 } else { x.round() / 127.0 };
+            // From the group's first column here on.
+            let into = ((shape.lead + j) % shape.group).min(j);
+            *x = if into.is_multiple_of(SCALED) {
+                1.0
+            } else {
+                x.round() / 127.0
+            };
         }
     }
     twins.buf(&values)

@@ -8,10 +8,10 @@
 //! * int4: `[columns / 8][2 halves][16 rows][4]`: of column `8 s + b`, the low half of byte `b` of step `s`, of column
 //!   `8 s + 4 + b` the high half.
 //!
-//! Activations come in blocks of as many rows as a tile takes: scales `[groups][rows]`, offsets `[groups][rows]`, numbers
-//! `[columns / 4][rows][4]`, filled up in the same way.
+//! Activations come in blocks of as many rows as a tile takes: scales `[segments][rows]`, offsets `[segments][rows]`, numbers
+//! `[columns / 4][rows][4]`, filled up in the same way. A segment is a group's columns that share a scale of activations.
 //!
-//! The products of a group are added up exactly, in integers; then, group by group, `sum += integer * (scale of the weights
+//! The products of a segment are added up exactly, in integers; then, segment by segment, `sum += integer * (scale of the weights
 //! * scale of the activations)`: the same bits whatever the tile's shape is.
 
 use super::dots::{Dots, QUAD};
@@ -23,6 +23,9 @@ use crate::backend::{QuantBits, QuantOffset, QuantShape};
 /// Outputs per input from which a matrix of int8 is taken for a model's head. Gate and up projections together have some
 /// five to eleven, heads of small models more than fifteen; one that is missed is multiplied as all others are.
 const HEAD_RATIO: usize = 12;
+/// Columns that share a scale of activations where those have 8 bits: half of what int8 weights share. The activations of
+/// a whole group would cost a hundredth of a model's perplexity.
+const SEGMENT: usize = 64;
 /// Columns that are multiplied in one turn of the loop.
 pub(super) const STEP: usize = 2 * QUAD;
 /// Bytes of a panel's scales of one group, and of its zero points or minima.
@@ -37,6 +40,8 @@ pub(super) struct QuantLayout {
     pub(super) groups: usize,
     /// Rows of a tile that a row of activations takes, see [`activation_parts`].
     pub(super) parts: usize,
+    /// Columns of a group that share a scale of activations, from the group's first on; the last may be fewer.
+    segment: usize,
     /// Columns of the first group, of those in the middle, of the last: the first may begin late, the last may end early.
     widths: [usize; 3],
 }
@@ -50,11 +55,13 @@ impl QuantLayout {
         } else {
             first
         };
+        let parts = activation_parts(shape);
         QuantLayout {
             int4: shape.bits == QuantBits::Int4,
             offset: shape.offset,
             groups,
-            parts: activation_parts(shape),
+            parts,
+            segment: if parts == 1 { SEGMENT } else { shape.group },
             widths: [first, shape.group, last],
         }
     }
@@ -74,6 +81,25 @@ impl QuantLayout {
             self.widths[2]
         } else {
             self.widths[1]
+        }
+    }
+
+    /// The widths of a group's segments.
+    #[inline(always)]
+    pub(super) fn segments(&self, group: usize) -> impl Iterator<Item = usize> {
+        let (width, segment) = (self.width(group), self.segment);
+        (0..width)
+            .step_by(segment)
+            .map(move |start| segment.min(width - start))
+    }
+
+    /// Segments of all groups.
+    pub(super) fn segment_count(&self) -> usize {
+        let [first, middle, last] = self.widths.map(|width| width.div_ceil(self.segment));
+        match self.groups {
+            0 => 0,
+            1 => first,
+            groups => first + middle * (groups - 2) + last,
         }
     }
 
@@ -115,8 +141,8 @@ impl QuantLayout {
 /// How many numbers of 8 bits an activation becomes: one, or a second one for what the first leaves over, which makes 16
 /// bits at the price of a second row of products.
 ///
-/// What activations of 8 bits cost adds up over a model to a hundredth of its perplexity: ten times what int4 may lose on
-/// top of its weights' own rounding, so all its activations have 16. For int8 that would halve the speed of prompts. Only
+/// What activations of 8 bits cost adds up over a model to some half of a hundredth of its perplexity, which is more than
+/// int4 may lose on top of its weights' own rounding: all its activations have 16. For int8 that would halve the speed of prompts. Only
 /// the head has them: a prompt needs one row of its products.
 fn activation_parts(shape: QuantShape) -> usize {
     match shape.bits {
@@ -125,12 +151,12 @@ fn activation_parts(shape: QuantShape) -> usize {
     }
 }
 
-/// `sums[i][r] += sum_g (sum_j q[r][j] x[i][j] - offset) * scale[r][g] * scale[i][g]` of all rows `r` of a panel.
+/// `sums[i][r] += sum_s (sum_j q[r][j] x[i][j] - offset) * scale[r][s] * scale[i][s]` of all rows `r` of a panel.
 pub(super) struct DotTile {
     pub(super) layout: QuantLayout,
     /// The panel, at a multiple of 64.
     pub(super) w: *const u8,
-    /// The block's numbers, scales and offsets. An offset is what [`QuantOffset`] makes of a group's sum of activations:
+    /// The block's numbers, scales and offsets. An offset is what [`QuantOffset`] makes of a segment's sum of activations:
     /// an i32 to begin with, one of 16 bits to be multiplied with the zero points, a f32 to be multiplied with the minima.
     pub(super) x: *const i8,
     pub(super) x_scales: *const f32,
@@ -185,79 +211,82 @@ impl DotTile {
         let step_bytes = if INT4 { PANEL * STEP / 2 } else { PANEL * STEP };
         let ahead_step = step_bytes * self.ahead.share / 64;
         let sums = self.sums.wrapping_add(half * LANES);
+        let (mut scales, mut offsets) = (self.x_scales, self.x_offsets);
         for group in 0..layout.groups {
             let head = w.wrapping_add(half * HEAD_BYTES / 2).cast::<u16>();
             let second = head.wrapping_add(PANEL);
-            let scales = self.x_scales.wrapping_add(group * M);
-            let offsets = self.x_offsets.wrapping_add(group * M);
             w = w.wrapping_add(layout.head_bytes());
-            // SAFETY: the caller's promise; the layout says where each of these lies.
-            unsafe {
-                let mut dots = [[D::zero(); H]; M];
-                for (i, dots) in dots.iter_mut().enumerate() {
-                    for (h, dot) in dots.iter_mut().enumerate() {
-                        let offset = offsets.wrapping_add(i);
-                        *dot = match layout.offset {
-                            QuantOffset::Middle => D::splat(offset),
-                            QuantOffset::Zeros => {
-                                D::times_zeros(second.wrapping_add(h * LANES), offset)
-                            }
-                            QuantOffset::Mins => D::zero(),
-                        };
-                    }
-                }
-                for _ in 0..layout.width(group).div_ceil(STEP) {
-                    let from = w.wrapping_add(half * 64);
-                    for line in 0..step_bytes / 64 {
-                        D::F::prefetch(ahead.wrapping_add(line * self.ahead.line));
-                    }
-                    // No closures here: one that is not inlined has none of the path's instructions.
-                    let mut quads = [[D::load(from); H]; 2];
-                    let [first, second] = &mut quads;
-                    for (h, (first, second)) in first.iter_mut().zip(second).enumerate() {
-                        let from = from.wrapping_add(h * 64);
-                        if INT4 {
-                            [*first, *second] = D::nibbles(D::load(from));
-                        } else {
-                            *first = D::load(from);
-                            *second = D::load(from.wrapping_add(PANEL * QUAD));
+            for columns in layout.segments(group) {
+                // SAFETY: the caller's promise; the layout says where each of these lies.
+                unsafe {
+                    let mut dots = [[D::zero(); H]; M];
+                    for (i, dots) in dots.iter_mut().enumerate() {
+                        for (h, dot) in dots.iter_mut().enumerate() {
+                            let offset = offsets.wrapping_add(i);
+                            *dot = match layout.offset {
+                                QuantOffset::Middle => D::splat(offset),
+                                QuantOffset::Zeros => {
+                                    D::times_zeros(second.wrapping_add(h * LANES), offset)
+                                }
+                                QuantOffset::Mins => D::zero(),
+                            };
                         }
                     }
-                    for w in quads {
-                        for (i, dots) in dots.iter_mut().enumerate() {
-                            let x = D::splat_quad(x.wrapping_add(i * QUAD));
-                            for (dot, w) in dots.iter_mut().zip(w) {
-                                *dot = if INT4 {
-                                    D::dot_nibbles(*dot, w, x)
-                                } else {
-                                    D::dot(*dot, w, x)
-                                };
+                    for _ in 0..columns.div_ceil(STEP) {
+                        let from = w.wrapping_add(half * 64);
+                        for line in 0..step_bytes / 64 {
+                            D::F::prefetch(ahead.wrapping_add(line * self.ahead.line));
+                        }
+                        // No closures here: one that is not inlined has none of the path's instructions.
+                        let mut quads = [[D::load(from); H]; 2];
+                        let [first, second] = &mut quads;
+                        for (h, (first, second)) in first.iter_mut().zip(second).enumerate() {
+                            let from = from.wrapping_add(h * 64);
+                            if INT4 {
+                                [*first, *second] = D::nibbles(D::load(from));
+                            } else {
+                                *first = D::load(from);
+                                *second = D::load(from.wrapping_add(PANEL * QUAD));
                             }
                         }
-                        x = x.wrapping_add(M * QUAD);
-                    }
-                    w = w.wrapping_add(step_bytes);
-                    ahead = ahead.wrapping_add(ahead_step);
-                }
-                // The sums lie in memory: in registers they would push out those of the loop above.
-                let mut widened = [D::load_f16(head); H];
-                for (h, widened) in widened.iter_mut().enumerate() {
-                    *widened = D::load_f16(head.wrapping_add(h * LANES));
-                }
-                for (i, dots) in dots.iter().enumerate() {
-                    let scale = D::F::splat_at(scales.wrapping_add(i));
-                    for h in 0..H {
-                        let at = sums.wrapping_add(i * PANEL + h * LANES);
-                        let mut sum = D::F::load_aligned(at);
-                        sum = D::F::fma(D::to_f32(dots[h]), D::F::mul(widened[h], scale), sum);
-                        if layout.offset == QuantOffset::Mins {
-                            let min = D::load_f16(second.wrapping_add(h * LANES));
-                            let offset = D::F::splat_at(offsets.wrapping_add(i).cast());
-                            sum = D::F::fma(min, offset, sum);
+                        for w in quads {
+                            for (i, dots) in dots.iter_mut().enumerate() {
+                                let x = D::splat_quad(x.wrapping_add(i * QUAD));
+                                for (dot, w) in dots.iter_mut().zip(w) {
+                                    *dot = if INT4 {
+                                        D::dot_nibbles(*dot, w, x)
+                                    } else {
+                                        D::dot(*dot, w, x)
+                                    };
+                                }
+                            }
+                            x = x.wrapping_add(M * QUAD);
                         }
-                        D::F::store(at, sum);
+                        w = w.wrapping_add(step_bytes);
+                        ahead = ahead.wrapping_add(ahead_step);
+                    }
+                    // The sums lie in memory: in registers they would push out those of the loop above.
+                    let mut widened = [D::load_f16(head); H];
+                    for (h, widened) in widened.iter_mut().enumerate() {
+                        *widened = D::load_f16(head.wrapping_add(h * LANES));
+                    }
+                    for (i, dots) in dots.iter().enumerate() {
+                        let scale = D::F::splat_at(scales.wrapping_add(i));
+                        for h in 0..H {
+                            let at = sums.wrapping_add(i * PANEL + h * LANES);
+                            let mut sum = D::F::load_aligned(at);
+                            sum = D::F::fma(D::to_f32(dots[h]), D::F::mul(widened[h], scale), sum);
+                            if layout.offset == QuantOffset::Mins {
+                                let min = D::load_f16(second.wrapping_add(h * LANES));
+                                let offset = D::F::splat_at(offsets.wrapping_add(i).cast());
+                                sum = D::F::fma(min, offset, sum);
+                            }
+                            D::F::store(at, sum);
+                        }
                     }
                 }
+                scales = scales.wrapping_add(M);
+                offsets = offsets.wrapping_add(M);
             }
         }
     }

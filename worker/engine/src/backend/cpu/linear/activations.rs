@@ -1,9 +1,9 @@
 //! Activations on their way into a product: copied, and for integer products quantised, into blocks of as many rows as a
 //! tile takes, in the order in which the tile reads them.
 //!
-//! Owns the rule by which activations are quantised: one scale per row and group of the weights' columns, the largest
+//! Owns the rule by which activations are quantised: one scale per row and segment of the weights' columns, the largest
 //! magnitude of which is 127 steps; numbers are rounded to nearest, ties to even. Where a row has a second part, that holds
-//! what the first leaves over, in steps 254 times as fine. A group with NaN or an infinity gets the scale NaN, one of
+//! what the first leaves over, in steps 254 times as fine. A segment with NaN or an infinity gets the scale NaN, one of
 //! vanishing numbers 0. A row's numbers depend on that row alone.
 
 use super::super::dot_tile::{QuantLayout, STEP};
@@ -15,9 +15,9 @@ use crate::backend::QuantOffset;
 
 /// Numbers worth waking a helper for.
 const PARALLEL_MIN: usize = 16 << 10;
-/// Most columns of a group.
-const GROUP_MAX: usize = 128;
-/// Largest magnitude of a group that is nothing: smaller ones have no exact inverse.
+/// Most columns of a segment.
+const SEGMENT_MAX: usize = 128;
+/// Largest magnitude of a segment that is nothing: smaller ones have no exact inverse.
 const VANISHING: f32 = 1e-30;
 /// Added to a number of magnitude below 2^22, it leaves the nearest integer in the lowest bits.
 const ROUNDER: f32 = 12_582_912.0;
@@ -78,7 +78,7 @@ pub(super) fn turn<'a>(
     to
 }
 
-/// Quantised activations: for each block its scales `[groups][rows]`, offsets `[groups][rows]` and numbers. Second parts
+/// Quantised activations: for each block its scales `[segments][rows]`, offsets `[segments][rows]` and numbers. Second parts
 /// follow as further rows of the block.
 #[derive(Clone, Copy)]
 pub(super) struct Quantised<'a> {
@@ -89,7 +89,7 @@ pub(super) struct Quantised<'a> {
 
 /// How many words of 4 bytes `m` rows take.
 pub(super) fn words(layout: &QuantLayout, m: usize) -> usize {
-    m * layout.parts * (2 * layout.groups + layout.columns() / QUAD)
+    m * layout.parts * (2 * layout.segment_count() + layout.columns() / QUAD)
 }
 
 /// Quantises `x [m, k]` into [`words`] words.
@@ -101,10 +101,10 @@ pub(super) fn quantise<'a>(
     to: &'a mut [u32],
 ) -> Quantised<'a> {
     // Of a row with its parts.
-    let groups = layout.parts * layout.groups;
+    let segments = layout.parts * layout.segment_count();
     let quads = layout.parts * layout.columns() / QUAD;
-    let (scales, rest) = to.split_at_mut(blocks.rows * groups);
-    let (offsets, numbers) = rest.split_at_mut(blocks.rows * groups);
+    let (scales, rest) = to.split_at_mut(blocks.rows * segments);
+    let (offsets, numbers) = rest.split_at_mut(blocks.rows * segments);
     {
         let (scales, offsets) = (Base::new(scales), Base::new(offsets));
         let numbers = Base::new(numbers);
@@ -123,8 +123,8 @@ pub(super) fn quantise<'a>(
                 layout,
                 x: &x[rows.start * k..rows.end * k],
                 rows: rows.len(),
-                scales: part(&scales, groups),
-                offsets: part(&offsets, groups),
+                scales: part(&scales, segments),
+                offsets: part(&offsets, segments),
                 numbers: part(&numbers, quads),
             });
         };
@@ -158,18 +158,19 @@ impl Kernel for Block<'_> {
     unsafe fn run<S: Simd>(self) {
         let (layout, k) = (self.layout, self.x.len() / self.rows);
         let rows = layout.parts * self.rows;
-        let mut quads = [[0u32; GROUP_MAX / QUAD]; 2];
+        let mut quads = [[0u32; SEGMENT_MAX / QUAD]; 2];
         for (i, mut x) in self.x.chunks_exact(k.max(1)).enumerate() {
             let mut first = 0;
-            for group in 0..layout.groups {
-                let (values, rest) = x.split_at(layout.width(group));
+            let widths = (0..layout.groups).flat_map(|group| layout.segments(group));
+            for (segment, width) in widths.enumerate() {
+                let (values, rest) = x.split_at(width);
                 x = rest;
                 // SAFETY: the features are the caller's promise.
                 let parts = unsafe {
                     if layout.parts == 1 {
-                        quantise_group::<S, 1>(values, &mut quads)
+                        quantise_segment::<S, 1>(values, &mut quads)
                     } else {
-                        quantise_group::<S, 2>(values, &mut quads)
+                        quantise_segment::<S, 2>(values, &mut quads)
                     }
                 };
                 let count = values.len().next_multiple_of(STEP) / QUAD;
@@ -177,8 +178,8 @@ impl Kernel for Block<'_> {
                 for part in 0..layout.parts {
                     let (scale, sum) = parts[part];
                     let row = part * self.rows + i;
-                    self.scales[group * rows + row] = scale.to_bits();
-                    self.offsets[group * rows + row] = offset(layout, scale, sum);
+                    self.scales[segment * rows + row] = scale.to_bits();
+                    self.offsets[segment * rows + row] = offset(layout, scale, sum);
                     for (to, quad) in numbers[row..].iter_mut().step_by(rows).zip(&quads[part]) {
                         *to = *quad;
                     }
@@ -189,7 +190,7 @@ impl Kernel for Block<'_> {
     }
 }
 
-/// What a group's sum of integers becomes, see [`DotTile`](super::super::dot_tile::DotTile).
+/// What a segment's sum of integers becomes, see [`DotTile`](super::super::dot_tile::DotTile).
 #[inline(always)]
 fn offset(layout: &QuantLayout, scale: f32, sum: i32) -> u32 {
     match layout.offset {
@@ -201,11 +202,11 @@ fn offset(layout: &QuantLayout, scale: f32, sum: i32) -> u32 {
 
 /// Writes the integers of `P` parts, filled up with zeros; gives their scales and sums.
 #[inline(always)]
-unsafe fn quantise_group<S: Simd, const P: usize>(
+unsafe fn quantise_segment<S: Simd, const P: usize>(
     values: &[f32],
-    quads: &mut [[u32; GROUP_MAX / QUAD]; 2],
+    quads: &mut [[u32; SEGMENT_MAX / QUAD]; 2],
 ) -> [(f32, i32); 2] {
-    let mut padded = [0.0; GROUP_MAX];
+    let mut padded = [0.0; SEGMENT_MAX];
     let vectors = values.len().div_ceil(LANES);
     let from = if values.len().is_multiple_of(LANES) {
         values.as_ptr()

@@ -158,7 +158,8 @@ impl DotKernel for Multiply<'_> {
     unsafe fn run<D: Dots>(self) {
         let parts = self.layout.parts;
         // Of a row with its parts.
-        let (groups, columns) = (parts * self.layout.groups, parts * self.layout.columns());
+        let segments = parts * self.layout.segment_count();
+        let columns = parts * self.layout.columns();
         // SAFETY: panels are claimed once. The slices hold all that a tile reads; the features are the caller's promise.
         unsafe {
             self.walk.pass(self.panels.clone(), |meeting| {
@@ -168,8 +169,8 @@ impl DotKernel for Multiply<'_> {
                     layout: *self.layout,
                     w: meeting.w[..self.layout.panel_bytes()].as_ptr(),
                     x: self.x.numbers[part(columns)].as_ptr(),
-                    x_scales: self.x.scales[part(groups)].as_ptr(),
-                    x_offsets: self.x.offsets[part(groups)].as_ptr(),
+                    x_scales: self.x.scales[part(segments)].as_ptr(),
+                    x_offsets: self.x.offsets[part(segments)].as_ptr(),
                     sums: meeting.sums,
                     ahead: meeting.ahead,
                 };

@@ -85,11 +85,27 @@ impl Matrix {
     /// The naive twin of one row's products.
     fn multiply(&self, x: &[f32], fused: bool) -> Vec<f32> {
         let add = |a: f32, b: f32, c: f32| if fused { a.mul_add(b, c) } else { a * b + c };
-        let parts: Vec<_> = self.groups().map(|group| quantised(&x[group])).collect();
+        let layout = QuantLayout::new(self.shape);
+        // Group by group, the columns that share a scale of activations.
+        let segments: Vec<(usize, std::ops::Range<usize>)> = self
+            .groups()
+            .enumerate()
+            .flat_map(|(g, columns)| {
+                let mut start = columns.start;
+                layout.segments(g).map(move |width| {
+                    start += width;
+                    (g, start - width..start)
+                })
+            })
+            .collect();
+        let parts: Vec<_> = segments
+            .iter()
+            .map(|(_, columns)| quantised(&x[columns.clone()]))
+            .collect();
         let sum_of = |i: usize, part: usize| {
             self.row(i, |row| {
                 let mut sum = if part == 0 { self.bias[i] } else { 0.0 };
-                for (g, (columns, parts)) in self.groups().zip(&parts).enumerate() {
+                for ((g, columns), parts) in segments.iter().cloned().zip(&parts) {
                     let (x, x_scale) = &parts[part];
                     let zero = match self.shape.offset {
                         QuantOffset::Mins => 0,
@@ -106,7 +122,7 @@ impl Matrix {
             })
         };
         let of_row = |i: usize| {
-            if QuantLayout::new(self.shape).parts == 1 {
+            if layout.parts == 1 {
                 sum_of(i, 0)
             } else {
                 sum_of(i, 0) + sum_of(i, 1)
