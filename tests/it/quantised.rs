@@ -107,10 +107,10 @@ async fn quantised_text_is_the_same_alone_in_a_crowd_and_after_a_death_and_ids_t
         cluster.wait_workers(1).await;
         cluster.start_worker(worker);
         cluster.wait_workers(2).await;
-        let formed = format!(" generation {}] ready in ", worker + 2);
+        let served = vec!["serves on "; worker + 2];
         for form in FORMS {
             let (pair, entity) = (format!("{form}-gpu-large-2"), format!("{form}-1"));
-            says(&cluster, &pair, &entity, "build-logs", &[&formed]).await;
+            says(&cluster, &pair, &entity, "logs", &served).await;
         }
     }
     for (name, before) in names.iter().zip(&texts) {

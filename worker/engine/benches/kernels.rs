@@ -85,6 +85,7 @@ impl Form {
                 group,
                 lead: 0,
                 offset,
+                head: false,
             })
         };
         match self {

@@ -220,6 +220,7 @@ impl Bench {
                         group: GROUP,
                         lead: 0,
                         offset: QuantOffset::Zeros,
+                        head: false,
                     };
                     let row = |row: usize, out: QuantRow<'_>| {
                         out.q.fill((row % 15) as i8);

@@ -377,6 +377,7 @@ fn packed_bytes_are_those_of_their_layout_version_on_every_path() {
             group,
             lead,
             offset,
+            head: false,
         })
     };
     let shapes = [

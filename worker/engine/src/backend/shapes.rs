@@ -37,6 +37,8 @@ pub struct QuantShape {
     pub lead: usize,
     /// What stands for zero.
     pub offset: QuantOffset,
+    /// Whether it makes logits: what is off there no layer behind it makes good.
+    pub head: bool,
 }
 
 impl QuantShape {

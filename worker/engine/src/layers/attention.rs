@@ -161,10 +161,12 @@ pub(crate) fn slices(spec: &ModelSpec, partition: &Partition) -> [Slice; 2] {
         Slice {
             rows: partition.heads.qkv_width(),
             columns: 0..spec.hidden,
+            head: false,
         },
         Slice {
             rows: spec.hidden,
             columns: heads.start * d..heads.end * d,
+            head: false,
         },
     ]
 }

@@ -137,10 +137,12 @@ impl<B: Backend> Embedding<B> {
 
 /// One rank's matrices here: the head, and the table unless they are one.
 pub(crate) fn slices(spec: &ModelSpec, partition: &Partition) -> Vec<(End, Slice)> {
-    let slice = Slice {
+    let slice = |end| Slice {
         rows: partition.vocab.len(),
         columns: 0..spec.hidden,
+        head: end == End::Head,
     };
-    let table = (!spec.tied).then(|| (End::Embedding, slice.clone()));
-    table.into_iter().chain([(End::Head, slice)]).collect()
+    let table = (!spec.tied).then_some(End::Embedding);
+    let ends = table.into_iter().chain([End::Head]);
+    ends.map(|end| (end, slice(end))).collect()
 }

@@ -21,6 +21,8 @@ pub(crate) struct Slice {
     pub rows: usize,
     /// Which columns of the whole matrix.
     pub columns: Range<usize>,
+    /// Whether it makes logits.
+    pub head: bool,
 }
 
 impl Slice {
@@ -46,7 +48,10 @@ impl Slice {
         dtype: WeightDtype,
         ready: Option<ReadyForm>,
     ) -> Option<QuantShape> {
-        let made = |bits| quant::shape(bits, self.rows, &self.columns);
+        let made = |bits| QuantShape {
+            head: self.head,
+            ..quant::shape(bits, self.rows, &self.columns)
+        };
         self.kept::<B>(dtype, ready)
             .or_else(|| dtype.quantised().map(made))
     }
@@ -79,7 +84,7 @@ impl<B: Backend> Loader<'_, B> {
         ranges: &[Range<usize>],
     ) -> Result<B::Linear, LoadError> {
         let ready = forms::form(matrix, self.weights);
-        self.rows_as(self.dtype, ready, matrix, ranges)
+        self.rows_as((self.dtype, ready), matrix, ranges, false)
     }
 
     /// These rows of the embedding or the head.
@@ -90,19 +95,20 @@ impl<B: Backend> Loader<'_, B> {
         rows: Range<usize>,
     ) -> Result<B::Linear, LoadError> {
         let dtype = end.dtype::<B>(self.dtype, self.forms);
-        self.rows_as(dtype, None, matrix, &[rows])
+        self.rows_as((dtype, None), matrix, &[rows], end == End::Head)
     }
 
     fn rows_as(
         &mut self,
-        dtype: WeightDtype,
-        ready: Option<ReadyForm>,
+        form: (WeightDtype, Option<ReadyForm>),
         matrix: &Stacked,
         ranges: &[Range<usize>],
+        head: bool,
     ) -> Result<B::Linear, LoadError> {
         let slice = Slice {
             rows: ranges.iter().map(Range::len).sum(),
             columns: 0..matrix.columns,
+            head,
         };
         let mut bias = Vec::new();
         if matrix.bias {
@@ -119,7 +125,7 @@ impl<B: Backend> Loader<'_, B> {
             width: matrix.columns,
         };
         let bias = matrix.bias.then_some(&bias[..]);
-        self.packed((dtype, ready), matrix, &slice, &rows, bias)
+        self.packed(form, matrix, &slice, &rows, bias)
     }
 
     /// Row-parallel: all rows of a layer's matrix, these columns. The results of all ranks are to be summed, so the bias is
@@ -133,6 +139,7 @@ impl<B: Backend> Loader<'_, B> {
         let slice = Slice {
             rows: all[0].len(),
             columns,
+            head: false,
         };
         let mut bias = None;
         if matrix.bias && self.partition.rank == 0 {

@@ -85,10 +85,12 @@ pub(crate) fn slices(spec: &ModelSpec, partition: &Partition) -> [Slice; 2] {
         Slice {
             rows: middle.len() * (1 + gates(spec)),
             columns: 0..spec.hidden,
+            head: false,
         },
         Slice {
             rows: spec.hidden,
             columns: middle.clone(),
+            head: false,
         },
     ]
 }

@@ -25,6 +25,7 @@ impl ReadyForm {
             group: self.group,
             lead: columns.start % self.group,
             offset: self.offset,
+            head: false,
         }
     }
 }

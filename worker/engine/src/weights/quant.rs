@@ -116,6 +116,7 @@ pub const fn shape(bits: QuantBits, n: usize, columns: &Range<usize>) -> QuantSh
         group: GROUP,
         lead: columns.start % GROUP,
         offset: QuantOffset::Middle,
+        head: false,
     }
 }
 

@@ -41,6 +41,7 @@ pub(super) fn near<B: Backend>(twins: &mut Twins<B>) {
                 group,
                 lead,
                 offset,
+                head: at % 3 == 0,
             };
             if !B::takes_quantised(shape) {
                 continue;

@@ -20,12 +20,11 @@ pub(super) use super::float_tile::PANEL;
 use super::simd::{LANES, Simd};
 use crate::backend::{QuantBits, QuantOffset, QuantShape};
 
-/// Outputs per input from which a matrix of int8 is taken for a model's head. Gate and up projections together have some
-/// five to eleven, heads of small models more than fifteen; one that is missed is multiplied as all others are.
-const HEAD_RATIO: usize = 12;
-/// Columns that share a scale of activations where those have 8 bits: half of what int8 weights share. The activations of
-/// a whole group would cost a hundredth of a model's perplexity.
-const SEGMENT: usize = 64;
+/// Columns that share a scale of activations where those have 8 bits: fewer than share one of weights. One for 128 columns
+/// would cost a hundredth of a model's perplexity, more than int8 weights themselves do; int4 is to cost nothing beside its
+/// weights.
+const INT8_SEGMENT: usize = 64;
+const INT4_SEGMENT: usize = 32;
 /// Columns that are multiplied in one turn of the loop.
 pub(super) const STEP: usize = 2 * QUAD;
 /// Bytes of a panel's scales of one group, and of its zero points or minima.
@@ -38,7 +37,8 @@ pub(super) struct QuantLayout {
     pub(super) int4: bool,
     pub(super) offset: QuantOffset,
     pub(super) groups: usize,
-    /// Rows of a tile that a row of activations takes, see [`activation_parts`].
+    /// Numbers of 8 bits that an activation becomes, each in a row of the tile of its own: one, or for a head a second one for
+    /// what the first leaves over, which makes 16 bits. A prompt needs one row of a head's products, so that they cost little.
     pub(super) parts: usize,
     /// Columns of a group that share a scale of activations, from the group's first on; the last may be fewer.
     segment: usize,
@@ -55,13 +55,16 @@ impl QuantLayout {
         } else {
             first
         };
-        let parts = activation_parts(shape);
         QuantLayout {
             int4: shape.bits == QuantBits::Int4,
             offset: shape.offset,
             groups,
-            parts,
-            segment: if parts == 1 { SEGMENT } else { shape.group },
+            parts: if shape.head { 2 } else { 1 },
+            segment: match shape.bits {
+                _ if shape.head => shape.group,
+                QuantBits::Int8 => INT8_SEGMENT,
+                QuantBits::Int4 => INT4_SEGMENT,
+            },
             widths: [first, shape.group, last],
         }
     }
@@ -135,19 +138,6 @@ impl QuantLayout {
     /// Bytes of a panel.
     pub(super) fn panel_bytes(&self) -> usize {
         self.groups * self.head_bytes() + self.columns() / STEP * self.step_bytes()
-    }
-}
-
-/// How many numbers of 8 bits an activation becomes: one, or a second one for what the first leaves over, which makes 16
-/// bits at the price of a second row of products.
-///
-/// What activations of 8 bits cost adds up over a model to some half of a hundredth of its perplexity, which is more than
-/// int4 may lose on top of its weights' own rounding: all its activations have 16. For int8 that would halve the speed of prompts. Only
-/// the head has them: a prompt needs one row of its products.
-fn activation_parts(shape: QuantShape) -> usize {
-    match shape.bits {
-        QuantBits::Int8 if shape.n < HEAD_RATIO * shape.k => 1,
-        QuantBits::Int8 | QuantBits::Int4 => 2,
     }
 }
 

@@ -131,6 +131,7 @@ mod tests {
             group: 128,
             lead: 0,
             offset: QuantOffset::Middle,
+            head: false,
         };
         assert_eq!(quantised(shape), 4096 * (11008 + 4 * 86));
         let shape = QuantShape {
