@@ -4,23 +4,34 @@ use std::fmt;
 
 use crate::report::Report;
 
-/// A name, and how it is read from a report.
-type Measure = (&'static str, fn(&Report) -> f64);
+/// A name, and how it is read from a report, where that has it.
+type Measure = (&'static str, fn(&Report) -> Option<f64>);
 
 /// What is compared.
 const MEASURES: [Measure; 6] = [
-    ("output tokens/s", |report| report.output_tokens_per_s),
-    ("time to first token p50 ms", |report| report.ttft_ms.p50),
-    ("between tokens p50 ms", |report| report.itl_ms.p50),
-    ("end to end p50 ms", |report| report.e2e_ms.p50),
+    ("output tokens/s", |report| Some(report.output_tokens_per_s)),
+    ("time to first token p50 ms", |report| {
+        answered(report, report.ttft_ms.p50)
+    }),
+    ("between tokens p50 ms", |report| {
+        answered(report, report.itl_ms.p50)
+    }),
+    ("end to end p50 ms", |report| {
+        answered(report, report.e2e_ms.p50)
+    }),
     ("processor ms per token", |report| {
-        1e3 * report.cpu_s_per_output_token.unwrap_or_default()
+        Some(1e3 * report.cpu_s_per_output_token?)
     }),
     ("failed requests %", |report| {
         let failed = report.failed() as f64;
-        100.0 * failed / (failed + report.answered as f64).max(1.0)
+        Some(100.0 * failed / (failed + report.answered as f64).max(1.0))
     }),
 ];
+
+/// A latency: none where nothing was answered, which is not the best of latencies.
+fn answered(report: &Report, latency: f64) -> Option<f64> {
+    (report.answered > 0).then_some(latency)
+}
 
 /// A measure of both.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -59,8 +70,8 @@ pub fn ratios(ours: &[Report], theirs: &[Report]) -> Vec<Ratio> {
         .iter()
         .map(|&(name, measure)| Ratio {
             name,
-            ours: median(ours.iter().map(measure).collect()),
-            theirs: median(theirs.iter().map(measure).collect()),
+            ours: median(ours.iter().filter_map(measure).collect()),
+            theirs: median(theirs.iter().filter_map(measure).collect()),
         })
         .filter(|ratio| ratio.ours > 0.0 || ratio.theirs > 0.0)
         .collect()
@@ -105,6 +116,14 @@ mod tests {
     fn what_nobody_measured_has_no_ratio() {
         let all = ratios(&[run(10.0)], &[]);
         assert_eq!((all.len(), all[0].value()), (1, None));
+    }
+
+    #[test]
+    fn a_run_without_answers_has_no_latency() {
+        let mut answered = run(4.0);
+        (answered.answered, answered.e2e_ms.p50) = (1, 70.0);
+        let all = ratios(&[], &[Report::default(), answered]);
+        assert_eq!((all[0].theirs, all[1].theirs), (2.0, 70.0));
     }
 
     #[test]
