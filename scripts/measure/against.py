@@ -117,7 +117,7 @@ class Table:
         self.rows = []
 
     def add(self, name, ours, theirs):
-        self.rows.append(f"| {name} | {ours:.2f} | {theirs:.2f} | {f'{ours / theirs:.2f}' if theirs else '-'} |")
+        self.rows.append(f"| {name} | {ours:.2f} | {theirs:.2f} | {f'{ours / theirs:.3g}' if theirs else '-'} |")
 
     def show(self):
         lines = [f"| {self.title} | tandem | peer | ratio |", "|---|---|---|---|", *self.rows]
