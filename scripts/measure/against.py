@@ -18,8 +18,8 @@ ENDPOINT = "bench"
 # Each load takes a peer of some ten tokens a second a minute or two.
 SHORT = ("--prompt", "128", "--output", "32")
 ONE = ("1 client", *SHORT, "--clients", "1", "--requests", "3")
-EIGHT = ("8 clients", *SHORT, "--clients", "8", "--requests", "24")
-MANY = ("32 clients", *SHORT, "--clients", "32", "--requests", "64")
+EIGHT = ("8 clients", *SHORT, "--clients", "8", "--requests", "16")
+MANY = ("32 clients", *SHORT, "--clients", "32", "--requests", "32")
 LONG_ANSWERS = ("16 clients, 64 in, 128 out", "--prompt", "64", "--output", "128", "--clients", "16", "--requests", "16")
 LONG_PROMPTS = ("16 clients, 128 in, 32 out", *SHORT, "--clients", "16", "--requests", "16")
 # What a peer's `bench` calls what it measures, and what the table calls it.
