@@ -281,9 +281,11 @@ def timed_over_http(url, model, prompt_tokens=512, output_tokens=64, tries=3):
         assert usage["completion_tokens"] == tokens, usage
         return time.monotonic() - began
 
-    # Other ids at each try: nothing of them is in a prefix cache.
+    # Other ids at each try and each time: nothing of them is in a prefix cache, not even of an earlier round.
+    begin = int(time.time())
+
     def prompt(number, length):
-        return [3 + (number * 7919 + 31 * place) % 30000 for place in range(length)]
+        return [3 + (begin * 104729 + number * 7919 + 31 * place) % 30000 for place in range(length)]
 
     seconds(prompt(99, 16), 4)
     prefill = min(seconds(prompt(number, prompt_tokens), 1) for number in range(tries))
