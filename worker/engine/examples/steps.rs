@@ -7,10 +7,12 @@
 //! Steps go through the runner and the sampler as a served model's do, without text and HTTP. The roof of a step is the
 //! time to read its weights, and the keys and values it looks at, at the measured bandwidth, or the time of its
 //! multiplications at the measured peak of the type, whichever is longer: see docs/performance.md. Each step is timed
-//! alone; the median counts. Lines have the form `prefill|decode KEY=VALUE ...`.
+//! alone, in some rounds with the limits measured before each: what else the machine's memory does changes both. The median
+//! round counts, and of it the median step. Lines have the form `prefill|decode KEY=VALUE ...`.
 
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use engine::backend::cpu::limits::Limits;
@@ -30,6 +32,7 @@ type CpuRunner = ModelRunner<CpuBackend, Solo>;
 const GENERATION: u64 = 1;
 /// Steps before the first that counts.
 const WARM_UP: usize = 2;
+const ROUNDS: usize = 5;
 
 fn main() -> Result<(), Failure> {
     let options = Options::read()?;
@@ -50,7 +53,7 @@ fn main() -> Result<(), Failure> {
     let runner_options = options.runner();
     let footprint = Footprint::of_checkpoint::<CpuBackend>(&checkpoint, 0, 1, &runner_options)?;
     let begun = Instant::now();
-    let backend = CpuBackend::new(pool)?;
+    let backend = CpuBackend::new(Arc::clone(&pool))?;
     let runner = ModelRunner::load(
         &checkpoint,
         &runner_options,
@@ -68,7 +71,7 @@ fn main() -> Result<(), Failure> {
     let mut bench = Bench {
         costs: Costs::of(&checkpoint.spec, &footprint),
         runner,
-        limits,
+        pool,
         step: 0,
         options,
     };
@@ -216,7 +219,7 @@ struct Bench {
     options: Options,
     runner: CpuRunner,
     costs: Costs,
-    limits: Limits,
+    pool: Arc<Pool>,
     step: u64,
 }
 
@@ -225,33 +228,23 @@ impl Bench {
     fn prefill(&mut self) -> Result<(), Failure> {
         let tokens = self.options.prompt;
         let plan = self.plan(1, 0, tokens);
-        let seconds = self.time(&plan)?;
         let looked_at = (tokens * tokens) as f64 / 2.0;
         let flops = tokens as f64 * self.costs.layer_flops
             + self.costs.head_flops
             + looked_at * self.costs.attention_flops;
         let bytes = self.costs.weight_bytes + tokens as f64 * self.costs.kv_bytes;
-        self.show(
-            &format!("prefill tokens={tokens}"),
-            tokens,
-            seconds,
-            bytes,
-            flops,
-        );
-        Ok(())
+        self.rounds(&format!("prefill tokens={tokens}"), &plan, bytes, flops)
     }
 
     /// A token of each of `batch` sequences.
     fn decode(&mut self, batch: usize) -> Result<(), Failure> {
         let context = self.options.context;
         let plan = self.plan(batch, context, 1);
-        let seconds = self.time(&plan)?;
         let looked_at = (batch * (context + 1)) as f64;
         let bytes = self.costs.weight_bytes + looked_at * self.costs.kv_bytes;
         let flops = batch as f64 * (self.costs.layer_flops + self.costs.head_flops);
         let name = format!("decode batch={batch} context={context}");
-        self.show(&name, batch, seconds, bytes, flops);
-        Ok(())
+        self.rounds(&name, &plan, bytes, flops)
     }
 
     /// A plan of `tokens` tokens of each of `sequences` sequences, from `position` on. What lies in the cache before is
@@ -276,8 +269,51 @@ impl Bench {
         }
     }
 
-    /// Runs the plan again and again; the times of single steps in seconds, the shortest first.
-    fn time(&mut self, plan: &StepPlan) -> Result<Vec<f64>, Failure> {
+    /// Times the plan, round by round, and shows the median one.
+    fn rounds(
+        &mut self,
+        what: &str,
+        plan: &StepPlan,
+        bytes: f64,
+        flops: f64,
+    ) -> Result<(), Failure> {
+        let mut plan = plan.clone();
+        self.time(&mut plan, |steps, _| steps == WARM_UP)?;
+        let time = self.options.time / ROUNDS as u32;
+        let mut rounds = Vec::new();
+        for _ in 0..ROUNDS {
+            let limits = Limits::measure(Isa::detect(), &self.pool)?;
+            let peak = if self.costs.in_int8() {
+                limits.arithmetic.int8
+            } else {
+                limits.arithmetic.bf16
+            };
+            let roof = (bytes / limits.read_gb_per_s).max(flops / peak) / 1e9;
+            let seconds = self.time(&mut plan, |_, spent| spent > time)?;
+            rounds.push((roof / seconds[seconds.len() / 2], roof, seconds));
+        }
+        rounds.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let (fraction, roof, seconds) = &rounds[ROUNDS / 2];
+        let (tokens, median) = (plan.tokens.len() as f64, seconds[seconds.len() / 2]);
+        println!(
+            "{what} weights={} ms={:.2} tokens_per_s={:.1} best={:.1} bytes={bytes:.0} flops={flops:.0} \
+             roof_tokens_per_s={:.1} fraction={fraction:.3}",
+            self.options.weights_name,
+            median * 1e3,
+            tokens / median,
+            tokens / seconds[0],
+            tokens / roof,
+        );
+        Ok(())
+    }
+
+    /// Runs the plan until `enough` of the steps and the time so far; the times of single steps in seconds, the shortest
+    /// first.
+    fn time(
+        &mut self,
+        plan: &mut StepPlan,
+        enough: impl Fn(usize, Duration) -> bool,
+    ) -> Result<Vec<f64>, Failure> {
         let sampling = Sampling::default();
         let samples: Vec<SampleRow<'_>> = (0..plan.spans.len())
             .map(|span| SampleRow {
@@ -290,16 +326,12 @@ impl Bench {
                 mask: None,
             })
             .collect();
-        let (mut plan, mut seconds, mut begun) = (plan.clone(), Vec::new(), Instant::now());
-        for count in 0.. {
-            if count == WARM_UP {
-                begun = Instant::now();
-                seconds.clear();
-            }
+        let (mut seconds, begun) = (Vec::new(), Instant::now());
+        while seconds.is_empty() || !enough(seconds.len(), begun.elapsed()) {
             self.step += 1;
             plan.step = self.step;
             let start = Instant::now();
-            let ticket = self.runner.submit(&plan, &samples, &[], &[])?;
+            let ticket = self.runner.submit(plan, &samples, &[], &[])?;
             let output = self.runner.collect(ticket)?;
             seconds.push(start.elapsed().as_secs_f64());
             for (span, sampled) in output.samples.drain(..).enumerate() {
@@ -310,32 +342,8 @@ impl Bench {
                     plan.tokens[span] = id;
                 }
             }
-            if count > WARM_UP && begun.elapsed() > self.options.time {
-                break;
-            }
         }
         seconds.sort_by(f64::total_cmp);
         Ok(seconds)
-    }
-
-    fn show(&self, what: &str, tokens: usize, seconds: Vec<f64>, bytes: f64, flops: f64) {
-        let peak = if self.costs.in_int8() {
-            self.limits.arithmetic.int8
-        } else {
-            self.limits.arithmetic.bf16
-        };
-        let roof = (bytes / self.limits.read_gb_per_s).max(flops / peak) / 1e9;
-        let median = seconds[seconds.len() / 2];
-        let rate = |seconds: f64| tokens as f64 / seconds;
-        println!(
-            "{what} weights={} ms={:.2} tokens_per_s={:.1} best={:.1} bytes={bytes:.0} flops={flops:.0} \
-             roof_tokens_per_s={:.1} fraction={:.3}",
-            self.options.weights_name,
-            median * 1e3,
-            rate(median),
-            rate(seconds[0]),
-            rate(roof),
-            roof / median
-        );
     }
 }
