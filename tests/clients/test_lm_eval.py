@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from golden import MODELS
 
 MODEL = MODELS / "tiny-llama"
-AGREE_WITHIN = 1e-2
+# In all of an answer's tokens. transformers computes in f32 here; a worker may round activations to bf16.
+AGREE_WITHIN = 0.1
 CAPITALS = ["Paris", "Berlin", "Rome", "Madrid", "Oslo", "Tokyo", "Cairo", "Ottawa"]
 COUNTRIES = ["France", "Germany", "Italy", "Spain", "Norway", "Japan", "Egypt", "Canada"]
 OPPOSITES = [("hot", "cold"), ("big", "small"), ("up", "down"), ("day", "night"), ("old", "young"), ("win", "lose")]
