@@ -189,7 +189,7 @@ impl CpuLinear {
 
     fn product(
         &self,
-        on: (Isa, &Pool),
+        (isa, pool): (Isa, &Pool),
         m: usize,
         x: &[f32],
         (y, gated): (&mut [f32], bool),
@@ -203,7 +203,7 @@ impl CpuLinear {
         }
         let bias = self.bias.as_ref().map(AsRef::as_ref);
         let product = Product {
-            isa: on.0,
+            isa,
             gated,
             n,
             k,
@@ -214,11 +214,11 @@ impl CpuLinear {
         };
         let panels = self.panels.as_ref();
         match &self.form {
-            Form::F32 => float::multiply::<f32>(on, product, panels, scratch),
+            Form::F32 => float::multiply::<f32>(pool, product, panels, scratch),
             #[cfg(target_arch = "x86_64")]
-            Form::Bf16 if on.0.multiplies_pairs() => pairs::multiply(on, product, panels, scratch),
-            Form::Bf16 => float::multiply::<u16>(on, product, panels, scratch),
-            Form::Quantised(layout) => quantised::multiply(on, product, layout, panels, scratch),
+            Form::Bf16 if isa.multiplies_pairs() => pairs::multiply(pool, product, panels, scratch),
+            Form::Bf16 => float::multiply::<u16>(pool, product, panels, scratch),
+            Form::Quantised(layout) => quantised::multiply(pool, product, layout, panels, scratch),
         }
     }
 }

@@ -92,14 +92,8 @@ pub(super) trait Simd: Copy + 'static {
             Self::store(numbers.as_mut_ptr(), first);
             Self::store(numbers.as_mut_ptr().wrapping_add(LANES), second);
             for (pair, two) in pairs.iter_mut().zip(numbers.chunks_exact(2)) {
-                let [low, high] = [two[0], two[1]].map(|x| {
-                    let x = if x.is_subnormal() {
-                        0.0_f32.copysign(x)
-                    } else {
-                        x
-                    };
-                    u32::from(bf16::from_f32(x).to_bits())
-                });
+                let [low, high] =
+                    [two[0], two[1]].map(|x| u32::from(bf16::from_f32(flush(x)).to_bits()));
                 *pair = f32::from_bits(high << 16 | low);
             }
             Self::load(pairs.as_ptr())
@@ -110,13 +104,6 @@ pub(super) trait Simd: Copy + 'static {
     #[inline(always)]
     unsafe fn dot_pairs(sums: Self::V, w: Self::V, x: Self::V) -> Self::V {
         let [mut sum, mut a, mut b] = [[0.0; LANES]; 3];
-        let flush = |x: f32| {
-            if x.is_subnormal() {
-                0.0_f32.copysign(x)
-            } else {
-                x
-            }
-        };
         let widen = |bits: f32| {
             let bits = bits.to_bits();
             [
@@ -222,6 +209,15 @@ pub(super) trait Simd: Copy + 'static {
             let tail = Self::exp(Self::sub(Self::zero(), Self::mul(x, x)));
             Self::copy_sign(Self::sub(one, Self::mul(Self::mul(p, t), tail)), a)
         }
+    }
+}
+
+/// Zero for a denormal number, of the same sign.
+fn flush(x: f32) -> f32 {
+    if x.is_subnormal() {
+        0.0_f32.copysign(x)
+    } else {
+        x
     }
 }
 

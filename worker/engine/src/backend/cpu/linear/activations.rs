@@ -43,6 +43,15 @@ impl Blocks {
     pub(super) fn rows(&self, i: usize) -> std::ops::Range<usize> {
         self.rows * i / self.count..self.rows * (i + 1) / self.count
     }
+
+    /// Runs `block` for all blocks, of `k` numbers a row: on the pool's threads where that is worth it.
+    pub(super) fn run(&self, pool: &Pool, k: usize, block: &(dyn Fn(usize) + Sync)) {
+        if self.rows * k < PARALLEL_MIN {
+            (0..self.count).for_each(block);
+        } else {
+            pool.run(self.count, &|i, _| block(i));
+        }
+    }
 }
 
 /// Copies `x [m, k]` into blocks `[k][rows]`.
@@ -55,7 +64,7 @@ pub(super) fn turn<'a>(
     /// Columns taken at a time: a line of each row, which goes into lines that are still near.
     const COLUMNS: usize = 16;
     let base = Base::new(to);
-    let block = |i: usize, _: usize| {
+    let block = |i: usize| {
         let rows = blocks.rows(i);
         let count = rows.len();
         // SAFETY: a block's own part, which is borrowed for as long as the region runs.
@@ -70,11 +79,7 @@ pub(super) fn turn<'a>(
             }
         }
     };
-    if blocks.rows * k < PARALLEL_MIN {
-        (0..blocks.count).for_each(|i| block(i, 0));
-    } else {
-        pool.run(blocks.count, &block);
-    }
+    blocks.run(pool, k, &block);
     to
 }
 
@@ -108,7 +113,7 @@ pub(super) fn quantise<'a>(
     {
         let (scales, offsets) = (Base::new(scales), Base::new(offsets));
         let numbers = Base::new(numbers);
-        let block = |i: usize, _: usize| {
+        let block = |i: usize| {
             let rows = blocks.rows(i);
             let part = |base: &Base<u32>, of_row: usize| {
                 // SAFETY: a block's own part of each array, which is borrowed for as long as the region runs.
@@ -128,11 +133,7 @@ pub(super) fn quantise<'a>(
                 numbers: part(&numbers, quads),
             });
         };
-        if blocks.rows * k < PARALLEL_MIN {
-            (0..blocks.count).for_each(|i| block(i, 0));
-        } else {
-            pool.run(blocks.count, &block);
-        }
+        blocks.run(pool, k, &block);
     }
     Quantised {
         scales: bytemuck::cast_slice(scales),

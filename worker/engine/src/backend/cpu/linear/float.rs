@@ -3,7 +3,7 @@
 //! Owns how rows go into panels and come out again.
 
 use super::super::float_tile::{FloatTile, PANEL, Weight};
-use super::super::isa::{Isa, Kernel};
+use super::super::isa::Kernel;
 use super::super::memory::Memory;
 use super::super::pool::Pool;
 use super::super::simd::{LANES, Simd};
@@ -54,12 +54,14 @@ pub(super) fn row<W: Weight>(panels: &[W], k: usize, row: usize, out: &mut [f32]
 /// # Errors
 /// The scratch memory cannot grow; `y` is then not written.
 pub(super) fn multiply<W: Weight>(
-    (isa, pool): (Isa, &Pool),
+    pool: &Pool,
     product: Product<'_>,
     panels: &[u8],
     scratch: &mut Memory<f32>,
 ) -> Result<(), DeviceError> {
-    let Product { n, k, m, x, .. } = product;
+    let Product {
+        isa, n, k, m, x, ..
+    } = product;
     let blocks = Blocks::new(m, isa.float_rows());
     // One row is its own block.
     let x = if m == 1 {

@@ -3,7 +3,6 @@
 //! Owns how activations are rounded on their way; panels are packed as in [`super::float`].
 
 use super::super::float_tile::Weight;
-use super::super::isa::Isa;
 use super::super::memory::Memory;
 use super::super::pair_tile::{PairTile, ROWS, round_row};
 use super::super::pool::{Base, Pool};
@@ -13,9 +12,6 @@ use super::walk::Walk;
 use super::{Product, room};
 use crate::backend::DeviceError;
 
-/// Numbers worth waking a helper for.
-const PARALLEL_MIN: usize = 16 << 10;
-
 /// `y[m, n] = round(x)[m, k] W^T + bias`.
 ///
 /// # Errors
@@ -24,13 +20,15 @@ const PARALLEL_MIN: usize = 16 << 10;
 /// # Panics
 /// The path has no products of pairs.
 pub(super) fn multiply(
-    (isa, pool): (Isa, &Pool),
+    pool: &Pool,
     product: Product<'_>,
     panels: &[u8],
     scratch: &mut Memory<f32>,
 ) -> Result<(), DeviceError> {
+    let Product {
+        isa, n, k, m, x, ..
+    } = product;
     assert!(isa.multiplies_pairs(), "{isa:?}");
-    let Product { n, k, m, x, .. } = product;
     let (blocks, pairs) = (Blocks::new(m, ROWS), k.div_ceil(2));
     let x = round(
         pool,
@@ -75,7 +73,7 @@ pub(super) fn multiply(
 fn round<'a>(pool: &Pool, (x, k): (&[f32], usize), blocks: Blocks, to: &'a mut [u32]) -> &'a [u32] {
     let pairs = k.div_ceil(2);
     let base = Base::new(to);
-    let block = |i: usize, _: usize| {
+    let block = |i: usize| {
         let rows = blocks.rows(i);
         // SAFETY: a block's own part, which is borrowed for as long as the region runs; the path has the features.
         unsafe {
@@ -86,10 +84,6 @@ fn round<'a>(pool: &Pool, (x, k): (&[f32], usize), blocks: Blocks, to: &'a mut [
             }
         }
     };
-    if x.len() < PARALLEL_MIN {
-        (0..blocks.count).for_each(|i| block(i, 0));
-    } else {
-        pool.run(blocks.count, &block);
-    }
+    blocks.run(pool, k, &block);
     to
 }

@@ -6,7 +6,7 @@ use half::f16;
 
 use super::super::dot_tile::{DotTile, PANEL, QuantLayout, STEP};
 use super::super::dots::{Dots, QUAD};
-use super::super::isa::{DotKernel, Isa};
+use super::super::isa::DotKernel;
 use super::super::memory::Memory;
 use super::super::pool::Pool;
 use super::activations::{self, Blocks, Quantised};
@@ -121,13 +121,13 @@ pub(super) fn row(layout: &QuantLayout, panels: &[u8], row: usize, out: &mut [f3
 /// # Errors
 /// The scratch memory cannot grow; `y` is then not written.
 pub(super) fn multiply(
-    (isa, pool): (Isa, &Pool),
+    pool: &Pool,
     product: Product<'_>,
     layout: &QuantLayout,
     panels: &[u8],
     scratch: &mut Memory<f32>,
 ) -> Result<(), DeviceError> {
-    let Product { k, m, x, .. } = product;
+    let Product { isa, k, m, x, .. } = product;
     let blocks = Blocks::new(m, isa.dot_rows() / layout.parts);
     let scratch = room(scratch, activations::words(layout, m))?;
     let scratch = bytemuck::cast_slice_mut(scratch);

@@ -1,6 +1,6 @@
 //! Integer products against their naive twin, to the bit; and the bits of rows in company.
 
-use super::super::super::isa::Path;
+use super::super::super::isa::{Isa, Path};
 use super::super::super::tests::numbers;
 use super::super::CpuLinear;
 use super::*;
@@ -204,6 +204,19 @@ fn shapes() -> impl Iterator<Item = QuantShape> {
         })
 }
 
+/// A small matrix of two whole groups.
+fn two_groups(bits: QuantBits, offset: QuantOffset, head: bool) -> QuantShape {
+    QuantShape {
+        n: 40,
+        k: 256,
+        bits,
+        group: 128,
+        lead: 0,
+        offset,
+        head,
+    }
+}
+
 #[test]
 fn products_equal_their_naive_twin_to_the_bit_on_every_path() {
     let pool = Pool::new(2, &[]).unwrap();
@@ -235,15 +248,7 @@ fn products_equal_their_naive_twin_to_the_bit_on_every_path() {
 fn activations_of_a_head_lose_next_to_nothing() {
     let pool = Pool::new(1, &[]).unwrap();
     for (bits_of, offset) in FORMS {
-        let shape = QuantShape {
-            n: 40,
-            k: 256,
-            bits: bits_of,
-            group: 128,
-            lead: 0,
-            offset,
-            head: true,
-        };
+        let shape = two_groups(bits_of, offset, true);
         let mut matrix = Matrix::new(shape);
         matrix.bias.fill(0.0);
         let linear = matrix.pack(&pool);
@@ -269,15 +274,7 @@ fn activations_of_a_head_lose_next_to_nothing() {
 fn the_largest_numbers_do_not_saturate() {
     let pool = Pool::new(1, &[]).unwrap();
     for (bits_of, offset) in FORMS {
-        let shape = QuantShape {
-            n: 40,
-            k: 256,
-            bits: bits_of,
-            group: 128,
-            lead: 0,
-            offset,
-            head: false,
-        };
+        let shape = two_groups(bits_of, offset, false);
         for sign in [1.0, -1.0] {
             let mut matrix = Matrix::new(shape);
             let (least, most) = match bits_of {
